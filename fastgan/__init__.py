@@ -1,0 +1,7 @@
+"""fastgan: DCGANs trained with fused Triton kernels, and the fused layers for any PyTorch GAN."""
+
+from fastgan import models
+
+__version__ = "0.1.0"
+
+__all__ = ["models"]

@@ -1,0 +1,120 @@
+"""The DCGAN of Radford et al. 2015 (arXiv:1511.06434), built as the PyTorch example builds it.
+
+Both networks are plain ``torch.nn``. Parameter names and shapes are those of the example, so its ``netG``/``netD``
+checkpoints load. An image side is ``base · 2^k``: the first transposed convolution (and the last convolution)
+has a kernel of the base side, 4 or 7, and every other layer doubles (halves) the side.
+"""
+
+import torch
+from torch import nn
+
+# base side → the largest k in base · 2^k
+_LARGEST_EXPONENT = {4: 6, 7: 5}
+IMAGE_SIZES = tuple(sorted(base << k for base, most in _LARGEST_EXPONENT.items() for k in range(1, most + 1)))
+
+
+def _base_and_doublings(image_size):
+    """Split an image side into (base, k) with side = base · 2^k, or raise ValueError."""
+    if isinstance(image_size, int) and image_size in IMAGE_SIZES:
+        base = next(base for base in _LARGEST_EXPONENT if image_size % base == 0 and _is_power_of_two(image_size // base))
+        return base, (image_size // base).bit_length() - 1
+    raise ValueError(f"image_size must be one of {', '.join(map(str, IMAGE_SIZES))}; got {image_size!r}")
+
+
+def _is_power_of_two(n):
+    return n & (n - 1) == 0
+
+
+def _check_positive(**named):
+    for name, value in named.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a positive integer; got {value!r}")
+
+
+def initialize_weights(module):
+    """DCGAN initialisation, for ``model.apply``: convolutions N(0, 0.02), BatchNorm weights N(1, 0.02), biases 0."""
+    if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+        nn.init.normal_(module.weight, 0.0, 0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.BatchNorm2d):
+        nn.init.normal_(module.weight, 1.0, 0.02)
+        nn.init.zeros_(module.bias)
+
+
+class Generator(nn.Module):
+    """Latent vectors to images.
+
+    Args:
+        image_size: side of the square images, one of ``IMAGE_SIZES``.
+        nc: image channels.
+        nz: length of the latent vector.
+        ngf: channels of the last hidden layer; each layer before it has twice as many.
+
+    Shapes: latent (N, nz, 1, 1) or (N, nz) → images (N, nc, image_size, image_size) in [−1, 1].
+
+    Raises:
+        ValueError: a size that no DCGAN has, or a count below one.
+    """
+
+    def __init__(self, *, image_size=64, nc=3, nz=100, ngf=64):
+        super().__init__()
+        base, doublings = _base_and_doublings(image_size)
+        _check_positive(nc=nc, nz=nz, ngf=ngf)
+        self.image_size, self.nc, self.nz, self.ngf = image_size, nc, nz, ngf
+
+        widths = [ngf << i for i in reversed(range(doublings))]
+        layers = [nn.ConvTranspose2d(nz, widths[0], base, 1, 0, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU(True)]
+        for width_in, width_out in zip(widths, widths[1:], strict=False):
+            layers += [
+                nn.ConvTranspose2d(width_in, width_out, 4, 2, 1, bias=False),
+                nn.BatchNorm2d(width_out),
+                nn.ReLU(True),
+            ]
+        layers += [nn.ConvTranspose2d(ngf, nc, 4, 2, 1, bias=False), nn.Tanh()]
+        self.main = nn.Sequential(*layers)
+        self.apply(initialize_weights)
+
+    def forward(self, latent):
+        if latent.dim() not in (2, 4) or latent.shape[1:].numel() != self.nz:
+            raise ValueError(f"latent must be (N, {self.nz}) or (N, {self.nz}, 1, 1); got {tuple(latent.shape)}")
+        return self.main(latent.reshape(-1, self.nz, 1, 1))
+
+
+class Discriminator(nn.Module):
+    """Images to logits: how real each image looks. No sigmoid: the losses take logits.
+
+    Args:
+        image_size: side of the square images, one of ``IMAGE_SIZES``.
+        nc: image channels.
+        ndf: channels of the first layer; each layer after it has twice as many.
+
+    Shapes: images (N, nc, image_size, image_size) in [−1, 1] → logits (N,).
+
+    Raises:
+        ValueError: a size that no DCGAN has, a count below one, or images of another shape.
+    """
+
+    def __init__(self, *, image_size=64, nc=3, ndf=64):
+        super().__init__()
+        base, halvings = _base_and_doublings(image_size)
+        _check_positive(nc=nc, ndf=ndf)
+        self.image_size, self.nc, self.ndf = image_size, nc, ndf
+
+        widths = [ndf << i for i in range(halvings)]
+        layers = [nn.Conv2d(nc, ndf, 4, 2, 1, bias=False), nn.LeakyReLU(0.2, inplace=True)]
+        for width_in, width_out in zip(widths, widths[1:], strict=False):
+            layers += [
+                nn.Conv2d(width_in, width_out, 4, 2, 1, bias=False),
+                nn.BatchNorm2d(width_out),
+                nn.LeakyReLU(0.2, inplace=True),
+            ]
+        layers += [nn.Conv2d(widths[-1], 1, base, 1, 0, bias=False)]
+        self.main = nn.Sequential(*layers)
+        self.apply(initialize_weights)
+
+    def forward(self, images):
+        expected = (self.nc, self.image_size, self.image_size)
+        if images.dim() != 4 or images.shape[1:] != expected:
+            raise ValueError(f"images must be (N, {', '.join(map(str, expected))}); got {tuple(images.shape)}")
+        return self.main(images).flatten()
