@@ -5,24 +5,19 @@ checkpoints load. An image side is ``base · 2^k``: the first transposed convolu
 has a kernel of the base side, 4 or 7, and every other layer doubles (halves) the side.
 """
 
-import torch
+from itertools import pairwise
+
 from torch import nn
 
-# base side → the largest k in base · 2^k
-_LARGEST_EXPONENT = {4: 6, 7: 5}
-IMAGE_SIZES = tuple(sorted(base << k for base, most in _LARGEST_EXPONENT.items() for k in range(1, most + 1)))
+# image side → (base, k) with side = base · 2^k
+_FACTORS = {base << k: (base, k) for base, largest_k in ((4, 6), (7, 5)) for k in range(1, largest_k + 1)}
+IMAGE_SIZES = tuple(sorted(_FACTORS))
 
 
 def _base_and_doublings(image_size):
-    """Split an image side into (base, k) with side = base · 2^k, or raise ValueError."""
-    if isinstance(image_size, int) and image_size in IMAGE_SIZES:
-        base = next(base for base in _LARGEST_EXPONENT if image_size % base == 0 and _is_power_of_two(image_size // base))
-        return base, (image_size // base).bit_length() - 1
-    raise ValueError(f"image_size must be one of {', '.join(map(str, IMAGE_SIZES))}; got {image_size!r}")
-
-
-def _is_power_of_two(n):
-    return n & (n - 1) == 0
+    if image_size not in _FACTORS:
+        raise ValueError(f"image_size must be one of {', '.join(map(str, IMAGE_SIZES))}; got {image_size!r}")
+    return _FACTORS[image_size]
 
 
 def _check_positive(**named):
@@ -65,7 +60,7 @@ class Generator(nn.Module):
 
         widths = [ngf << i for i in reversed(range(doublings))]
         layers = [nn.ConvTranspose2d(nz, widths[0], base, 1, 0, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU(True)]
-        for width_in, width_out in zip(widths, widths[1:], strict=False):
+        for width_in, width_out in pairwise(widths):
             layers += [
                 nn.ConvTranspose2d(width_in, width_out, 4, 2, 1, bias=False),
                 nn.BatchNorm2d(width_out),
@@ -103,7 +98,7 @@ class Discriminator(nn.Module):
 
         widths = [ndf << i for i in range(halvings)]
         layers = [nn.Conv2d(nc, ndf, 4, 2, 1, bias=False), nn.LeakyReLU(0.2, inplace=True)]
-        for width_in, width_out in zip(widths, widths[1:], strict=False):
+        for width_in, width_out in pairwise(widths):
             layers += [
                 nn.Conv2d(width_in, width_out, 4, 2, 1, bias=False),
                 nn.BatchNorm2d(width_out),
