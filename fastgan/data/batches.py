@@ -1,0 +1,122 @@
+"""Batches in a reproducible order, and the way between uint8 images and the range of the networks."""
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from fastgan.data.checks import check_integer
+
+
+def steps_per_epoch(dataset, batch_size):
+    """How many whole batches the data set has; an incomplete last one is dropped.
+
+    Raises:
+        ValueError: the data set has fewer images than one batch, or ``batch_size`` is no positive integer.
+    """
+    check_integer("batch_size", batch_size, 1)
+    if len(dataset) < batch_size:
+        raise ValueError(f"batch_size must be at most the {len(dataset)} images of the data set; got {batch_size}")
+    return len(dataset) // batch_size
+
+
+def batch_indices(dataset, batch_size, *, seed, first_step=0):
+    """Endless iterator of the image numbers in each batch: int64 (batch_size,).
+
+    The numbers of step i depend on (len(dataset), batch_size, seed, i) only. Epoch e runs through a permutation drawn
+    from a generator that is seeded by (seed, e), so a run that resumes at ``first_step`` goes on as if unbroken.
+
+    Raises:
+        ValueError: an argument that is not allowed, or fewer images than one batch.
+    """
+    per_epoch = steps_per_epoch(dataset, batch_size)
+    check_integer("seed", seed, 0)
+    check_integer("first_step", first_step, 0)
+    return _batch_indices(len(dataset), batch_size, per_epoch, seed, first_step)
+
+
+def _batch_indices(count, batch_size, per_epoch, seed, first_step):
+    epoch, start = divmod(first_step, per_epoch)
+    while True:
+        order = torch.from_numpy(np.random.default_rng((seed, epoch)).permutation(count))
+        yield from order.split(batch_size)[start:per_epoch]
+        epoch, start = epoch + 1, 0
+
+
+def batches(dataset, batch_size, *, seed, first_step=0, workers=0, pin_memory=False):
+    """Endless iterator of batches: uint8 (batch_size, nc, S, S), in the order of ``batch_indices``.
+
+    Args:
+        dataset: what ``load`` returns.
+        batch_size: images in each batch.
+        seed: decides the order.
+        first_step: number of the first batch; those before it are not read.
+        workers: processes that decode images; 0 decodes in this one. Images in memory need none.
+        pin_memory: put batches in page-locked memory, for asynchronous copies to a GPU; ignored where there is none.
+
+    Raises:
+        ValueError: an argument that is not allowed, or fewer images than one batch; while iterating, a picture that
+            cannot be read.
+    """
+    check_integer("workers", workers, 0)
+    order = batch_indices(dataset, batch_size, seed=seed, first_step=first_step)
+    pin_memory = pin_memory and torch.cuda.is_available()
+    images = getattr(dataset, "images", None)
+    if images is not None:
+        return _from_memory(images, order, pin_memory)
+    return _on_demand(dataset, order, workers, pin_memory)
+
+
+def _from_memory(images, order, pin_memory):
+    for indices in order:
+        batch = images.index_select(0, indices)
+        yield batch.pin_memory() if pin_memory else batch
+
+
+def _on_demand(dataset, order, workers, pin_memory):
+    loader = DataLoader(
+        _WholeBatches(dataset),
+        batch_size=None,  # the sampler's items are whole batches already
+        sampler=(indices.tolist() for indices in order),
+        num_workers=workers,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),  # otherwise the loader draws a seed from the global generator
+    )
+    for batch in loader:
+        if isinstance(batch, ValueError):
+            raise batch
+        yield batch
+
+
+class _WholeBatches(Dataset):
+    """Reads a list of images at a time. An error is handed over as a value: DataLoader would bury it in a traceback."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, indices):
+        try:
+            return torch.stack([self.dataset[index] for index in indices])
+        except ValueError as error:
+            return error
+
+
+def scale(images):
+    """uint8 images to float32 in [−1, 1]: x / 127.5 − 1, in the same shape.
+
+    Raises:
+        ValueError: the images are not uint8.
+    """
+    if images.dtype != torch.uint8:
+        raise ValueError(f"images must be torch.uint8; got {images.dtype}")
+    return images.to(torch.float32) / 127.5 - 1
+
+
+def to_uint8(images):
+    """Floating images to uint8, the inverse of ``scale``: values outside [−1, 1] are clamped, others rounded.
+
+    Raises:
+        ValueError: the images are not floating point.
+    """
+    if not images.is_floating_point():
+        raise ValueError(f"images must be floating point; got {images.dtype}")
+    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)

