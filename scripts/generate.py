@@ -27,7 +27,7 @@ def main(argv=None):
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{count} pictures of {side}×{side} in {options['out']}")
+    print(f"{count} pictures of {side}x{side} in {options['out']}")
     return 0
 
 

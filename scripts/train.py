@@ -10,7 +10,6 @@ import warnings
 import torch
 
 import fastgan
-from fastgan import data
 from fastgan.training import TrainConfig, new_run, resumed_run, train
 from fastgan.training.config import add_options
 
@@ -30,7 +29,7 @@ def describe(run):
     how = "fused" if config.fused else "stock layers"
     how += ", compiled" if config.compile else ""
     print(
-        f"{config.dataset}: {len(run.dataset):,} images of {side}×{side}, {run.steps_per_epoch} steps of "
+        f"{config.dataset}: {len(run.dataset):,} images of {side}x{side}, {run.steps_per_epoch} steps of "
         f"{config.batch_size} an epoch; {how}, {config.precision} on {run.device}; run folder {run.out}",
         flush=True,
     )
@@ -68,9 +67,10 @@ def run_training(argv):
 
 
 def main(argv=None):
-    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
-        return run_training(argv)
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+            return run_training(argv)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

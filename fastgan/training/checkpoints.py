@@ -7,6 +7,7 @@ import torch
 
 from fastgan.models import Generator
 from fastgan.training.config import config_from_dict
+from fastgan.training.weights import load_weights
 
 CHECKPOINT = "checkpoint.pt"
 _FORMAT = "fastgan checkpoint 1"
@@ -100,8 +101,8 @@ def load_generator(path, device="cpu"):
     config = checkpoint_config(path, state)
     try:
         generator = Generator(image_size=config.image_size, nc=state["nc"], nz=config.nz, ngf=config.ngf)
-        generator.load_state_dict(state["generator"])
-    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        load_weights(generator, state["generator"])
+    except ValueError as error:
         raise ValueError(f"{path} holds weights of another architecture than its options say: {error}") from error
     return generator.eval().to(device)
 

@@ -11,9 +11,10 @@ from fastgan.training.devices import PRECISIONS
 _SEED_LIMIT = 2**63
 
 
-def _option(default, kind, help, *, resumable=False):
+def _option(default, kind, help, *, metavar=None, resumable=False):
     """A field and its command-line option. ``resumable``: a resumed run may give another value."""
-    return field(default=default, metadata={"kind": kind, "help": help, "resumable": resumable})
+    metavar = metavar or kind.__name__.upper()
+    return field(default=default, metadata={"kind": kind, "help": help, "metavar": metavar, "resumable": resumable})
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,9 @@ class TrainConfig:
         ValueError: a value that is not allowed.
     """
 
-    dataset: str = _option("digits", str, f"what to learn: {', '.join(DATASETS)}")
+    dataset: str = _option("digits", str, f"what to learn: {', '.join(DATASETS)}", metavar="NAME")
     dataroot: str | None = _option(
-        None, str, "folder of the data set's files; digits and fake need none", resumable=True
+        None, str, "folder of the data set's files; digits and fake need none", metavar="FOLDER", resumable=True
     )
     image_size: int | None = _option(None, int, "side of the images, in pixels (default: the data set's own)")
     batch_size: int = _option(64, int, "images in a step")
@@ -37,12 +38,14 @@ class TrainConfig:
     ndf: int = _option(64, int, "channels of the discriminator's first layer")
     lr: float = _option(2e-4, float, "Adam's learning rate")
     beta1: float = _option(0.5, float, "Adam's first decay rate")
-    precision: str = _option("fp32", str, "what to compute in: fp32, bf16 or fp16; fp16 needs CUDA")
+    precision: str = _option("fp32", str, "what to compute in; fp16 needs CUDA", metavar="{fp32,bf16,fp16}")
     fused: bool = _option(
         True, bool, "fused layers and losses: Triton kernels on a GPU, plain torch on a CPU", resumable=True
     )
     compile: bool = _option(False, bool, "torch.compile both networks", resumable=True)
-    device: str = _option("auto", str, "auto (CUDA if there is one), cpu, cuda or cuda:N", resumable=True)
+    device: str = _option(
+        "auto", str, "auto (CUDA if there is one), cpu, cuda or cuda:N", metavar="DEVICE", resumable=True
+    )
     seed: int = _option(0, int, "decides initial weights, order of images and latent vectors")
     workers: int = _option(0, int, "processes that decode images; 0: none for images in memory", resumable=True)
     log_every: int = _option(10, int, "steps between rows of metrics.jsonl", resumable=True)
@@ -114,7 +117,7 @@ def add_options(parser):
         else:
             if option.default is not None:
                 help_text += f" (default: {option.default})"
-            how = {"type": kind, "metavar": kind.__name__.upper() if kind is not str else "NAME"}
+            how = {"type": kind, "metavar": option.metadata["metavar"]}
         parser.add_argument(flag, dest=option.name, default=argparse.SUPPRESS, help=help_text, **how)
 
 

@@ -22,7 +22,7 @@ def plot_losses(out):
         axes.legend()
         axes.grid(alpha=0.3)
     losses.set_ylabel("loss")
-    outputs.set_ylabel("mean of σ(logits)")
+    outputs.set_ylabel("mean sigmoid of logits")
     outputs.set_ylim(0, 1)
     outputs.set_xlabel("step")
     temporary = out / "loss.png.tmp"

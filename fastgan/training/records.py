@@ -1,8 +1,8 @@
 """What a run leaves behind while it trains: metrics.jsonl, TensorBoard events, sample pictures, loss.png."""
 
+import importlib.util
 import json
 import os
-import sys
 import time
 
 from fastgan.training.devices import peak_memory_mb, synchronize
@@ -13,13 +13,9 @@ METRICS = "metrics.jsonl"
 
 def check_packages():
     """Raise ValueError, naming the package, unless everything that records need is installed."""
-    try:
-        import matplotlib
-        import PIL
-        import tensorboard
-        import tqdm  # noqa: F401
-    except ImportError as error:
-        raise ValueError(f"training needs the package {error.name}: pip install 'fastgan[train]'") from error
+    for package in ("PIL", "matplotlib", "tensorboard", "tqdm"):
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(f"training needs the package {package}: pip install 'fastgan[train]'")
 
 
 def read_metrics(path, up_to_step=None):

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from fastgan.training.devices import check_precision
+from fastgan.training.weights import load_weights
 
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -136,14 +137,14 @@ class TrainStep:
             ValueError: the state is of other networks, or is no state of a TrainStep.
         """
         try:
-            self.generator.load_state_dict(state["generator"])
-            self.discriminator.load_state_dict(state["discriminator"])
+            load_weights(self.generator, state["generator"])
+            load_weights(self.discriminator, state["discriminator"])
             _load_adam(self.optimizer_g, state["optimizer_g"])
             _load_adam(self.optimizer_d, state["optimizer_d"])
             if self.scaler.is_enabled():
                 self.scaler.load_state_dict(state["scaler"])
         except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-            raise ValueError(f"the state does not fit these networks: {error}") from error
+            raise ValueError(f"this is no state of a TrainStep for these networks: {error!r}") from error
 
     _STATEFUL = ("generator", "discriminator", "optimizer_g", "optimizer_d", "scaler")
 
