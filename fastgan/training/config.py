@@ -9,6 +9,7 @@ from fastgan.models import IMAGE_SIZES
 from fastgan.training.devices import PRECISIONS
 
 _SEED_LIMIT = 2**63
+_WIDTHS = "(default: 64, and 32 where images are smaller than 64 pixels)"
 
 
 def _option(default, kind, help, *, metavar=None, resumable=False):
@@ -30,12 +31,12 @@ class TrainConfig:
         None, str, "folder of the data set's files; digits and fake need none", metavar="FOLDER", resumable=True
     )
     image_size: int | None = _option(None, int, "side of the images, in pixels (default: the data set's own)")
-    batch_size: int = _option(64, int, "images in a step")
-    epochs: int = _option(10, int, "passes over the data set", resumable=True)
+    batch_size: int = _option(32, int, "images in a step")
+    epochs: int = _option(16, int, "passes over the data set", resumable=True)
     max_steps: int | None = _option(None, int, "end after so many steps, if the epochs last longer", resumable=True)
     nz: int = _option(100, int, "length of the latent vector")
-    ngf: int = _option(64, int, "channels of the generator's last hidden layer")
-    ndf: int = _option(64, int, "channels of the discriminator's first layer")
+    ngf: int | None = _option(None, int, f"channels of the generator's last hidden layer {_WIDTHS}")
+    ndf: int | None = _option(None, int, f"channels of the discriminator's first layer {_WIDTHS}")
     lr: float = _option(2e-4, float, "Adam's learning rate")
     beta1: float = _option(0.5, float, "Adam's first decay rate")
     precision: str = _option("fp32", str, "what to compute in; fp16 needs CUDA", metavar="{fp32,bf16,fp16}")
@@ -58,9 +59,9 @@ class TrainConfig:
         _check_choice("precision", self.precision, PRECISIONS)
         if self.image_size is not None:
             _check_choice("image_size", self.image_size, IMAGE_SIZES)
-        for name in ("batch_size", "epochs", "nz", "ngf", "ndf", "log_every"):
+        for name in ("batch_size", "epochs", "nz", "log_every"):
             _check_integer(name, getattr(self, name), 1)
-        for name in ("max_steps", "save_every"):
+        for name in ("ngf", "ndf", "max_steps", "save_every"):
             if getattr(self, name) is not None:
                 _check_integer(name, getattr(self, name), 1)
         for name in ("seed", "workers"):
@@ -73,6 +74,11 @@ class TrainConfig:
             raise ValueError(f"lr must be a positive number; got {self.lr!r}")
         if not (_is_number(self.beta1) and 0 <= self.beta1 < 1):
             raise ValueError(f"beta1 must be a number from 0 to below 1; got {self.beta1!r}")
+
+    def for_images(self, image_size):
+        """These options with everything filled in that depends on the side of the data set's images."""
+        width = 64 if image_size >= 64 else 32
+        return dataclasses.replace(self, image_size=image_size, ngf=self.ngf or width, ndf=self.ndf or width)
 
 
 def continued(config, given):

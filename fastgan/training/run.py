@@ -94,7 +94,7 @@ def new_run(config, out=None):
     device = _check_machine(config)
     _check_unused(out)
     dataset = _load(config)
-    config = dataclasses.replace(config, image_size=dataset.image_size)
+    config = config.for_images(dataset.image_size)
     torch.manual_seed(config.seed)
     step = _train_step(config, dataset.nc, device)
     return Run(config, out, dataset, device, step, draw_latents(SAMPLES, config.nz, config.seed))

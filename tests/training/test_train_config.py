@@ -15,13 +15,19 @@ def parse(*arguments):
 
 def test_every_option_has_a_default_a_flag_and_a_help_text():
     config = TrainConfig()
-    assert (config.lr, config.beta1, config.nz, config.ngf, config.ndf) == (2e-4, 0.5, 100, 64, 64)
+    assert (config.lr, config.beta1, config.nz) == (2e-4, 0.5, 100)
     parser = argparse.ArgumentParser()
     add_options(parser)
     text = parser.format_help()
     for option in dataclasses.fields(TrainConfig):
         assert "--" + option.name.replace("_", "-") in text
         assert option.metadata["help"]
+
+
+def test_widths_follow_the_image_size_unless_given():
+    celeba, digits = TrainConfig().for_images(64), TrainConfig(ngf=48).for_images(28)
+    assert (celeba.image_size, celeba.ngf, celeba.ndf) == (64, 64, 64)
+    assert (digits.image_size, digits.ngf, digits.ndf) == (28, 48, 32)
 
 
 def test_only_what_is_given_is_parsed():
@@ -74,7 +80,7 @@ def test_a_dictionary_makes_the_config_again():
 
 
 def test_a_continued_run_may_change_how_but_not_what():
-    config = TrainConfig(image_size=28, max_steps=30)
+    config = TrainConfig(image_size=28, ngf=32, ndf=32, max_steps=30)
     changed = continued(config, {"max_steps": 60, "epochs": 3, "device": "cpu", "fused": False, "lr": config.lr})
     assert (changed.max_steps, changed.epochs, changed.fused) == (60, 3, False)
     fixed = {
