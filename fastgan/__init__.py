@@ -1,7 +1,7 @@
 """fastgan: DCGANs trained with fused Triton kernels, and the fused layers for any PyTorch GAN."""
 
-from fastgan import models
+from fastgan import functional, models
 
 __version__ = "0.1.0"
 
-__all__ = ["models"]
+__all__ = ["functional", "models"]

@@ -1,0 +1,61 @@
+"""Which implementation the operators run: our Triton kernels, or the plain-torch reference beside each operator."""
+
+import importlib.util
+import os
+
+import torch
+
+_CHOICES = ("auto", "triton", "reference")
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+# What the kernels compute with. Everything else, float64 say, goes to the reference.
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@torch.compiler.assume_constant_result
+def _choice():
+    """The value of FASTGAN_BACKEND, checked."""
+    choice = os.environ.get("FASTGAN_BACKEND", "auto")
+    if choice not in _CHOICES:
+        raise ValueError(f"FASTGAN_BACKEND must be one of {', '.join(_CHOICES)}; got {choice!r}")
+    return choice
+
+
+@torch.compiler.assume_constant_result
+def _interpreted():
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
+
+
+def select(device, dtype):
+    """(name, reason): "triton" or "reference" for tensors of this device and dtype, and why.
+
+    FASTGAN_BACKEND=auto takes Triton on CUDA and the reference elsewhere; `triton` insists, which on a CPU needs
+    Triton's interpreter (TRITON_INTERPRET=1); `reference` forces plain torch.
+
+    Raises:
+        ValueError: FASTGAN_BACKEND has another value, or asks for Triton where it cannot run.
+    """
+    choice = _choice()
+    if choice == "reference":
+        return "reference", "FASTGAN_BACKEND=reference"
+    if choice == "triton":
+        if not HAS_TRITON:
+            raise ValueError("FASTGAN_BACKEND=triton, but the triton package is not installed")
+        if device.type != "cuda" and not _interpreted():
+            raise ValueError(
+                f"FASTGAN_BACKEND=triton, but the tensors are on {device.type!r}: the kernels need a CUDA device, "
+                "or TRITON_INTERPRET=1 to run in the interpreter"
+            )
+    elif device.type != "cuda":
+        return "reference", f"the tensors are on {device.type!r}"
+    elif not HAS_TRITON:
+        return "reference", "the triton package is not installed"
+    if dtype not in KERNEL_DTYPES:
+        return "reference", f"no kernels for {dtype}"
+    return "triton", "FASTGAN_BACKEND=triton" if choice == "triton" else "the tensors are on CUDA"
+
+
+def matmul_precision(dtype):
+    """How the kernels multiply: TF32 for float32 only where torch's setting for convolutions allows it."""
+    if dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision != "tf32":
+        return "ieee"
+    return "tf32"

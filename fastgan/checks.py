@@ -1,0 +1,114 @@
+"""What the operators say of bad input: one message with the argument's name, what came and what is allowed."""
+
+import torch
+
+ACTIVATIONS = ("relu", "leaky_relu", "tanh", "sigmoid", None)
+
+
+def pair(name, value):
+    """An int or a pair of ints as a list of two."""
+    values = [value, value] if isinstance(value, int) else list(value)
+    if len(values) != 2 or not all(isinstance(v, int) for v in values):
+        raise ValueError(f"{name} must be an int or a pair of ints; got {value!r}")
+    least = 1 if name == "stride" else 0
+    if min(values) < least:
+        raise ValueError(f"{name} must be at least {least}; got {value!r}")
+    return values
+
+
+def check_conv_bn_act(
+    x,
+    weight,
+    bias,
+    gamma,
+    beta,
+    running_mean,
+    running_var,
+    *,
+    training,
+    momentum,
+    eps,
+    transposed,
+    stride,
+    padding,
+    output_padding,
+    activation,
+    negative_slope,
+):
+    """Raise ValueError or TypeError for what `functional.conv2d_bn_act` and its transposed twin cannot take."""
+    _check_tensors(x=x, weight=weight)
+    for name, tensor in (("x", x), ("weight", weight)):
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} must have 4 dimensions; got shape {tuple(tensor.shape)}")
+    in_axis, out_axis = (0, 1) if transposed else (1, 0)
+    in_channels, out_channels = weight.shape[in_axis], weight.shape[out_axis]
+    if x.shape[1] != in_channels:
+        raise ValueError(
+            f"x must have {in_channels} channels, as weight {tuple(weight.shape)} has on axis {in_axis}; "
+            f"got shape {tuple(x.shape)}"
+        )
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(f"x and weight must have one dtype; got {x.dtype} and {weight.dtype}")
+    vectors = dict(bias=bias, gamma=gamma, beta=beta, running_mean=running_mean, running_var=running_var)
+    for name, vector in vectors.items():
+        if vector is not None:
+            _check_tensors(**{name: vector})
+            if vector.shape != (out_channels,):
+                raise ValueError(f"{name} must have shape ({out_channels},); got {tuple(vector.shape)}")
+    for name, tensor in dict(weight=weight, **vectors).items():
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} must be on the device of x, {x.device}; got {tensor.device}")
+
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean and running_var must be given both or neither")
+    with_batch_norm = any(tensor is not None for tensor in (gamma, beta, running_mean))
+    if with_batch_norm and not training and running_mean is None:
+        raise ValueError("running_mean and running_var are needed when training is False; got None")
+    if not isinstance(momentum, int | float | torch.Tensor):
+        raise TypeError(f"momentum must be a number or a 0-dim tensor; got {momentum!r}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}; got {activation!r}")
+    if activation == "leaky_relu" and not negative_slope >= 0:
+        raise ValueError(f"negative_slope must be at least 0; got {negative_slope!r}")
+    _check_sizes(x, weight, out_channels, transposed, stride, padding, output_padding, training and with_batch_norm)
+
+
+def _check_sizes(x, weight, out_channels, transposed, stride, padding, output_padding, batch_statistics):
+    from fastgan.ops.convolution import out_size
+
+    for extra, step in zip(output_padding, stride, strict=True):
+        if extra and extra >= step:
+            raise ValueError(f"output_padding must be less than stride {tuple(stride)}; got {tuple(output_padding)}")
+    height, width = out_size(x, weight, transposed, stride, padding, output_padding)
+    if height < 1 or width < 1:
+        raise ValueError(
+            f"x of {x.shape[2]}×{x.shape[3]} is too small for kernel {tuple(weight.shape[2:])}, stride "
+            f"{tuple(stride)} and padding {tuple(padding)}: the output would be {height}×{width}"
+        )
+    if batch_statistics and x.shape[0] * height * width == 1:
+        raise ValueError(
+            "Expected more than 1 value per channel when training, got output size "
+            f"{(x.shape[0], out_channels, height, width)}: BatchNorm has no variance of one value"
+        )
+
+
+def check_loss(**arguments):
+    """Raise for logits that are not floating point, empty or on different devices, and targets outside [0, 1]."""
+    tensors = {name: value for name, value in arguments.items() if name.endswith("logits")}
+    _check_tensors(**tensors)
+    for name, logits in tensors.items():
+        if logits.numel() == 0:
+            raise ValueError(f"{name} must not be empty; got shape {tuple(logits.shape)}")
+    if len({logits.device for logits in tensors.values()}) > 1:
+        raise ValueError(f"logits must be on one device; got {', '.join(str(t.device) for t in tensors.values())}")
+    for name in arguments.keys() - tensors.keys():
+        if not 0.0 <= arguments[name] <= 1.0:
+            raise ValueError(f"{name} must be between 0 and 1; got {arguments[name]!r}")
+
+
+def _check_tensors(**named):
+    for name, value in named.items():
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{name} must be a tensor; got {type(value).__name__}")
+        if not value.is_floating_point():
+            raise TypeError(f"{name} must be floating point; got {value.dtype}")

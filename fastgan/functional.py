@@ -1,0 +1,267 @@
+"""The fused operators: convolution + BatchNorm + activation, and the GAN losses on logits.
+
+Each runs our Triton kernels on CUDA and the plain-torch reference that stands beside it elsewhere; the environment
+variable FASTGAN_BACKEND (auto, triton or reference) forces one. See `fastgan.backend.select`.
+"""
+
+import torch
+from torch.nn import functional as F
+
+from fastgan import backend
+from fastgan.checks import check_conv_bn_act, check_loss, pair
+from fastgan.ops import batch_norm, convolution, losses
+
+
+def conv_transpose2d_bn_act(
+    x,
+    weight,
+    bias=None,
+    gamma=None,
+    beta=None,
+    running_mean=None,
+    running_var=None,
+    *,
+    training=False,
+    momentum=0.1,
+    eps=1e-5,
+    stride=1,
+    padding=0,
+    output_padding=0,
+    activation=None,
+    negative_slope=0.01,
+):
+    """act(BatchNorm(conv_transpose2d(x, weight, bias))), forward and backward in fused kernels.
+
+    Args:
+        x: (N, in_channels, H, W); float32, float16 or bfloat16 for the kernels, any floating dtype otherwise.
+        weight: (in_channels, out_channels, kh, kw), the dtype of x (autocast casts both).
+        bias: (out_channels,) or None.
+        gamma, beta: BatchNorm's weight and bias, (out_channels,) or None for ones and zeros.
+        running_mean, running_var: (out_channels,), both or neither; updated in place when `training`. With all four
+            of gamma, beta and the running statistics None there is no BatchNorm.
+        training: normalise with the batch's statistics rather than the running ones.
+        momentum: weight of the new batch in the running statistics: a number, or a 0-dim tensor (a module with
+            ``momentum=None`` passes 1 / num_batches_tracked).
+        eps: added to the variance.
+        stride, padding, output_padding: an int or a pair.
+        activation: "relu", "leaky_relu", "tanh", "sigmoid" or None.
+        negative_slope: of leaky_relu, ≥ 0.
+
+    Returns:
+        (N, out_channels, Ho, Wo) in the dtype of x; channels_last in memory where the kernels ran.
+
+    Raises:
+        ValueError, TypeError: an argument has the wrong shape, dtype, device or value; said before any work starts.
+
+    Source: Ioffe & Szegedy 2015 (arXiv:1502.03167) for BatchNorm; Radford et al. 2015 (arXiv:1511.06434).
+    """
+    return _conv_bn_act(
+        *(x, weight, bias, gamma, beta, running_mean, running_var),
+        training=training,
+        momentum=momentum,
+        eps=eps,
+        transposed=True,
+        stride=pair("stride", stride),
+        padding=pair("padding", padding),
+        output_padding=pair("output_padding", output_padding),
+        activation=activation,
+        negative_slope=negative_slope,
+    )
+
+
+def conv2d_bn_act(
+    x,
+    weight,
+    bias=None,
+    gamma=None,
+    beta=None,
+    running_mean=None,
+    running_var=None,
+    *,
+    training=False,
+    momentum=0.1,
+    eps=1e-5,
+    stride=1,
+    padding=0,
+    activation=None,
+    negative_slope=0.01,
+):
+    """act(BatchNorm(conv2d(x, weight, bias))): as `conv_transpose2d_bn_act`, with weight (out, in, kh, kw)."""
+    return _conv_bn_act(
+        *(x, weight, bias, gamma, beta, running_mean, running_var),
+        training=training,
+        momentum=momentum,
+        eps=eps,
+        transposed=False,
+        stride=pair("stride", stride),
+        padding=pair("padding", padding),
+        output_padding=[0, 0],
+        activation=activation,
+        negative_slope=negative_slope,
+    )
+
+
+def _conv_bn_act(x, weight, *tensors, **options):
+    check_conv_bn_act(x, weight, *tensors, **options)
+    implementation, _ = backend.select(x.device, _compute_dtype(x))
+    # An empty batch has nothing to launch; stock knows what to say of it.
+    if implementation == "reference" or x.numel() == 0:
+        return _conv_bn_act_reference(x, weight, *tensors, **options)
+    return _conv_bn_act_fused(x, weight, *tensors, **options)
+
+
+def _compute_dtype(x):
+    """The dtype that a convolution computes in: autocast's where it is on."""
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+
+
+def _conv_bn_act_reference(
+    x,
+    weight,
+    bias,
+    gamma,
+    beta,
+    running_mean,
+    running_var,
+    *,
+    training,
+    momentum,
+    eps,
+    transposed,
+    stride,
+    padding,
+    output_padding,
+    activation,
+    negative_slope,
+):
+    """The same in plain torch: what the kernels are tested against, and what runs without them."""
+    if transposed:
+        y = F.conv_transpose2d(x, weight, bias, stride, padding, output_padding)
+    else:
+        y = F.conv2d(x, weight, bias, stride, padding)
+    if any(tensor is not None for tensor in (gamma, beta, running_mean, running_var)):
+        y = F.batch_norm(y, running_mean, running_var, gamma, beta, training, float(momentum), eps)
+    return _activate_(y, activation, negative_slope)
+
+
+def _activate_(y, activation, negative_slope):
+    """The activation in place: nothing else needs the result of a convolution or a BatchNorm."""
+    if activation == "relu":
+        return y.relu_()
+    if activation == "leaky_relu":
+        return F.leaky_relu_(y, negative_slope)
+    if activation == "tanh":
+        return y.tanh_()
+    if activation == "sigmoid":
+        return y.sigmoid_()
+    return y
+
+
+def _conv_bn_act_fused(
+    x,
+    weight,
+    bias,
+    gamma,
+    beta,
+    running_mean,
+    running_var,
+    *,
+    training,
+    momentum,
+    eps,
+    transposed,
+    stride,
+    padding,
+    output_padding,
+    activation,
+    negative_slope,
+):
+    dtype = _compute_dtype(x)
+    x, weight = x.to(dtype), weight.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    where = (transposed, stride, padding, output_padding)
+    act = (activation, negative_slope)
+    if all(tensor is None for tensor in (gamma, beta, running_mean, running_var)):
+        return convolution.conv(x, weight, bias, None, None, None, None, 0.0, *where, *act)
+    if training:
+        y, mean, invstd, var = convolution.conv_statistics(x, weight, bias, eps, *where)
+        if running_mean is not None:
+            _update_running(running_mean, mean, momentum)
+            _update_running(running_var, var, momentum)
+        return batch_norm.batch_norm_act(y, mean, invstd, gamma, beta, True, *act)
+    needs_grad = torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (x, weight, bias, gamma, beta)
+    )
+    if needs_grad:
+        # γ's gradient needs the result of the convolution, so it is kept.
+        y = convolution.conv(x, weight, bias, None, None, None, None, 0.0, *where, None, 0.0)
+        mean, invstd = running_mean.float(), (running_var.float() + eps).rsqrt()
+        return batch_norm.batch_norm_act(y, mean, invstd, gamma, beta, False, *act)
+    return convolution.conv(x, weight, bias, running_mean, running_var, gamma, beta, eps, *where, *act)
+
+
+def _update_running(running, new, momentum):
+    """running ← (1 − momentum)·running + momentum·new."""
+    with torch.no_grad():
+        running.lerp_(new.to(running.dtype), momentum)
+
+
+def discriminator_bce(real_logits, fake_logits, *, real_target=1.0, fake_target=0.0, return_means=False):
+    """The discriminator's loss: mean BCE of the real logits against one target plus that of the fake ones.
+
+    With the default targets it is mean softplus(−real) + mean softplus(fake), which is
+    −log D(x) − log(1 − D(G(z))) of Goodfellow et al. 2014 (arXiv:1406.2661) with D = σ(logits). Working on logits
+    it never overflows nor loses its gradient.
+
+    Args:
+        real_logits, fake_logits: of any shapes, also different ones; floating point.
+        real_target, fake_target: in [0, 1]; 0.9 for the real one is the usual label smoothing.
+        return_means: also return the means of σ(real_logits) and σ(fake_logits), without gradient.
+
+    Returns:
+        The loss, 0-dim float32 (float64 for float64 logits); with `return_means` (loss, D(x), D(G(z))).
+
+    Raises:
+        ValueError, TypeError: an empty or non-floating set of logits, different devices, or a target outside [0, 1].
+    """
+    check_loss(real_logits=real_logits, fake_logits=fake_logits)
+    check_loss(real_target=real_target, fake_target=fake_target)
+    sums = _bce(real_logits, fake_logits, float(real_target), float(fake_target))
+    return (sums[0], *sums[1:].detach()) if return_means else sums[0]
+
+
+def generator_bce(fake_logits):
+    """The generator's non-saturating loss, mean −log σ(fake_logits) = mean softplus(−fake_logits).
+
+    Args:
+        fake_logits: D(G(z)) before any sigmoid, of any shape.
+
+    Returns:
+        0-dim float32 (float64 for float64 logits).
+
+    Raises:
+        ValueError, TypeError: an empty or non-floating set of logits.
+    """
+    check_loss(fake_logits=fake_logits)
+    return _bce(fake_logits, None, 1.0, 0.0)[0]
+
+
+def _bce(real, fake, real_target, fake_target):
+    implementation, _ = backend.select(real.device, real.dtype)
+    if implementation == "reference":
+        return _bce_reference(real, fake, real_target, fake_target)
+    return losses.bce(real, fake, real_target, fake_target)[0]
+
+
+def _bce_reference(real, fake, real_target, fake_target):
+    """[loss, mean σ(real), mean σ(fake)] in plain torch."""
+    loss, means = 0.0, []
+    for logits, target in ((real, real_target), (fake, fake_target)):
+        if logits is None:
+            means.append(loss.new_zeros(()))
+            continue
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        # mean(softplus(x) − target·x), in the form whose gradient is exact: σ(x) − target.
+        loss = loss + F.softplus(logits, threshold=float("inf")).mean() - target * logits.mean()
+        means.append(torch.sigmoid(logits).detach().mean())
+    return torch.stack([loss, *means])

@@ -1,0 +1,206 @@
+"""Convolution and transposed convolution with bias, eval-mode BatchNorm and activation in the same kernel.
+
+`conv` gives the activated result, `conv_statistics` the plain result with its batch statistics for a BatchNorm that
+follows (see batch_norm.py). `transposed` chooses the direction; the input gradient of either is `conv` the other way.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastgan.backend import matmul_precision
+from fastgan.ops.geometry import conv_size, conv_transpose_size, lost_rows
+
+
+def channels_last(x):
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def out_size(x, weight, transposed, stride, padding, output_padding):
+    """The (h, w) of the result."""
+    if transposed:
+        return conv_transpose_size(x.shape[2:], weight.shape[2:], stride, padding, output_padding)
+    return conv_size(x.shape[2:], weight.shape[2:], stride, padding)
+
+
+def _kernel(transposed):
+    # Imported when first run: the package must import where Triton is not installed.
+    if transposed:
+        from fastgan.kernels.up import up
+
+        return up
+    from fastgan.kernels.down import down
+
+    return down
+
+
+def _empty_result(x, weight, transposed, stride, padding, output_padding):
+    channels = weight.shape[1 if transposed else 0]
+    shape = (x.shape[0], channels, *out_size(x, weight, transposed, stride, padding, output_padding))
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+@torch.library.custom_op("fastgan::conv", mutates_args=())
+def conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+    transposed: bool,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    output_padding: Sequence[int],
+    activation: str | None,
+    slope: float,
+) -> Tensor:
+    """act(γ·(y − mean)/sqrt(var + eps) + β) with y = conv(x, weight) + bias; no mean means no BatchNorm.
+
+    Differentiable in x, weight and bias where there is no BatchNorm. The result is channels_last.
+    """
+    return _kernel(transposed)(
+        channels_last(x),
+        weight,
+        out_size(x, weight, transposed, stride, padding, output_padding),
+        stride=stride,
+        padding=padding,
+        precision=matmul_precision(x.dtype),
+        bias=bias,
+        batch_norm=(mean, var, gamma, beta),
+        eps=eps,
+        activation=activation,
+        slope=slope,
+    )
+
+
+@conv.register_fake
+def _(x, weight, bias, mean, var, gamma, beta, eps, transposed, stride, padding, output_padding, activation, slope):
+    return _empty_result(x, weight, transposed, stride, padding, output_padding)
+
+
+@torch.library.custom_op("fastgan::conv_statistics", mutates_args=())
+def conv_statistics(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    transposed: bool,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    output_padding: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y = conv(x, weight) + bias and, per channel in float32: mean, 1/sqrt(var + eps) and the unbiased variance.
+
+    Only y is differentiable, and its gradient must come through `batch_norm_act(..., batch_statistics=True)`: it is
+    then the whole gradient, the statistics' part included, and sums to zero over each channel, hence so does bias's.
+    """
+    from fastgan.kernels.statistics import merge_statistics
+
+    y, tiles = _kernel(transposed)(
+        channels_last(x),
+        weight,
+        out_size(x, weight, transposed, stride, padding, output_padding),
+        stride=stride,
+        padding=padding,
+        precision=matmul_precision(x.dtype),
+        bias=bias,
+        statistics=True,
+    )
+    return y, *merge_statistics(tiles, eps)
+
+
+@conv_statistics.register_fake
+def _(x, weight, bias, eps, transposed, stride, padding, output_padding):
+    y = _empty_result(x, weight, transposed, stride, padding, output_padding)
+    return y, *(x.new_empty((y.shape[1],), dtype=torch.float32) for _ in range(3))
+
+
+@torch.library.custom_op("fastgan::conv_weight_grad", mutates_args=())
+def conv_weight_grad(
+    low: Tensor, high: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]
+) -> Tensor:
+    """The gradient for `weight`; (low, high) are (dout, x) of a convolution and (x, dout) of a transposed one."""
+    from fastgan.kernels.weight_grad import weight_grad
+
+    return weight_grad(
+        channels_last(low),
+        channels_last(high),
+        weight,
+        stride=stride,
+        padding=padding,
+        precision=matmul_precision(low.dtype),
+    )
+
+
+@conv_weight_grad.register_fake
+def _(low, high, weight, stride, padding):
+    return torch.empty_like(weight)
+
+
+@torch.library.custom_op("fastgan::activation_grad", mutates_args=())
+def activation_grad(grad: Tensor, out: Tensor, activation: str, slope: float) -> Tensor:
+    """grad · act'(z) where out = act(z)."""
+    from fastgan.kernels.batch_norm import activation_input_grad
+
+    return activation_input_grad(channels_last(grad), channels_last(out), activation=activation, slope=slope)
+
+
+@activation_grad.register_fake
+def _(grad, out, activation, slope):
+    return torch.empty_like(out, memory_format=torch.channels_last)
+
+
+def _linear_backward(ctx, x, weight, dy):
+    """(dx, dweight) of y = conv(x, weight), each None where it is not wanted."""
+    transposed, stride, padding = ctx.transposed, ctx.stride, ctx.padding
+    dx = dweight = None
+    if ctx.needs_input_grad[0]:
+        extra = [0, 0] if transposed else lost_rows(x.shape[2:], weight.shape[2:], stride, padding)
+        dx = conv(dy, weight, None, None, None, None, None, 0.0, not transposed, stride, padding, extra, None, 0.0)
+    if ctx.needs_input_grad[1]:
+        low, high = (x, dy) if transposed else (dy, x)
+        dweight = conv_weight_grad(low, high, weight, stride, padding)
+    return dx, dweight
+
+
+def _save_conv(ctx, inputs, output):
+    x, weight, _, mean, *_, transposed, stride, padding, _, activation, slope = inputs
+    ctx.with_batch_norm = mean is not None
+    ctx.transposed, ctx.stride, ctx.padding = transposed, stride, padding
+    ctx.activation, ctx.slope = activation, slope
+    # A linear result is not needed again; every activation's derivative can be told from its output.
+    ctx.save_for_backward(x, weight, output if activation else None)
+
+
+def _conv_backward(ctx, dout):
+    if ctx.with_batch_norm:
+        raise RuntimeError("fastgan::conv with an eval-mode BatchNorm inside has no gradient: use batch_norm_act")
+    x, weight, out = ctx.saved_tensors
+    dy = activation_grad(dout, out, ctx.activation, ctx.slope) if ctx.activation else dout
+    dx, dweight = _linear_backward(ctx, x, weight, dy)
+    dbias = dy.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None
+    return dx, dweight, dbias, *[None] * 11
+
+
+conv.register_autograd(_conv_backward, setup_context=_save_conv)
+
+
+def _save_conv_statistics(ctx, inputs, output):
+    x, weight, bias, _, transposed, stride, padding, _ = inputs
+    ctx.transposed, ctx.stride, ctx.padding = transposed, stride, padding
+    ctx.save_for_backward(x, weight, bias)
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _conv_statistics_backward(ctx, dy, *_):
+    x, weight, bias = ctx.saved_tensors
+    dx, dweight = _linear_backward(ctx, x, weight, dy)
+    dbias = torch.zeros_like(bias) if ctx.needs_input_grad[2] else None
+    return dx, dweight, dbias, *[None] * 5
+
+
+conv_statistics.register_autograd(_conv_statistics_backward, setup_context=_save_conv_statistics)

@@ -1,0 +1,19 @@
+"""Sizes of convolutions and transposed convolutions (dilation 1)."""
+
+
+def conv_size(size, kernel, stride, padding):
+    """Output (h, w) of a convolution of an input of (h, w)."""
+    return [(n + 2 * p - k) // s + 1 for n, k, s, p in zip(size, kernel, stride, padding, strict=True)]
+
+
+def conv_transpose_size(size, kernel, stride, padding, output_padding):
+    """Output (h, w) of a transposed convolution of an input of (h, w)."""
+    return [
+        (n - 1) * s - 2 * p + k + extra
+        for n, k, s, p, extra in zip(size, kernel, stride, padding, output_padding, strict=True)
+    ]
+
+
+def lost_rows(size, kernel, stride, padding):
+    """The output_padding with which a transposed convolution undoes this convolution's size."""
+    return [(n + 2 * p - k) % s for n, k, s, p in zip(size, kernel, stride, padding, strict=True)]

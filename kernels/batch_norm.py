@@ -1,0 +1,255 @@
+"""BatchNorm's element-wise passes with the activation in them, and the sums that its backward needs.
+
+All of them see an (N, C, H, W) channels_last tensor as a matrix of N·H·W rows and C columns.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from fastgan.kernels.launch import empty_nhwc, launch, needs_int64, reduction_tile, rows_tile
+from fastgan.kernels.pieces import activate, activation_grad, channel_vector, normalize, scale_and_shift
+from fastgan.kernels.statistics import sum_rows
+
+FEWEST_ROW_BLOCKS = 1024  # enough programs to fill a GPU before one program takes several blocks of rows
+
+
+@triton.jit
+def normalize_activate_kernel(
+    y_ptr,  # (rows, C)
+    mean_ptr,  # (C,), as invstd; gamma and beta too, or None
+    invstd_ptr,
+    gamma_ptr,
+    beta_ptr,
+    out_ptr,  # (rows, C)
+    rows,
+    C,
+    ACTIVATION: tl.constexpr,
+    SLOPE: tl.constexpr,
+    INT64: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    column_ok = column < C
+    ok = (row < rows)[:, None] & column_ok[None, :]
+    if INT64:
+        row = row.to(tl.int64)
+    cell = row[:, None] * C + column[None, :]
+    y = tl.load(y_ptr + cell, mask=ok, other=0.0).to(tl.float32)
+    z = scale_and_shift(normalize(y, mean_ptr, invstd_ptr, column, column_ok), gamma_ptr, beta_ptr, column, column_ok)
+    tl.store(out_ptr + cell, activate(z, ACTIVATION, SLOPE).to(out_ptr.dtype.element_ty), mask=ok)
+
+
+def normalize_activate(y, mean, invstd, gamma, beta, *, activation, slope):
+    """act(γ·(y − mean)·invstd + β) for y (N, C, H, W) channels_last; gamma and beta (C,) or None."""
+    out = empty_nhwc(y.shape, y)
+    rows, channels = y.numel() // y.shape[1], y.shape[1]
+    block_r, block_c = rows_tile(rows, channels)
+    launch(
+        normalize_activate_kernel,
+        (triton.cdiv(rows, block_r), triton.cdiv(channels, block_c)),
+        *(y, mean, invstd, gamma, beta, out, rows, channels),
+        device=y.device,
+        ACTIVATION=activation,
+        SLOPE=slope,
+        INT64=needs_int64(y),
+        BLOCK_R=block_r,
+        BLOCK_C=block_c,
+    )
+    return out
+
+
+@triton.jit
+def normalized_and_grad(
+    cell,
+    ok,
+    column,
+    column_ok,
+    grad_ptr,
+    y_ptr,
+    mean_ptr,
+    invstd_ptr,
+    gamma_ptr,
+    beta_ptr,
+    ACTIVATION: tl.constexpr,
+    SLOPE: tl.constexpr,
+):
+    """x̂ and dz = dout · act'(z) of a tile, both recomputed from y; they are zero outside of it."""
+    grad = tl.load(grad_ptr + cell, mask=ok, other=0.0).to(tl.float32)
+    y = tl.load(y_ptr + cell, mask=ok, other=0.0).to(tl.float32)
+    x_hat = normalize(y, mean_ptr, invstd_ptr, column, column_ok)
+    z = scale_and_shift(x_hat, gamma_ptr, beta_ptr, column, column_ok)
+    return x_hat, grad * activation_grad(activate(z, ACTIVATION, SLOPE), ACTIVATION, SLOPE)
+
+
+@triton.jit
+def batch_norm_grad_sums_kernel(
+    grad_ptr,  # (rows, C)
+    y_ptr,  # (rows, C)
+    mean_ptr,  # (C,), as invstd; gamma and beta too, or None
+    invstd_ptr,
+    gamma_ptr,
+    beta_ptr,
+    sums_ptr,  # (programs along rows, 2, C): Σ dz and Σ dz·x̂ of each program's rows
+    rows,
+    C,
+    ACTIVATION: tl.constexpr,
+    SLOPE: tl.constexpr,
+    INT64: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    pid_r = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    column_ok = column < C
+    sum_dz = tl.zeros((BLOCK_C,), tl.float32)
+    sum_dz_x_hat = tl.zeros((BLOCK_C,), tl.float32)
+    for block in range(BLOCKS):
+        row = (pid_r * BLOCKS + block) * BLOCK_R + tl.arange(0, BLOCK_R)
+        ok = (row < rows)[:, None] & column_ok[None, :]
+        if INT64:
+            row = row.to(tl.int64)
+        cell = row[:, None] * C + column[None, :]
+        x_hat, dz = normalized_and_grad(
+            cell,
+            ok,
+            column,
+            column_ok,
+            grad_ptr,
+            y_ptr,
+            mean_ptr,
+            invstd_ptr,
+            gamma_ptr,
+            beta_ptr,
+            ACTIVATION,
+            SLOPE,
+        )
+        sum_dz += tl.sum(dz, 0)
+        sum_dz_x_hat += tl.sum(dz * x_hat, 0)
+    tl.store(sums_ptr + pid_r * 2 * C + column, sum_dz, mask=column_ok)
+    tl.store(sums_ptr + (pid_r * 2 + 1) * C + column, sum_dz_x_hat, mask=column_ok)
+
+
+@triton.jit
+def batch_norm_input_grad_kernel(
+    grad_ptr,  # (rows, C)
+    y_ptr,  # (rows, C)
+    mean_ptr,  # (C,), as invstd; gamma and beta too, or None
+    invstd_ptr,
+    gamma_ptr,
+    beta_ptr,
+    sums_ptr,  # (2, C): Σ dz and Σ dz·x̂ over all rows, or None where mean and invstd are constants
+    out_ptr,  # (rows, C)
+    rows,
+    C,
+    ACTIVATION: tl.constexpr,
+    SLOPE: tl.constexpr,
+    INT64: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """dy = γ·invstd·(dz − Σdz/M − x̂·Σ(dz·x̂)/M), without the two means where the statistics are constants."""
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    column_ok = column < C
+    ok = (row < rows)[:, None] & column_ok[None, :]
+    if INT64:
+        row = row.to(tl.int64)
+    cell = row[:, None] * C + column[None, :]
+    x_hat, dy = normalized_and_grad(
+        cell, ok, column, column_ok, grad_ptr, y_ptr, mean_ptr, invstd_ptr, gamma_ptr, beta_ptr, ACTIVATION, SLOPE
+    )
+    if sums_ptr is not None:
+        count = tl.full((1,), 0.0, tl.float32) + rows
+        mean_dz = channel_vector(sums_ptr, column, column_ok, 0.0) / count
+        mean_dz_x_hat = channel_vector(sums_ptr + C, column, column_ok, 0.0) / count
+        dy = dy - mean_dz - x_hat * mean_dz_x_hat
+    dy = dy * channel_vector(invstd_ptr, column, column_ok, 1.0)
+    if gamma_ptr is not None:
+        dy = dy * channel_vector(gamma_ptr, column, column_ok, 1.0)
+    tl.store(out_ptr + cell, dy.to(out_ptr.dtype.element_ty), mask=ok)
+
+
+def batch_norm_grad(grad, y, mean, invstd, gamma, beta, *, activation, slope, batch_statistics):
+    """The backward of `normalize_activate`.
+
+    Args:
+        grad, y: (N, C, H, W) channels_last: the gradient of its output, and its input.
+        batch_statistics: whether mean and invstd are y's own, so that the gradient flows through them.
+
+    Returns:
+        dy (N, C, H, W) channels_last in y's dtype; sums (2, C) float32, which are dβ and dγ.
+    """
+    rows, channels = y.numel() // y.shape[1], y.shape[1]
+    constants = dict(ACTIVATION=activation, SLOPE=slope, INT64=needs_int64(y))
+    vectors = (mean, invstd, gamma, beta)
+
+    block_r, block_c = reduction_tile(rows, channels)
+    blocks = triton.next_power_of_2(triton.cdiv(rows, block_r * FEWEST_ROW_BLOCKS))
+    programs = triton.cdiv(rows, block_r * blocks)
+    parts = torch.empty((programs, 2 * channels), dtype=torch.float32, device=y.device)
+    launch(
+        batch_norm_grad_sums_kernel,
+        (programs, triton.cdiv(channels, block_c)),
+        *(grad, y, *vectors, parts, rows, channels),
+        device=y.device,
+        BLOCKS=blocks,
+        BLOCK_R=block_r,
+        BLOCK_C=block_c,
+        **constants,
+    )
+    sums = torch.empty((2 * channels,), dtype=torch.float32, device=y.device)
+    sum_rows(parts, out=sums)
+
+    dy = empty_nhwc(y.shape, y)
+    block_r, block_c = rows_tile(rows, channels)
+    launch(
+        batch_norm_input_grad_kernel,
+        (triton.cdiv(rows, block_r), triton.cdiv(channels, block_c)),
+        *(grad, y, *vectors, sums if batch_statistics else None, dy, rows, channels),
+        device=y.device,
+        BLOCK_R=block_r,
+        BLOCK_C=block_c,
+        **constants,
+    )
+    return dy, sums.view(2, channels)
+
+
+@triton.jit
+def activation_input_grad_kernel(
+    grad_ptr,
+    out_ptr,
+    dz_ptr,
+    elements,
+    ACTIVATION: tl.constexpr,
+    SLOPE: tl.constexpr,
+    INT64: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    if INT64:
+        pid = pid.to(tl.int64)
+    i = pid * BLOCK + tl.arange(0, BLOCK)
+    ok = i < elements
+    grad = tl.load(grad_ptr + i, mask=ok, other=0.0).to(tl.float32)
+    out = tl.load(out_ptr + i, mask=ok, other=0.0).to(tl.float32)
+    tl.store(dz_ptr + i, (grad * activation_grad(out, ACTIVATION, SLOPE)).to(dz_ptr.dtype.element_ty), mask=ok)
+
+
+def activation_input_grad(grad, out, *, activation, slope):
+    """dout · act'(z) where out = act(z); both (N, C, H, W) channels_last."""
+    dz = empty_nhwc(out.shape, out)
+    launch(
+        activation_input_grad_kernel,
+        (triton.cdiv(out.numel(), 2048),),
+        *(grad, out, dz, out.numel()),
+        device=out.device,
+        ACTIVATION=activation,
+        SLOPE=slope,
+        INT64=needs_int64(out),
+        BLOCK=2048,
+    )
+    return dz

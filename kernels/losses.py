@@ -1,0 +1,75 @@
+"""Binary cross-entropy on logits against constant targets: loss, gradient and mean probability in one pass."""
+
+import torch
+import triton
+import triton.language as tl
+
+from fastgan.kernels.launch import launch
+from fastgan.kernels.statistics import sum_rows
+
+BLOCK = 1024
+
+
+@triton.jit
+def _bce(logits_ptr, grad_ptr, n, target, BLOCK: tl.constexpr):
+    """This program's part of mean(softplus(x) − target·x), of its gradient σ(x) − target, and of mean σ(x)."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    ok = i < n
+    x = tl.load(logits_ptr + i, mask=ok, other=0.0).to(tl.float32)
+    # softplus without overflow: exp sees only −|x|.
+    t = tl.exp(-tl.abs(x))
+    loss = tl.maximum(x, 0.0) + tl.log(1.0 + t) - target * x
+    probability = tl.where(x < 0.0, t, 1.0) / (1.0 + t)
+    share = tl.full((1,), 1.0, tl.float32) / n
+    tl.store(grad_ptr + i, (probability - target) * share, mask=ok)
+    return tl.sum(tl.where(ok, loss * share, 0.0), 0), tl.sum(tl.where(ok, probability * share, 0.0), 0)
+
+
+@triton.jit
+def bce_kernel(
+    real_ptr,  # (n_real,)
+    fake_ptr,  # (n_fake,) or None: the generator's loss looks at one set only
+    real_grad_ptr,  # (n_real,) float32
+    fake_grad_ptr,  # (n_fake,) float32
+    sums_ptr,  # (programs, 3): loss, mean σ(real), mean σ(fake)
+    n_real,
+    n_fake,
+    real_target,
+    fake_target,
+    BLOCK: tl.constexpr,
+):
+    loss, real_mean = _bce(real_ptr, real_grad_ptr, n_real, real_target, BLOCK)
+    fake_mean = 0.0
+    if fake_ptr is not None:
+        fake_loss, fake_mean = _bce(fake_ptr, fake_grad_ptr, n_fake, fake_target, BLOCK)
+        loss += fake_loss
+    sums = sums_ptr + tl.program_id(0) * 3
+    tl.store(sums, loss)
+    tl.store(sums + 1, real_mean)
+    tl.store(sums + 2, fake_mean)
+
+
+def bce(real, fake, real_target, fake_target):
+    """Mean BCE of two contiguous 1-D sets of logits, each against its target, added; `fake` may be None.
+
+    Returns:
+        sums (3,) float32: loss, mean σ(real), mean σ(fake); the loss's gradient for real; for fake (or None).
+    """
+    sets = [real] if fake is None else [real, fake]
+    grads = [torch.empty_like(logits, dtype=torch.float32) for logits in sets]
+    programs = triton.cdiv(max(logits.numel() for logits in sets), BLOCK)
+    sums = torch.empty((programs, 3), dtype=torch.float32, device=real.device)
+    fake_grad = None if fake is None else grads[1]
+    launch(
+        bce_kernel,
+        (programs,),
+        *(real, fake, grads[0], fake_grad, sums),
+        *(real.numel(), 0 if fake is None else fake.numel(), real_target, fake_target),
+        device=real.device,
+        BLOCK=BLOCK,
+    )
+    if programs > 1:
+        total = torch.empty((3,), dtype=torch.float32, device=real.device)
+        sum_rows(sums, out=total)
+        return total, grads[0], fake_grad
+    return sums.view(3), grads[0], fake_grad

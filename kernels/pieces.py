@@ -1,0 +1,108 @@
+"""Pieces that several kernels share: activations, the epilogue of a convolution, statistics of a tile."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tanh(z):
+    # exp(−2|z|) never overflows; near zero, where 1 − t would cancel, the Taylor series is exact to float32.
+    t = tl.exp(-2.0 * tl.abs(z))
+    away = (1.0 - t) / (1.0 + t)
+    z2 = z * z
+    near = tl.abs(z) * (1.0 + z2 * (-1.0 / 3.0 + z2 * (2.0 / 15.0 - z2 * (17.0 / 315.0))))
+    magnitude = tl.where(tl.abs(z) < 0.2, near, away)
+    return tl.where(z < 0.0, -magnitude, magnitude)
+
+
+@triton.jit
+def activate(z, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
+    """act(z) in float32. The comparisons let NaN through, so that a diverged network stays visible."""
+    if ACTIVATION == "relu":
+        z = tl.where(z <= 0.0, 0.0, z)
+    elif ACTIVATION == "leaky_relu":
+        z = tl.where(z <= 0.0, z * SLOPE, z)
+    elif ACTIVATION == "tanh":
+        z = tanh(z)
+    elif ACTIVATION == "sigmoid":
+        z = tl.sigmoid(z)
+    return z
+
+
+@triton.jit
+def activation_grad(out, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
+    """act'(z) from out = act(z): all four activations can tell it from their output (for SLOPE ≥ 0)."""
+    grad = tl.full(out.shape, 1.0, tl.float32)
+    if ACTIVATION == "relu":
+        grad = tl.where(out > 0.0, 1.0, 0.0)
+    elif ACTIVATION == "leaky_relu":
+        grad = tl.where(out > 0.0, 1.0, SLOPE)
+    elif ACTIVATION == "tanh":
+        grad = 1.0 - out * out
+    elif ACTIVATION == "sigmoid":
+        grad = out * (1.0 - out)
+    return grad
+
+
+@triton.jit
+def channel_vector(ptr, columns, column_ok, default):
+    """A per-channel vector as a (1, BLOCK) float32 row."""
+    return tl.load(ptr + columns, mask=column_ok, other=default).to(tl.float32)[None, :]
+
+
+@triton.jit
+def normalize(y, mean_ptr, invstd_ptr, columns, column_ok):
+    """x̂ = (y − mean) · invstd. Subtracting before scaling keeps its precision where |mean| ≫ std."""
+    return (y - channel_vector(mean_ptr, columns, column_ok, 0.0)) * channel_vector(invstd_ptr, columns, column_ok, 1.0)
+
+
+@triton.jit
+def scale_and_shift(x_hat, gamma_ptr, beta_ptr, columns, column_ok):
+    """γ·x̂ + β, where a missing γ is 1 and a missing β is 0."""
+    z = x_hat
+    if gamma_ptr is not None:
+        z = z * channel_vector(gamma_ptr, columns, column_ok, 1.0)
+    if beta_ptr is not None:
+        z = z + channel_vector(beta_ptr, columns, column_ok, 0.0)
+    return z
+
+
+@triton.jit
+def conv_epilogue(
+    acc,
+    bias_ptr,
+    mean_ptr,
+    var_ptr,
+    gamma_ptr,
+    beta_ptr,
+    eps,
+    columns,
+    column_ok,
+    ACTIVATION: tl.constexpr,
+    SLOPE: tl.constexpr,
+):
+    """act(BatchNorm(acc + bias)) with known statistics; without a mean there is no BatchNorm."""
+    if bias_ptr is not None:
+        acc += channel_vector(bias_ptr, columns, column_ok, 0.0)
+    if mean_ptr is not None:
+        invstd = 1.0 / tl.sqrt_rn(channel_vector(var_ptr, columns, column_ok, 1.0) + eps)
+        acc = (acc - channel_vector(mean_ptr, columns, column_ok, 0.0)) * invstd
+        acc = scale_and_shift(acc, gamma_ptr, beta_ptr, columns, column_ok)
+    return activate(acc, ACTIVATION, SLOPE)
+
+
+@triton.jit
+def store_tile_statistics(acc, row_ok, count, tile, columns, column_ok, CHANNELS, count_ptr, mean_ptr, m2_ptr):
+    """Write a tile's count, mean and centred sum of squares per channel while it is still in registers.
+
+    Rows past the end are masked before each sum; merge_statistics puts the tiles together.
+    """
+    # count: (tiles,), mean, m2: (tiles, CHANNELS)
+    rows = tl.maximum(count, 1.0)
+    rough = tl.sum(tl.where(row_ok[:, None], acc, 0.0), 0) / rows
+    centred = tl.where(row_ok[:, None], acc - rough[None, :], 0.0)
+    # The sum's own rounding error is what the centred values still average to.
+    rest = tl.sum(centred, 0) / rows
+    tl.store(mean_ptr + tile * CHANNELS + columns, rough + rest, mask=column_ok)
+    tl.store(m2_ptr + tile * CHANNELS + columns, tl.sum(centred * centred, 0) - rows * rest * rest, mask=column_ok)
+    tl.store(count_ptr + tile, count)
