@@ -62,7 +62,9 @@ def run_training(argv):
         print(f"interrupted; step {step} is saved. To go on: python scripts/train.py --resume {run.out}")
         return 130
     print(f"done: {step} steps. Pictures: {run.out}/samples/step-{step:06d}.png; losses: {run.out}/loss.png")
-    print(f"more pictures: python scripts/generate.py {run.out}/checkpoint.pt --out {run.out}/more.png")
+    print(
+        f"more pictures: python scripts/generate.py {run.out}/checkpoint.pt --out {run.out}/more.png --seed {run.config.seed + 1}"
+    )
     return 0
 
 

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import time
 
 from fastgan.training.devices import peak_memory_mb, synchronize
@@ -63,7 +64,7 @@ class Records:
             initial=run.first_step * run.config.batch_size,
             unit=" images",
             unit_scale=True,
-            dynamic_ncols=True,
+            ncols=shutil.get_terminal_size().columns,  # 80 where the terminal does not tell
             disable=None,  # on a terminal only; elsewhere each save prints a line
         )
         self.restart_clock()

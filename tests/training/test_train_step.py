@@ -144,6 +144,30 @@ def test_bf16_keeps_parameters_and_losses_in_float32():
     assert all(p.dtype == torch.float32 and p.grad.dtype == torch.float32 for p in generator.parameters())
 
 
+def test_fp16_scales_the_losses_and_not_the_updates(monkeypatch):
+    # The CPU computes in float16 too, only too slowly to be offered.
+    monkeypatch.setattr("fastgan.training.step.check_precision", lambda precision, device: None)
+    averages = {}
+    for precision in ("fp32", "fp16"):
+        step = TrainStep(*make_networks(dtype=torch.float32), latent_dim=NZ, precision=precision, fused=False)
+        if precision == "fp16":
+            step.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)  # the first scale may overflow: a lost step
+        weight, seen = step.discriminator.main[0].weight, []
+        weight.register_hook(lambda gradient, seen=seen: seen.append(gradient.clone()))
+        torch.manual_seed(6)
+        step(real_batches(1, dtype=torch.float32)[0])
+        # exp_avg is half of the first gradient.
+        scale = seen[0].norm() / step.optimizer_d.state[weight]["exp_avg"].norm() / 2
+        assert scale.item() == pytest.approx({"fp32": 1.0, "fp16": 1024.0}[precision], rel=1e-3)
+        averages[precision] = [
+            state["exp_avg"].flatten()
+            for optimizer in (step.optimizer_d, step.optimizer_g)
+            for state in optimizer.state.values()
+        ]
+    for half, full in zip(averages["fp16"], averages["fp32"], strict=True):
+        assert (half - full).norm() < 0.05 * full.norm()
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_compiled_networks_give_the_same_losses(fused, monkeypatch):
     compile = torch.compile
