@@ -62,9 +62,8 @@ def run_training(argv):
         print(f"interrupted; step {step} is saved. To go on: python scripts/train.py --resume {run.out}")
         return 130
     print(f"done: {step} steps. Pictures: {run.out}/samples/step-{step:06d}.png; losses: {run.out}/loss.png")
-    print(
-        f"more pictures: python scripts/generate.py {run.out}/checkpoint.pt --out {run.out}/more.png --seed {run.config.seed + 1}"
-    )
+    another = run.config.seed + 1  # the run's own seed would draw the pictures of the samples again
+    print(f"more: python scripts/generate.py {run.out}/checkpoint.pt --out {run.out}/more.png --seed {another}")
     return 0
 
 

@@ -200,6 +200,18 @@ def test_bad_input_in_a_process_of_its_own():
     assert not any(Path().iterdir())
 
 
+def test_help_and_the_library_import_nothing_that_only_training_needs():
+    code = (
+        "import runpy, sys\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'matplotlib', 'tensorboard', 'torchvision', 'PIL', 'mlxtend'} & set(sys.modules)))"
+    )
+    code = f"import sys; sys.argv = [{str(SCRIPTS / 'train.py')!r}, '--help']\n{code}"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=True)
+    assert "--resume" in result.stdout and result.stdout.endswith("\n[]\n")
+
+
 def test_ctrl_c_saves_and_says_how_to_go_on(capsys):
     process = start(*TINY, "--epochs", "1000", "--log-every", "1", "--save-every", "100000", "--out", "run")
     metrics, deadline = Path("run/metrics.jsonl"), time.monotonic() + 100
