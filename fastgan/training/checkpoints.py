@@ -1,0 +1,121 @@
+"""checkpoint.pt: everything that a run needs to go on, or a generator to draw."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from fastgan.models import Generator
+from fastgan.training.config import config_from_dict
+from fastgan.training.weights import load_weights
+
+CHECKPOINT = "checkpoint.pt"
+_FORMAT = "fastgan checkpoint 1"
+_KEYS = {
+    *("format", "step", "config", "nc", "images", "fixed_latent", "rng"),
+    *("generator", "discriminator", "optimizer_g", "optimizer_d", "scaler"),
+}
+
+
+def write_checkpoint(path, *, step, config, nc, images, fixed_latent, train_step):
+    """Write ``path`` whole or not at all: to a temporary file beside it first, which then takes its name.
+
+    Args:
+        path: the file; an older one is replaced.
+        step: updates done.
+        config: the run's options as plain values (``dataclasses.asdict``), ``image_size`` filled in.
+        nc, images: channels and number of the data set's images.
+        fixed_latent: the latent vectors of the run's sample pictures.
+        train_step: the TrainStep.
+    """
+    state = {
+        "format": _FORMAT,
+        "step": step,
+        "config": config,
+        "nc": nc,
+        "images": images,
+        "fixed_latent": fixed_latent,
+        "rng": _rng_state(train_step.device),
+        **train_step.state_dict(),
+    }
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def read_checkpoint(path):
+    """The contents of a checkpoint (a file, or the run folder that holds it), with tensors on the CPU.
+
+    Raises:
+        ValueError: there is none, it is damaged, or it is something else.
+    """
+    path = checkpoint_path(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever bytes that are no checkpoint lead the unpickler to
+        raise ValueError(f"{path} is not a fastgan checkpoint, or it is damaged: it cannot be loaded") from error
+    if not isinstance(state, dict) or state.get("format") != _FORMAT or not _KEYS <= set(state):
+        raise ValueError(f"{path} is not a fastgan checkpoint: it holds something else")
+    return state
+
+
+def checkpoint_path(path):
+    """``path`` itself, or the checkpoint.pt in it if it is a folder.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    path = Path(path)
+    if path.is_dir():
+        if not (path / CHECKPOINT).is_file():
+            raise ValueError(f"{path} holds no {CHECKPOINT}")
+        return path / CHECKPOINT
+    if not path.is_file():
+        raise ValueError(f"checkpoint {path} does not exist")
+    return path
+
+
+def checkpoint_config(path, state):
+    """The TrainConfig in a checkpoint's ``state``; ``path`` is for the message of the ValueError."""
+    try:
+        return config_from_dict(state["config"])
+    except ValueError as error:
+        raise ValueError(f"{path} is not a checkpoint of this version: {error}") from error
+
+
+def load_generator(path, device="cpu"):
+    """The trained generator of a checkpoint, in eval mode, on ``device``. Its ``nz`` is the length of a latent.
+
+    Raises:
+        ValueError: the checkpoint cannot be used; see ``read_checkpoint``.
+    """
+    state = read_checkpoint(path)
+    config = checkpoint_config(path, state)
+    try:
+        generator = Generator(image_size=config.image_size, nc=state["nc"], nz=config.nz, ngf=config.ngf)
+        load_weights(generator, state["generator"])
+    except ValueError as error:
+        raise ValueError(f"{path} holds weights of another architecture than its options say: {error}") from error
+    return generator.eval().to(device)
+
+
+def restore_rng(state, device):
+    """Put the random generators back to what a checkpoint's ``rng`` holds, the GPU's if the run was on one."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def _rng_state(device):
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state

@@ -1,0 +1,141 @@
+"""The options of a training run: names, defaults, help texts and what is allowed, all in one place."""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+
+from fastgan.data import DATASETS
+from fastgan.models import IMAGE_SIZES
+from fastgan.training.devices import PRECISIONS
+
+_SEED_LIMIT = 2**63
+_WIDTHS = "(default: 64, and 32 where images are smaller than 64 pixels)"
+
+
+def _option(default, kind, help, *, metavar=None, resumable=False):
+    """A field and its command-line option. ``resumable``: a resumed run may give another value."""
+    metavar = metavar or kind.__name__.upper()
+    return field(default=default, metadata={"kind": kind, "help": help, "metavar": metavar, "resumable": resumable})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Every option of a run; the help texts below say what each one is. Checked when made.
+
+    Raises:
+        ValueError: a value that is not allowed.
+    """
+
+    dataset: str = _option("digits", str, f"what to learn: {', '.join(DATASETS)}", metavar="NAME")
+    dataroot: str | None = _option(
+        None, str, "folder of the data set's files; digits and fake need none", metavar="FOLDER", resumable=True
+    )
+    image_size: int | None = _option(None, int, "side of the images, in pixels (default: the data set's own)")
+    batch_size: int = _option(32, int, "images in a step")
+    epochs: int = _option(16, int, "passes over the data set", resumable=True)
+    max_steps: int | None = _option(None, int, "end after so many steps, if the epochs last longer", resumable=True)
+    nz: int = _option(100, int, "length of the latent vector")
+    ngf: int | None = _option(None, int, f"channels of the generator's last hidden layer {_WIDTHS}")
+    ndf: int | None = _option(None, int, f"channels of the discriminator's first layer {_WIDTHS}")
+    lr: float = _option(2e-4, float, "Adam's learning rate")
+    beta1: float = _option(0.5, float, "Adam's first decay rate")
+    precision: str = _option("fp32", str, "what to compute in; fp16 needs CUDA", metavar="{fp32,bf16,fp16}")
+    fused: bool = _option(
+        True, bool, "fused layers and losses: Triton kernels on a GPU, plain torch on a CPU", resumable=True
+    )
+    compile: bool = _option(False, bool, "torch.compile both networks", resumable=True)
+    device: str = _option(
+        "auto", str, "auto (CUDA if there is one), cpu, cuda or cuda:N", metavar="DEVICE", resumable=True
+    )
+    seed: int = _option(0, int, "decides initial weights, order of images and latent vectors")
+    workers: int = _option(0, int, "processes that decode images; 0: none for images in memory", resumable=True)
+    log_every: int = _option(10, int, "steps between rows of metrics.jsonl", resumable=True)
+    save_every: int | None = _option(
+        None, int, "steps between sample pictures and checkpoints (default: an epoch, at most 1000)", resumable=True
+    )
+
+    def __post_init__(self):
+        _check_choice("dataset", self.dataset, DATASETS)
+        _check_choice("precision", self.precision, PRECISIONS)
+        if self.image_size is not None:
+            _check_choice("image_size", self.image_size, IMAGE_SIZES)
+        for name in ("batch_size", "epochs", "nz", "log_every"):
+            _check_integer(name, getattr(self, name), 1)
+        for name in ("ngf", "ndf", "max_steps", "save_every"):
+            if getattr(self, name) is not None:
+                _check_integer(name, getattr(self, name), 1)
+        for name in ("seed", "workers"):
+            _check_integer(name, getattr(self, name), 0)
+        if self.batch_size == 1:
+            raise ValueError("batch_size must be at least 2: batch normalisation compares the images of a batch; got 1")
+        if self.seed >= _SEED_LIMIT:
+            raise ValueError(f"seed must be below 2**63; got {self.seed}")
+        if not (_is_number(self.lr) and 0 < self.lr < math.inf):
+            raise ValueError(f"lr must be a positive number; got {self.lr!r}")
+        if not (_is_number(self.beta1) and 0 <= self.beta1 < 1):
+            raise ValueError(f"beta1 must be a number from 0 to below 1; got {self.beta1!r}")
+
+    def for_images(self, image_size):
+        """These options with everything filled in that depends on the side of the data set's images."""
+        width = 64 if image_size >= 64 else 32
+        return dataclasses.replace(self, image_size=image_size, ngf=self.ngf or width, ndf=self.ndf or width)
+
+
+def continued(config, given):
+    """The options of a run that goes on: those of ``config``, except where ``given`` (name → value) has others.
+
+    Raises:
+        ValueError: ``given`` contradicts what the run has been trained with, or has a value that is not allowed.
+    """
+    for option in dataclasses.fields(TrainConfig):
+        old = getattr(config, option.name)
+        new = given.get(option.name, old)
+        if new != old and not option.metadata["resumable"]:
+            raise ValueError(
+                f"{option.name} {new!r} contradicts the run to resume, which has {option.name} {old!r}: "
+                f"leave the option out, or begin a new run"
+            )
+    return dataclasses.replace(config, **given)
+
+
+def config_from_dict(values):
+    """The TrainConfig that ``dataclasses.asdict`` made ``values`` of.
+
+    Raises:
+        ValueError: names are missing or unknown, or a value is not allowed.
+    """
+    names = {option.name for option in dataclasses.fields(TrainConfig)}
+    if not isinstance(values, dict) or set(values) != names:
+        raise ValueError("the options are not those of a training run of this version")
+    return TrainConfig(**values)
+
+
+def add_options(parser):
+    """Add every option to an argparse ``parser``. Those that are not given are absent from the parsed namespace."""
+    import argparse
+
+    for option in dataclasses.fields(TrainConfig):
+        flag = "--" + option.name.replace("_", "-")
+        kind, help_text = option.metadata["kind"], option.metadata["help"].replace("%", "%%")
+        if kind is bool:
+            help_text += f" (default: {'yes' if option.default else 'no'})"
+            how = {"action": argparse.BooleanOptionalAction}
+        else:
+            if option.default is not None:
+                help_text += f" (default: {option.default})"
+            how = {"type": kind, "metavar": option.metadata["metavar"]}
+        parser.add_argument(flag, dest=option.name, default=argparse.SUPPRESS, help=help_text, **how)
+
+
+def _check_choice(name, value, allowed):
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}; got {value!r}")
+
+
+def _check_integer(name, value, minimum):
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        raise ValueError(f"{name} must be an integer of at least {minimum}; got {value!r}")
+
+
+def _is_number(value):
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,65 @@
+"""Which device computes, and what it can compute in."""
+
+import torch
+
+PRECISIONS = ("fp32", "bf16", "fp16")
+
+
+def pick_device(name="auto"):
+    """The torch.device for "auto" (CUDA if there is one, else the CPU), "cpu", "cuda" or "cuda:N".
+
+    Raises:
+        ValueError: another name, or a CUDA device that this machine does not have.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError):
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N; got {name!r}")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"device {name!r} needs CUDA, which this machine or this build of torch does not have")
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise ValueError(f"device {name!r} is not there: this machine has {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def check_precision(precision, device):
+    """Raise ValueError unless ``precision`` is one of ``PRECISIONS`` and ``device`` computes in it."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}")
+    if precision == "fp16" and device.type != "cuda":
+        raise ValueError("precision fp16 needs a CUDA device; on the CPU use fp32 or bf16")
+    if precision != "fp32" and device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        needed = (8, 0) if precision == "bf16" else (5, 3)
+        if capability < needed:
+            raise ValueError(
+                f"precision {precision} needs a CUDA device of compute capability {needed[0]}.{needed[1]}; "
+                f"{torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}"
+            )
+
+
+def synchronize(device):
+    """Wait until ``device`` has done what it was given; nothing to wait for on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory_mb(device):
+    """The most memory used so far, in MiB: allocated by torch on a GPU, resident in the process on a CPU.
+
+    None where the system does not tell (Windows).
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+        import sys
+    except ImportError:
+        return None
+    # Linux counts in KiB, macOS in bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

@@ -1,0 +1,72 @@
+"""The training loop."""
+
+import torch
+
+from fastgan import data
+from fastgan.training.guards import FirstNonFinite, Interrupt
+from fastgan.training.plots import plot_losses
+from fastgan.training.records import Records
+
+DIVERGED = "diverged.pt"
+
+
+def train(run):
+    """Train until ``run.last_step`` with records and saves on the way, or until SIGINT (Ctrl-C) or SIGTERM.
+
+    A signal lets the step finish and be saved. Does nothing if the run is there already.
+
+    Args:
+        run: a Run, from ``new_run`` or ``resumed_run``.
+
+    Returns:
+        the number of the last step done: less than ``run.last_step`` if a signal came.
+
+    Raises:
+        ValueError: a loss or a weight is not finite. The state is saved as diverged.pt; checkpoint.pt stays as it was.
+    """
+    if run.first_step >= run.last_step:
+        return run.first_step
+    config, device = run.config, run.device
+    torch.backends.cudnn.benchmark = True  # worth it: all batches have one shape
+    run.write_config()
+    with Interrupt() as interrupt, Records(run) as records:
+        non_finite = FirstNonFinite(device)
+        batches = data.batches(
+            run.dataset,
+            config.batch_size,
+            seed=config.seed,
+            first_step=run.first_step,
+            workers=config.workers,
+            pin_memory=device.type == "cuda",
+        )
+        for step in range(run.first_step + 1, run.last_step + 1):
+            images = next(batches).to(device, non_blocking=True)
+            losses = run.step(data.scale(images))
+            non_finite.watch(step, losses)
+            records.advance()
+
+            last = interrupt.requested or step == run.last_step
+            save = last or step % run.save_every == 0
+            if save or step % config.log_every == 0:
+                _stop_if_diverged(run, step, non_finite)
+                records.log(step, losses)
+            if save:
+                records.draw(step)
+                run.save(step)
+                records.restart_clock()
+            if last:
+                break
+    plot_losses(run.out)
+    return step
+
+
+def _stop_if_diverged(run, step, non_finite):
+    first = non_finite.first_step()
+    if first is None and non_finite.in_weights(run.step):
+        first = step
+    if first is not None:
+        run.save(step, DIVERGED)
+        raise ValueError(
+            f"training diverged: loss or weights are not finite at step {first}; the state after step {step} is in "
+            f"{run.out / DIVERGED}, and the last good checkpoint, if there was one, is as it was. A smaller lr may help"
+        )

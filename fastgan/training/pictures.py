@@ -1,0 +1,52 @@
+"""Pictures from a generator: sampling, grids, PNG files."""
+
+import math
+
+import torch
+
+from fastgan.data import to_uint8
+
+
+def draw_latents(count, nz, seed):
+    """``count`` latent vectors, float32 (count, nz) on the CPU, that depend on ``seed`` alone.
+
+    The first ones are the same whatever ``count`` is, and the global random generators are left alone.
+    """
+    random = torch.Generator().manual_seed(seed)
+    return torch.stack([torch.randn(nz, generator=random) for _ in range(count)])
+
+
+@torch.no_grad()
+def sample(generator, latents, *, batch_size=256):
+    """The generator's images of ``latents``: uint8 (N, nc, S, S) on the CPU.
+
+    In eval mode, so that a picture depends on its own latent only and running statistics stay as they are; the
+    generator returns to the mode it was in.
+    """
+    was_training = generator.training
+    device = next(generator.parameters()).device
+    generator.eval()
+    try:
+        return torch.cat([to_uint8(generator(part.to(device))).cpu() for part in latents.split(batch_size)])
+    finally:
+        generator.train(was_training)
+
+
+def grid(images, *, padding=2):
+    """Tile uint8 images (N, nc, S, S) into one uint8 (nc, H, W), as square as can be, on black."""
+    count, nc, height, width = images.shape
+    columns = math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    cells = images.new_zeros(rows * columns, nc, height + padding, width + padding)
+    cells[:count, :, padding:, padding:] = images
+    cells = cells.view(rows, columns, nc, height + padding, width + padding)
+    tiled = cells.permute(2, 0, 3, 1, 4).reshape(nc, rows * (height + padding), columns * (width + padding))
+    return torch.nn.functional.pad(tiled, (0, padding, 0, padding))
+
+
+def save_png(image, path):
+    """Write one uint8 image (nc, H, W), grey or RGB, to a PNG file."""
+    from PIL import Image
+
+    array = image.squeeze(0).numpy() if image.shape[0] == 1 else image.permute(1, 2, 0).contiguous().numpy()
+    Image.fromarray(array).save(path, format="PNG")

@@ -1,0 +1,120 @@
+"""What a run leaves behind while it trains: metrics.jsonl, TensorBoard events, sample pictures, loss.png."""
+
+import importlib.util
+import json
+import os
+import shutil
+import time
+
+from fastgan.training.devices import peak_memory_mb, synchronize
+from fastgan.training.pictures import grid, sample, save_png
+
+METRICS = "metrics.jsonl"
+
+
+def check_packages():
+    """Raise ValueError, naming the package, unless everything that records need is installed."""
+    for package in ("PIL", "matplotlib", "tensorboard", "tqdm"):
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(f"training needs the package {package}: pip install 'fastgan[train]'")
+
+
+def read_metrics(path, up_to_step=None):
+    """The rows of a metrics.jsonl, up to a step; no file is no rows. A last line that was cut short is left out."""
+    rows = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                break
+            if up_to_step is None or row["step"] <= up_to_step:
+                rows.append(row)
+    return rows
+
+
+def write_atomically(path, text):
+    """Write a text file whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+class Records:
+    """The records of a ``Run``, as a context manager around its loop."""
+
+    def __init__(self, run):
+        self.run = run
+        self.pictures = run.out / "samples"
+
+    def __enter__(self):
+        from torch.utils.tensorboard import SummaryWriter
+        from tqdm import tqdm
+
+        run = self.run
+        self.pictures.mkdir(exist_ok=True)
+        # Rows after the checkpoint are of steps that are about to be done again.
+        rows = read_metrics(run.out / METRICS, run.first_step)
+        write_atomically(run.out / METRICS, "".join(json.dumps(row) + "\n" for row in rows))
+        self.metrics = open(run.out / METRICS, "a")
+        self.board = SummaryWriter(run.out, purge_step=run.first_step + 1)
+        self.bar = tqdm(
+            desc=run.config.dataset,
+            total=run.last_step * run.config.batch_size,
+            initial=run.first_step * run.config.batch_size,
+            unit=" images",
+            unit_scale=True,
+            ncols=shutil.get_terminal_size().columns,  # 80 where the terminal does not tell
+            disable=None,  # on a terminal only; elsewhere each save prints a line
+        )
+        self.restart_clock()
+        return self
+
+    def __exit__(self, *exception):
+        self.bar.close()
+        self.board.close()
+        self.metrics.close()
+
+    def restart_clock(self):
+        """Measure images per second from here."""
+        self.clock, self.images_since = time.perf_counter(), 0
+
+    def advance(self):
+        """One more step is done."""
+        self.images_since += self.run.config.batch_size
+        self.bar.update(self.run.config.batch_size)
+
+    def log(self, step, losses):
+        """Write one row: ``losses`` are the TrainStep's of this step. This is where the loop waits for the GPU."""
+        run = self.run
+        losses = {name: value.item() for name, value in losses.items()}
+        synchronize(run.device)
+        row = {
+            "step": step,
+            "epoch": (step - 1) // run.steps_per_epoch + 1,
+            "images": step * run.config.batch_size,
+            **losses,
+            "images_per_sec": round(self.images_since / (time.perf_counter() - self.clock), 1),
+            "peak_memory_mb": peak_memory_mb(run.device),
+        }
+        self.metrics.write(json.dumps(row) + "\n")
+        self.metrics.flush()
+        for name in row.keys() - {"step"}:
+            if row[name] is not None:
+                self.board.add_scalar(name, row[name], step)
+        self.bar.set_postfix_str(f"step {step}, loss D {row['loss_d']:.3f}, G {row['loss_g']:.3f}")
+        self.last_row = row
+        self.restart_clock()
+
+    def draw(self, step):
+        """Write the sample picture of this step, and say how far the run is where there is no progress bar."""
+        picture = grid(sample(self.run.step.generator, self.run.fixed_latent))
+        save_png(picture, self.pictures / f"step-{step:06d}.png")
+        self.board.add_image("samples", picture, step)
+        if self.bar.disable:
+            row = self.last_row
+            print(
+                f"step {step}/{self.run.last_step}, epoch {row['epoch']}: loss D {row['loss_d']:.3f}, "
+                f"G {row['loss_g']:.3f}, {row['images_per_sec']:.0f} images/s",
+                flush=True,
+            )

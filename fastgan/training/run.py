@@ -1,0 +1,181 @@
+"""A run of training: made anew in an empty folder, or taken up again from its checkpoint."""
+
+import dataclasses
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fastgan import data
+from fastgan.models import Discriminator, Generator
+from fastgan.training.checkpoints import (
+    CHECKPOINT,
+    checkpoint_config,
+    checkpoint_path,
+    read_checkpoint,
+    restore_rng,
+    write_checkpoint,
+)
+from fastgan.training.config import TrainConfig, continued
+from fastgan.training.devices import check_precision, pick_device
+from fastgan.training.pictures import draw_latents
+from fastgan.training.records import METRICS, check_packages, write_atomically
+from fastgan.training.step import TrainStep
+
+CONFIG = "config.json"
+SAMPLES = 64
+
+
+@dataclass
+class Run:
+    """What the loop needs. ``first_step`` updates are done already; it goes on until ``last_step`` are."""
+
+    config: TrainConfig
+    out: Path
+    dataset: object
+    device: torch.device
+    step: TrainStep
+    fixed_latent: torch.Tensor  # (SAMPLES, nz)
+    first_step: int = 0
+
+    @property
+    def steps_per_epoch(self):
+        return data.steps_per_epoch(self.dataset, self.config.batch_size)
+
+    @property
+    def last_step(self):
+        steps = self.config.epochs * self.steps_per_epoch
+        return steps if self.config.max_steps is None else min(steps, self.config.max_steps)
+
+    @property
+    def save_every(self):
+        return self.config.save_every or min(self.steps_per_epoch, 1000)
+
+    def write_config(self):
+        """Write config.json: every option, the data and what computes. Makes the folder if need be."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        values = {
+            **dataclasses.asdict(self.config),
+            "nc": self.dataset.nc,
+            "images": len(self.dataset),
+            "torch": torch.__version__,
+            "device_name": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+        }
+        write_atomically(self.out / CONFIG, json.dumps(values, indent=2) + "\n")
+
+    def save(self, step, name=CHECKPOINT):
+        """Write the state after ``step`` updates to the checkpoint ``name`` in the run's folder."""
+        write_checkpoint(
+            self.out / name,
+            step=step,
+            config=dataclasses.asdict(self.config),
+            nc=self.dataset.nc,
+            images=len(self.dataset),
+            fixed_latent=self.fixed_latent,
+            train_step=self.step,
+        )
+
+
+def new_run(config, out=None):
+    """A run from the beginning. Nothing is written before ``train``.
+
+    Sets the seed of torch's global random generators.
+
+    Args:
+        config: a TrainConfig.
+        out: folder of the run, by default runs/<dataset>.
+
+    Raises:
+        ValueError: an option that this machine or the data do not allow, or a folder that holds a run.
+    """
+    out = Path("runs", config.dataset) if out is None else Path(out)
+    device = _check_machine(config)
+    _check_unused(out)
+    dataset = _load(config)
+    config = config.for_images(dataset.image_size)
+    torch.manual_seed(config.seed)
+    step = _train_step(config, dataset.nc, device)
+    return Run(config, out, dataset, device, step, draw_latents(SAMPLES, config.nz, config.seed))
+
+
+def resumed_run(path, given=None, out=None):
+    """The run of a checkpoint, at the checkpoint's step, with all random generators as they were then.
+
+    Args:
+        path: the folder of the run, or the checkpoint in it.
+        given: options (name → value) to change; only those may differ that leave the training itself as it was.
+        out: None, or the folder of the run once more.
+
+    Raises:
+        ValueError: no usable checkpoint there, options that contradict it, or the reasons of ``new_run``.
+    """
+    path = checkpoint_path(path)
+    if out is not None and Path(out).resolve() != path.parent.resolve():
+        raise ValueError(f"out {str(out)!r} contradicts the run to resume, which is in {str(path.parent)!r}")
+    if not (path.parent / CONFIG).is_file():
+        raise ValueError(f"{path.parent} holds no run to go on with: it has no {CONFIG}")
+    state = read_checkpoint(path)
+    config = continued(checkpoint_config(path, state), given or {})
+    device = _check_machine(config)
+    dataset = _load(config)
+    if dataset.nc != state["nc"]:
+        raise ValueError(f"the images have {dataset.nc} channels now; the run to resume has {state['nc']}")
+    if len(dataset) != state["images"]:
+        warnings.warn(
+            f"the data set has {len(dataset)} images now and had {state['images']}: the order of images is another one",
+            stacklevel=2,
+        )
+    try:
+        step = _train_step(config, dataset.nc, device)
+        step.load_state_dict(state)
+        restore_rng(state["rng"], device)
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{path} does not fit its own options: {error}") from error
+    return Run(config, path.parent, dataset, device, step, state["fixed_latent"], state["step"])
+
+
+def _check_machine(config):
+    check_packages()
+    device = pick_device(config.device)
+    check_precision(config.precision, device)
+    return device
+
+
+def _check_unused(out):
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out {str(out)!r} is not a folder")
+    for name in (CONFIG, METRICS, CHECKPOINT, "samples", "loss.png"):
+        if (out / name).exists():
+            raise ValueError(
+                f"out {str(out)!r} holds another run (it has {name}): go on with that one by --resume {out}, "
+                f"or choose another folder by --out"
+            )
+
+
+def _load(config):
+    dataset = data.load(
+        config.dataset,
+        root=config.dataroot,
+        image_size=config.image_size,
+        workers=config.workers,
+        seed=config.seed,
+    )
+    data.steps_per_epoch(dataset, config.batch_size)  # fails where there is not one whole batch
+    return dataset
+
+
+def _train_step(config, nc, device):
+    generator = Generator(image_size=config.image_size, nc=nc, nz=config.nz, ngf=config.ngf)
+    discriminator = Discriminator(image_size=config.image_size, nc=nc, ndf=config.ndf)
+    return TrainStep(
+        generator.to(device),
+        discriminator.to(device),
+        latent_dim=config.nz,
+        lr=config.lr,
+        betas=(config.beta1, 0.999),
+        precision=config.precision,
+        fused=config.fused,
+        compile=config.compile,
+    )

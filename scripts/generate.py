@@ -1,0 +1,35 @@
+"""Draw pictures with a trained generator: `python scripts/generate.py runs/digits/checkpoint.pt --out more.png`.
+
+Exit status: 0, or 2 for anything wrong with the input.
+"""
+
+import argparse
+import sys
+
+from fastgan.training import generate
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="checkpoint.pt of a run, or the folder of the run")
+    parser.add_argument("--out", required=True, help="PNG file for the grid; with --separate, a folder; not there yet")
+    parser.add_argument("--num", type=int, default=64, help="how many pictures (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="decides which pictures (default: %(default)s)")
+    parser.add_argument("--separate", action="store_true", help="one PNG file per picture, in a folder")
+    parser.add_argument("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda or cuda:N")
+    return vars(parser.parse_args(argv))
+
+
+def main(argv=None):
+    options = parse(argv)
+    try:
+        count, side = generate(**options)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{count} pictures of {side}x{side} in {options['out']}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

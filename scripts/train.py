@@ -1,0 +1,84 @@
+"""Train a DCGAN: `python scripts/train.py --fused` learns handwritten digits, with nothing to download.
+
+Exit status: 0 when the run is complete, 130 after Ctrl-C (the run is saved), 2 for anything wrong with the input.
+"""
+
+import argparse
+import sys
+import warnings
+
+import torch
+
+import fastgan
+from fastgan.training import TrainConfig, new_run, resumed_run, train
+from fastgan.training.config import add_options
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser)
+    parser.add_argument("--out", metavar="FOLDER", help="folder of the run (default: runs/<dataset>)")
+    parser.add_argument("--resume", metavar="PATH", help="go on with the run in this folder (or its checkpoint.pt)")
+    parser.add_argument("--explain", action="store_true", help="first say which layers are fused, and why others not")
+    options = vars(parser.parse_args(argv))
+    return options, options.pop("out"), options.pop("resume"), options.pop("explain")
+
+
+def describe(run):
+    config, side = run.config, run.config.image_size
+    how = "fused" if config.fused else "stock layers"
+    how += ", compiled" if config.compile else ""
+    print(
+        f"{config.dataset}: {len(run.dataset):,} images of {side}x{side}, {run.steps_per_epoch} steps of "
+        f"{config.batch_size} an epoch; {how}, {config.precision} on {run.device}; run folder {run.out}",
+        flush=True,
+    )
+    if run.first_step:
+        print(f"going on after step {run.first_step} of {run.last_step}", flush=True)
+
+
+def explain(run):
+    latent = torch.zeros(run.config.batch_size, run.config.nz, device=run.device)
+    images = torch.zeros(run.config.batch_size, run.dataset.nc, *[run.config.image_size] * 2, device=run.device)
+    print(fastgan.explain(run.step.generator, latent))
+    print(fastgan.explain(run.step.discriminator, images))
+
+
+def run_training(argv):
+    options, out, resume, wants_explanation = parse(argv)
+    run = new_run(TrainConfig(**options), out) if resume is None else resumed_run(resume, options, out)
+    if run.first_step >= run.last_step:
+        print(
+            f"the run in {run.out} has finished its {run.last_step} steps (epochs {run.config.epochs}, "
+            f"max_steps {run.config.max_steps}): a larger --epochs or --max-steps goes on with it"
+        )
+        return 0
+    describe(run)
+    if wants_explanation:
+        explain(run)
+
+    step = train(run)
+    if step < run.last_step:
+        print(f"interrupted; step {step} is saved. To go on: python scripts/train.py --resume {run.out}")
+        return 130
+    print(f"done: {step} steps. Pictures: {run.out}/samples/step-{step:06d}.png; losses: {run.out}/loss.png")
+    another = run.config.seed + 1  # the run's own seed would draw the pictures of the samples again
+    print(f"more: python scripts/generate.py {run.out}/checkpoint.pt --out {run.out}/more.png --seed {another}")
+    return 0
+
+
+def main(argv=None):
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+            return run_training(argv)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

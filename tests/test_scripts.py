@@ -1,0 +1,229 @@
+"""The command lines: that they work, and that every kind of bad input ends in one clear line and status 2."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+TINY = "--dataset fake --image-size 8 --batch-size 4 --nz 5 --ngf 4 --ndf 4 --device cpu".split()
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(f"scripts_{name}", SCRIPTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+train, generate = load("train"), load("generate")
+
+
+@pytest.fixture(autouse=True)
+def in_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def run_folder():
+    """A run of two steps in the folder "run"."""
+    assert train([*TINY, "--max-steps", "2", "--out", "run"]) == 0
+    return Path("run")
+
+
+def contents():
+    """Every file below the current folder with its bytes, and every folder."""
+    return {path: path.read_bytes() if path.is_file() else None for path in Path().rglob("*")}
+
+
+def refuse(main, capsys, *arguments):
+    """Run a command line that must end with status 2 and one line of error, and change no file; gives the line."""
+    before = contents()
+    capsys.readouterr()
+    try:
+        status = main([str(argument) for argument in arguments])
+        lines = 1
+    except SystemExit as exit:  # argparse prints its usage first
+        status, lines = exit.code, None
+    message = capsys.readouterr().err
+    assert status == 2, message
+    assert contents() == before
+    if lines:
+        assert message.startswith("error: ") and message.count("\n") == lines, message
+    return message
+
+
+def test_train_then_generate(capsys):
+    assert train([*TINY, "--fused", "--max-steps", "3", "--explain", "--out", "run"]) == 0
+    output = capsys.readouterr().out
+    assert "Generator" in output and "Discriminator" in output  # what --explain prints
+    assert "run/samples/step-000003.png" in output and "run/loss.png" in output
+    assert Path("run/samples/step-000003.png").exists()
+    assert generate(["run/checkpoint.pt", "--out", "grid.png", "--num", "4", "--device", "cpu"]) == 0
+    assert "4 pictures of 8x8 in grid.png" in capsys.readouterr().out
+    assert Image.open("grid.png").size == (22, 22)
+    assert generate(["run", "--out", "folder", "--num", "3", "--separate", "--device", "cpu"]) == 0
+    assert len(list(Path("folder").iterdir())) == 3
+
+
+def test_the_default_folder_is_named_after_the_data_set():
+    assert train([*TINY, "--max-steps", "1"]) == 0
+    assert Path("runs/fake/checkpoint.pt").exists()
+
+
+def test_resume(run_folder, capsys):
+    assert train(["--resume", "run/checkpoint.pt", "--max-steps", "4", "--device", "cpu"]) == 0
+    assert "going on after step 2 of 4" in capsys.readouterr().out
+    steps = [json.loads(line)["step"] for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert steps == [2, 4]
+    before = contents()
+    assert train(["--resume", "run"]) == 0
+    assert "has finished its 4 steps" in capsys.readouterr().out
+    assert contents() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--image-size", "30"], ["image_size", "30", "28", "64"]),
+        (["--dataset", "imagenet"], ["dataset", "imagenet", "digits", "folder"]),
+        (["--dataset", "folder"], ["root"]),
+        (["--dataset", "folder", "--dataroot", "empty"], ["empty"]),
+        (["--dataset", "folder", "--dataroot", "missing"], ["missing"]),
+        (["--batch-size", "1"], ["batch_size", "at least 2"]),
+        (["--batch-size", "0"], ["batch_size", "0"]),
+        (["--batch-size", "4096"], ["batch_size", "2048", "4096"]),
+        (["--batch-size", "many"], ["--batch-size", "many"]),
+        (["--epochs", "-1"], ["epochs", "-1"]),
+        (["--max-steps", "0"], ["max_steps", "0"]),
+        (["--nz", "0"], ["nz", "0"]),
+        (["--ngf", "-8"], ["ngf", "-8"]),
+        (["--ndf", "0"], ["ndf", "0"]),
+        (["--lr", "0"], ["lr", "0"]),
+        (["--lr", "nan"], ["lr", "nan"]),
+        (["--beta1", "1.5"], ["beta1", "1.5"]),
+        (["--seed", "-1"], ["seed", "-1"]),
+        (["--workers", "-1"], ["workers", "-1"]),
+        (["--precision", "fp64"], ["precision", "fp64", "bf16"]),
+        (["--precision", "fp16"], ["fp16", "CUDA", "bf16"]),
+        (["--device", "tpu"], ["device", "tpu", "cuda"]),
+        (["--device", "cuda"], ["CUDA"]),
+        (["--resume", "missing"], ["missing"]),
+        (["--resume", "empty"], ["empty", "checkpoint.pt"]),
+    ],
+)
+def test_bad_options_are_named_and_nothing_is_written(arguments, parts, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    Path("empty").mkdir()
+    message = refuse(train, capsys, *TINY, "--max-steps", "1", "--out", "run", *arguments)
+    for part in parts:
+        assert part in message
+
+
+def test_a_used_out_is_refused(run_folder, capsys):
+    message = refuse(train, capsys, *TINY, "--max-steps", "2", "--out", "run")
+    assert "'run'" in message and "--resume run" in message and "--out" in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "values"),
+    [
+        (["--ngf", "8"], ("ngf 8", "ngf 4")),
+        (["--image-size", "16"], ("image_size 16", "image_size 8")),
+        (["--dataset", "digits"], ("dataset 'digits'", "dataset 'fake'")),
+        (["--batch-size", "8"], ("batch_size 8", "batch_size 4")),
+        (["--seed", "3"], ("seed 3", "seed 0")),
+        (["--lr", "0.1"], ("lr 0.1", "lr 0.0002")),
+        (["--precision", "bf16"], ("precision 'bf16'", "precision 'fp32'")),
+        (["--out", "other"], ("'other'", "'run'")),
+    ],
+)
+def test_resume_with_contradicting_options_names_both_values(run_folder, capsys, arguments, values):
+    message = refuse(train, capsys, "--resume", "run", "--max-steps", "4", *arguments)
+    assert all(value in message for value in values)
+
+
+def test_a_truncated_checkpoint_and_what_is_none(run_folder, capsys):
+    good = Path("run/checkpoint.pt").read_bytes()
+    for bad in (good[: len(good) // 2], b"", b"hello\n"):
+        Path("run/checkpoint.pt").write_bytes(bad)
+        assert "run/checkpoint.pt is not" in refuse(train, capsys, "--resume", "run", "--max-steps", "4")
+        assert "run/checkpoint.pt is not" in refuse(generate, capsys, "run/checkpoint.pt", "--out", "grid.png")
+
+
+def test_a_checkpoint_of_another_architecture(run_folder, capsys):
+    state = torch.load("run/checkpoint.pt", weights_only=True)
+    state["config"]["ngf"] = 16
+    torch.save(state, "run/checkpoint.pt")
+    assert "does not fit" in refuse(train, capsys, "--resume", "run", "--max-steps", "4")
+    assert "another architecture" in refuse(generate, capsys, "run", "--out", "grid.png")
+
+
+def test_generate_refuses(run_folder, capsys):
+    Path("there.png").write_text("mine")
+    assert "exists" in refuse(generate, capsys, "run", "--out", "there.png")
+    assert "empty" in refuse(generate, capsys, "run", "--out", "run", "--separate")
+    assert "num" in refuse(generate, capsys, "run", "--out", "new.png", "--num", "0")
+    assert "missing.pt" in refuse(generate, capsys, "missing.pt", "--out", "new.png")
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step(capsys):
+    assert train([*TINY, "--lr", "1e30", "--epochs", "1", "--out", "run"]) == 2
+    output = capsys.readouterr()
+    assert "not finite at step" in output.err and "run/diverged.pt" in output.err and output.err.count("\n") == 1
+    assert Path("run/diverged.pt").exists() and not Path("run/checkpoint.pt").exists()
+
+
+def start(*arguments):
+    command = [sys.executable, str(SCRIPTS / "train.py"), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_bad_input_in_a_process_of_its_own():
+    process = start(*TINY, "--image-size", "30")
+    output, error = process.communicate(timeout=100)
+    assert process.returncode == 2 and output == ""
+    assert error.startswith("error: image_size") and "Traceback" not in error
+    assert not any(Path().iterdir())
+
+
+def test_help_and_the_library_import_nothing_that_only_training_needs():
+    code = (
+        "import runpy, sys\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'matplotlib', 'tensorboard', 'torchvision', 'PIL', 'mlxtend'} & set(sys.modules)))"
+    )
+    code = f"import sys; sys.argv = [{str(SCRIPTS / 'train.py')!r}, '--help']\n{code}"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=True)
+    assert "--resume" in result.stdout and result.stdout.endswith("\n[]\n")
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(capsys):
+    process = start(*TINY, "--epochs", "1000", "--log-every", "1", "--save-every", "100000", "--out", "run")
+    metrics, deadline = Path("run/metrics.jsonl"), time.monotonic() + 100
+    while not (metrics.exists() and metrics.read_text().count("\n") > 2):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    output, error = process.communicate(timeout=100)
+    assert process.returncode == 130 and "Traceback" not in error
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    last = torch.load("run/checkpoint.pt", weights_only=True)["step"]
+    assert steps == list(range(1, last + 1))
+    assert f"step {last} is saved" in output and "--resume run" in output
+    assert train(["--resume", "run", "--max-steps", str(last + 1), "--log-every", "1"]) == 0
+    assert f"going on after step {last} of {last + 1}" in capsys.readouterr().out

@@ -1,0 +1,234 @@
+"""Whole runs, tiny: what they write, how they resume, how they end."""
+
+import json
+import math
+import os
+import signal
+
+import pytest
+import torch
+from PIL import Image
+
+from fastgan.training import new_run, read_checkpoint, resumed_run, train
+from fastgan.training.pictures import grid, sample
+
+
+def rows(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(out):
+    return [[row[name] for name in ("step", "loss_d", "loss_g", "d_real", "d_fake")] for row in rows(out)]
+
+
+def test_a_run_writes_what_it_promises(tiny, tmp_path):
+    out = tmp_path / "deep" / "run"
+    run = new_run(tiny(max_steps=5, batch_size=1024, log_every=2, save_every=4), out)
+    assert not out.exists()  # nothing is written before training
+    assert train(run) == 5 == run.last_step
+
+    assert [row["step"] for row in rows(out)] == [2, 4, 5]
+    assert [row["epoch"] for row in rows(out)] == [1, 2, 3]  # 2,048 images are two steps
+    assert [row["images"] for row in rows(out)] == [2048, 4096, 5120]
+    for row in rows(out):
+        assert list(row) == [
+            *("step", "epoch", "images", "loss_d", "loss_g", "d_real", "d_fake", "images_per_sec", "peak_memory_mb")
+        ]
+        assert all(math.isfinite(value) for value in row.values())
+        assert 0 < row["d_real"] < 1 and 0 < row["d_fake"] < 1 and row["images_per_sec"] > 0
+
+    config = json.loads((out / "config.json").read_text())
+    assert config["batch_size"] == 1024 and config["image_size"] == 8 and config["images"] == 2048
+    assert sorted(path.name for path in (out / "samples").iterdir()) == ["step-000004.png", "step-000005.png"]
+    assert Image.open(out / "samples" / "step-000005.png").size == (8 * 10 + 2, 8 * 10 + 2)
+    assert Image.open(out / "loss.png").width > 300
+    assert list(out.glob("events.out.tfevents.*"))
+    assert not list(out.glob("*.tmp"))
+
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    assert state["step"] == 5 and state["config"]["ngf"] == 4
+    assert state["fixed_latent"].shape == (64, 5)
+    assert {"generator", "discriminator", "optimizer_g", "optimizer_d", "rng"} <= set(state)
+
+
+def test_tensorboard_has_the_losses_and_the_pictures(tiny, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(new_run(tiny(), tmp_path))
+    board = EventAccumulator(str(tmp_path)).Reload()
+    assert [event.step for event in board.Scalars("loss_d")] == [2, 3, 4, 6]
+    assert [event.value for event in board.Scalars("loss_g")] == pytest.approx(
+        [row["loss_g"] for row in rows(tmp_path)]
+    )
+    assert [event.step for event in board.Images("samples")] == [3, 6]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_stopping_at_30_and_resuming_to_60_equals_an_unbroken_run(tiny, tmp_path, fused):
+    options = {"fused": fused, "log_every": 5, "save_every": 20}
+    train(new_run(tiny(max_steps=60, **options), tmp_path / "whole"))
+    train(new_run(tiny(max_steps=30, **options), tmp_path / "broken"))
+    torch.randn(7)  # resuming must not depend on what was drawn in between
+    run = resumed_run(tmp_path / "broken", {"max_steps": 60})
+    assert run.first_step == 30
+    train(run)
+
+    assert [row for row in losses(tmp_path / "broken") if row[0] != 30] == [
+        row for row in losses(tmp_path / "whole") if row[0] != 30
+    ]
+    whole, broken = (read_checkpoint(tmp_path / name) for name in ("whole", "broken"))
+    for name in ("generator", "discriminator", "optimizer_g", "optimizer_d", "rng", "fixed_latent"):
+        torch.testing.assert_close(broken[name], whole[name], rtol=0, atol=0)
+
+
+def test_the_way_it_is_recorded_does_not_change_the_training(tiny, tmp_path):
+    train(new_run(tiny(max_steps=12, log_every=1, save_every=1), tmp_path / "often"))
+    train(new_run(tiny(max_steps=12, log_every=12, save_every=12), tmp_path / "seldom"))
+    assert losses(tmp_path / "often")[-1] == losses(tmp_path / "seldom")[-1]
+
+
+def test_seeds_differ_and_repeat(tiny, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train(new_run(tiny(seed=seed), tmp_path / name))
+    assert losses(tmp_path / "a") == losses(tmp_path / "b") != losses(tmp_path / "c")
+
+
+def test_rows_after_the_checkpoint_are_dropped_when_resuming(tiny, tmp_path):
+    train(new_run(tiny(), tmp_path))
+    kept = (tmp_path / "metrics.jsonl").read_text()
+    later = {**rows(tmp_path)[-1], "step": 8, "loss_d": 99.0}
+    # As if the power had failed two steps after the checkpoint, while a line was being written.
+    (tmp_path / "metrics.jsonl").write_text(kept + json.dumps(later) + '\n{"step": 10, "lo')
+    train(resumed_run(tmp_path / "checkpoint.pt", {"max_steps": 8}))
+    assert (tmp_path / "metrics.jsonl").read_text().startswith(kept)
+    assert [row["step"] for row in rows(tmp_path)] == [2, 3, 4, 6, 8]
+    assert rows(tmp_path)[-1]["loss_d"] != 99.0
+    assert json.loads((tmp_path / "config.json").read_text())["max_steps"] == 8
+
+
+def test_resuming_a_finished_run_changes_nothing(tiny, tmp_path):
+    train(new_run(tiny(), tmp_path))
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    run = resumed_run(tmp_path)
+    assert train(run) == run.first_step == run.last_step == 6
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_a_data_set_that_changed_is_told(tiny, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    for index in range(5):
+        Image.new("RGB", (8, 8), (index * 40, 0, 0)).save(tmp_path / "pictures" / f"{index}.png")
+    options = {"dataset": "folder", "dataroot": str(tmp_path / "pictures"), "batch_size": 2, "max_steps": 2}
+    train(new_run(tiny(**options), tmp_path / "run"))
+    (tmp_path / "pictures" / "4.png").unlink()
+    with pytest.warns(UserWarning, match="4 images now and had 5"):
+        train(resumed_run(tmp_path / "run", {"max_steps": 4}))
+
+
+def test_the_pictures_of_a_run_may_move(tiny, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    for index in range(2):
+        Image.new("RGB", (8, 8), (index * 40, 0, 0)).save(tmp_path / "pictures" / f"{index}.png")
+    options = {"dataset": "folder", "dataroot": str(tmp_path / "pictures"), "batch_size": 2, "max_steps": 1}
+    train(new_run(tiny(**options), tmp_path / "run"))
+    (tmp_path / "pictures").rename(tmp_path / "moved")
+    with pytest.raises(ValueError, match="pictures"):
+        resumed_run(tmp_path / "run")
+    assert resumed_run(tmp_path / "run", {"dataroot": str(tmp_path / "moved")}).first_step == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_and_saves(tiny, tmp_path, number):
+    run = new_run(tiny(max_steps=50, log_every=50, save_every=50), tmp_path)
+    original, handler = run.step, signal.getsignal(number)
+
+    def signalled(images):
+        signalled.calls += 1
+        if signalled.calls == 7:
+            os.kill(os.getpid(), number)
+        return original(images)
+
+    signalled.calls = 0
+    signalled.__dict__.update(generator=original.generator, discriminator=original.discriminator)
+    signalled.device, signalled.state_dict = original.device, original.state_dict
+    run.step = signalled
+    assert train(run) == 7
+    assert signal.getsignal(number) is handler
+    assert read_checkpoint(tmp_path)["step"] == 7 == rows(tmp_path)[-1]["step"]
+    assert (tmp_path / "samples" / "step-000007.png").exists() and (tmp_path / "loss.png").exists()
+
+
+def test_divergence_keeps_the_good_checkpoint_and_says_the_step(tiny, tmp_path):
+    run = new_run(tiny(max_steps=20, log_every=4, save_every=4), tmp_path)
+    original = run.step.optimizer_d.step
+
+    def poisoned(*arguments, **named):
+        poisoned.calls += 1
+        if poisoned.calls == 6:
+            with torch.no_grad():
+                next(run.step.discriminator.parameters()).fill_(float("nan"))
+        return original(*arguments, **named)
+
+    poisoned.calls = 0
+    run.step.optimizer_d.step = poisoned
+    # The generator's loss of step 6 is the first to see it; step 8 is the next to be logged.
+    with pytest.raises(ValueError, match=r"step 6; the state after step 8 .*diverged\.pt"):
+        train(run)
+    good = read_checkpoint(tmp_path)
+    assert good["step"] == 4
+    assert all(torch.isfinite(value).all() for value in good["discriminator"].values())
+    assert read_checkpoint(tmp_path / "diverged.pt")["step"] == 8
+    assert [row["step"] for row in rows(tmp_path)] == [4]
+    # And from the good checkpoint it goes on.
+    assert train(resumed_run(tmp_path, {"max_steps": 5})) == 5
+
+
+def test_weights_that_are_not_finite_are_not_saved_as_good(tiny, tmp_path):
+    run = new_run(tiny(max_steps=3, save_every=3), tmp_path)
+    original = run.step.optimizer_g.step
+
+    def poisoned(*arguments, **named):
+        result = original(*arguments, **named)
+        poisoned.calls += 1
+        if poisoned.calls == 3:  # after the last loss has been computed
+            with torch.no_grad():
+                next(run.step.generator.parameters())[0] = float("inf")
+        return result
+
+    poisoned.calls = 0
+    run.step.optimizer_g.step = poisoned
+    with pytest.raises(ValueError, match="not finite at step 3"):
+        train(run)
+    assert not (tmp_path / "checkpoint.pt").exists() and (tmp_path / "diverged.pt").exists()
+
+
+def test_sampling_leaves_no_trace(tiny, tmp_path):
+    run = new_run(tiny(), tmp_path)
+    generator = run.step.generator
+    before, rng = {name: value.clone() for name, value in generator.state_dict().items()}, torch.get_rng_state()
+    images = sample(generator, run.fixed_latent, batch_size=48)
+    assert images.dtype == torch.uint8 and images.shape == (64, 3, 8, 8)
+    torch.testing.assert_close(generator.state_dict(), before, rtol=0, atol=0)
+    assert torch.equal(torch.get_rng_state(), rng) and generator.training
+
+
+def test_grid_puts_images_in_rows():
+    images = torch.arange(1, 6, dtype=torch.uint8).view(5, 1, 1, 1).expand(5, 3, 2, 2)
+    picture = grid(images, padding=1)
+    assert picture.shape == (3, 2 * 3 + 1, 3 * 3 + 1)
+    assert picture[0, 1::3, 1::3].tolist() == [[1, 2, 3], [4, 5, 0]]
+    assert picture[:, 0].max() == picture[:, :, 3].max() == picture[:, -1].max() == 0
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "checkpoint.pt"])
+def test_a_used_folder_is_refused(tiny, tmp_path, name):
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(ValueError, match="--resume"):
+        new_run(tiny(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_file_in_place_of_the_folder_is_refused(tiny, tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(ValueError, match="not a folder"):
+        new_run(tiny(), tmp_path / "run")

@@ -1,0 +1,246 @@
+"""TrainStep against the algorithm written out by hand, and what it promises about the networks it is given."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import fastgan
+from fastgan.models import Discriminator, Generator
+from fastgan.training import TrainStep
+
+NZ, BATCH = 6, 4
+
+
+def make_networks(seed=0, dtype=torch.float64, image_size=16):
+    torch.manual_seed(seed)
+    generator = Generator(image_size=image_size, nc=2, nz=NZ, ngf=4).to(dtype)
+    return generator, Discriminator(image_size=image_size, nc=2, ndf=4).to(dtype)
+
+
+def real_batches(count, seed=1, dtype=torch.float64, image_size=16):
+    random = torch.Generator().manual_seed(seed)
+    return [torch.rand(BATCH, 2, image_size, image_size, generator=random, dtype=dtype) * 2 - 1 for _ in range(count)]
+
+
+class ExampleStep:
+    """The step of the PyTorch DCGAN example: labels, sigmoid and BCELoss, a backward pass for each half of D's loss."""
+
+    def __init__(self, generator, discriminator, lr, betas):
+        self.generator, self.discriminator = generator, discriminator
+        self.optimizer_g = torch.optim.Adam(generator.parameters(), lr=lr, betas=betas, foreach=False)
+        self.optimizer_d = torch.optim.Adam(discriminator.parameters(), lr=lr, betas=betas, foreach=False)
+
+    def __call__(self, real):
+        criterion = nn.BCELoss()
+        self.discriminator.zero_grad()
+        output_real = self.discriminator(real).sigmoid()
+        loss_real = criterion(output_real, torch.full_like(output_real, 1))
+        loss_real.backward()
+        fake = self.generator(torch.randn(len(real), NZ, dtype=real.dtype))
+        output_fake = self.discriminator(fake.detach()).sigmoid()
+        loss_fake = criterion(output_fake, torch.full_like(output_fake, 0))
+        loss_fake.backward()
+        self.optimizer_d.step()
+        self.gradients_d = [parameter.grad.clone() for parameter in self.discriminator.parameters()]
+
+        self.generator.zero_grad()
+        output = self.discriminator(fake).sigmoid()
+        loss_g = criterion(output, torch.full_like(output, 1))
+        loss_g.backward()
+        self.optimizer_g.step()
+        return {
+            "loss_d": loss_real + loss_fake,
+            "loss_g": loss_g,
+            "d_real": output_real.mean(),
+            "d_fake": output_fake.mean(),
+        }
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_several_steps_equal_the_example_in_float64(fused):
+    ours, example = make_networks(), make_networks()
+    # A larger lr than DCGAN's, so that errors grow to be seen.
+    step = TrainStep(*ours, latent_dim=NZ, lr=5e-3, betas=(0.6, 0.99), fused=fused)
+    expected_step = ExampleStep(*example, lr=5e-3, betas=(0.6, 0.99))
+    batches = real_batches(6)
+    torch.manual_seed(2)
+    losses = [step(real) for real in batches]
+    torch.manual_seed(2)
+    expected = [expected_step(real) for real in batches]
+
+    for got, want in zip(losses, expected, strict=True):
+        assert set(got) == set(want)
+        for name in want:
+            assert got[name].dim() == 0 and not got[name].requires_grad
+            torch.testing.assert_close(got[name], want[name].detach(), rtol=1e-9, atol=1e-9)
+    for mine, theirs in zip(ours, example, strict=True):
+        # Every parameter, running mean and variance, and the count of batches.
+        torch.testing.assert_close(mine.state_dict(), theirs.state_dict(), rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close([p.grad for p in ours[0].parameters()], [p.grad for p in example[0].parameters()])
+    torch.testing.assert_close([p.grad for p in ours[1].parameters()], expected_step.gradients_d)
+
+
+def test_fused_and_stock_losses_agree_over_fifty_float32_steps():
+    histories = []
+    for fused in (False, True):
+        step = TrainStep(*make_networks(dtype=torch.float32, image_size=28), latent_dim=NZ, fused=fused)
+        torch.manual_seed(3)
+        batches = real_batches(50, dtype=torch.float32, image_size=28)
+        histories.append(torch.stack([torch.stack(list(step(real).values())) for real in batches]))
+    torch.testing.assert_close(histories[0], histories[1], rtol=0, atol=1e-4)
+
+
+def test_fused_uses_fuse_and_keeps_the_callers_modules(monkeypatch):
+    fused = []
+    original = fastgan.fuse
+    monkeypatch.setattr(fastgan, "fuse", lambda model: fused.append(model) or original(model))
+    generator, discriminator = make_networks()
+    parameters = list(generator.parameters())
+    step = TrainStep(generator, discriminator, latent_dim=NZ, fused=True)
+    assert fused == [generator, discriminator]
+    assert step.generator is generator and step.discriminator is discriminator
+    assert all(a is b for a, b in zip(parameters, generator.parameters(), strict=True))
+    fused.clear()
+    TrainStep(*make_networks(), latent_dim=NZ, fused=False)
+    assert fused == []
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_generator_update_computes_no_weight_gradients_of_the_discriminator(fused):
+    generator, discriminator = make_networks()
+    frozen = next(discriminator.parameters()).requires_grad_(False)
+    step = TrainStep(generator, discriminator, latent_dim=NZ, fused=fused)
+    calls = []
+    for parameter in discriminator.parameters():
+        if parameter.requires_grad:
+            parameter.register_hook(lambda gradient: calls.append(1))
+    step(real_batches(1)[0])
+    learning = sum(parameter.requires_grad for parameter in discriminator.parameters())
+    # Once per parameter, in the discriminator's own update, where real and fake gradients meet before they arrive.
+    assert len(calls) == learning == len(list(discriminator.parameters())) - 1
+    assert not frozen.requires_grad and frozen.grad is None
+
+
+def test_networks_of_strangers():
+    """A latent that is not flat, logits in another shape, networks without BatchNorm, one image."""
+    generator = nn.Sequential(nn.ConvTranspose2d(5, 1, 8), nn.Tanh())
+    discriminator = nn.Sequential(nn.Conv2d(1, 1, 8))  # logits (N, 1, 1, 1)
+    before = copy.deepcopy(generator.state_dict())
+    losses = TrainStep(generator, discriminator, latent_dim=(5, 1, 1), fused=False)(torch.zeros(1, 1, 8, 8))
+    assert all(value.isfinite() for value in losses.values())
+    assert not torch.equal(before["0.weight"], generator.state_dict()["0.weight"])
+
+
+def test_bf16_keeps_parameters_and_losses_in_float32():
+    generator, discriminator = make_networks(dtype=torch.float32)
+    step = TrainStep(generator, discriminator, latent_dim=NZ, precision="bf16", fused=False)
+    seen = []
+    discriminator.register_forward_hook(lambda module, inputs, logits: seen.append(logits.dtype))
+    losses = step(real_batches(1, dtype=torch.float32)[0])
+    assert seen == [torch.bfloat16] * 3
+    assert all(value.dtype == torch.float32 and value.isfinite() for value in losses.values())
+    assert all(p.dtype == torch.float32 and p.grad.dtype == torch.float32 for p in generator.parameters())
+
+
+def test_fp16_scales_the_losses_and_not_the_updates(monkeypatch):
+    # The CPU computes in float16 too, only too slowly to be offered.
+    monkeypatch.setattr("fastgan.training.step.check_precision", lambda precision, device: None)
+    averages = {}
+    for precision in ("fp32", "fp16"):
+        step = TrainStep(*make_networks(dtype=torch.float32), latent_dim=NZ, precision=precision, fused=False)
+        if precision == "fp16":
+            step.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)  # the first scale may overflow: a lost step
+        weight, seen = step.discriminator.main[0].weight, []
+        weight.register_hook(lambda gradient, seen=seen: seen.append(gradient.clone()))
+        torch.manual_seed(6)
+        step(real_batches(1, dtype=torch.float32)[0])
+        # exp_avg is half of the first gradient.
+        scale = seen[0].norm() / step.optimizer_d.state[weight]["exp_avg"].norm() / 2
+        assert scale.item() == pytest.approx({"fp32": 1.0, "fp16": 1024.0}[precision], rel=1e-3)
+        averages[precision] = [
+            state["exp_avg"].flatten()
+            for optimizer in (step.optimizer_d, step.optimizer_g)
+            for state in optimizer.state.values()
+        ]
+    for half, full in zip(averages["fp16"], averages["fp32"], strict=True):
+        assert (half - full).norm() < 0.05 * full.norm()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_compiled_networks_give_the_same_losses(fused, monkeypatch):
+    compile = torch.compile
+    # Whole graphs, forward and backward, without the minute that inductor takes for C++.
+    monkeypatch.setattr(torch, "compile", lambda model, **how: compile(model, backend="aot_eager", **how))
+    results = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        step = TrainStep(*make_networks(dtype=torch.float32), latent_dim=NZ, fused=fused, compile=compiled)
+        torch.manual_seed(4)
+        results.append([list(step(real).values()) for real in real_batches(3, dtype=torch.float32)])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_state_dict_goes_on_exactly(fused):
+    batches = real_batches(4, dtype=torch.float32)
+
+    def make(seed):
+        return TrainStep(*make_networks(seed, torch.float32), latent_dim=NZ, fused=fused)
+
+    torch.manual_seed(5)
+    first = make(0)
+    for real in batches[:2]:
+        first(real)
+    state, rng = copy.deepcopy(first.state_dict()), torch.get_rng_state()
+    expected = [first(real) for real in batches[2:]]
+
+    second = make(9)
+    second.load_state_dict(state)
+    torch.set_rng_state(rng)
+    assert [second(real) for real in batches[2:]] == expected
+    torch.testing.assert_close(second.state_dict(), first.state_dict(), rtol=0, atol=0)
+
+
+def test_state_of_another_device_takes_this_devices_adam():
+    step = TrainStep(*make_networks(), latent_dim=NZ, fused=False)
+    step(real_batches(1)[0])
+    state = copy.deepcopy(step.state_dict())
+    for group in state["optimizer_g"]["param_groups"]:
+        group["capturable"], group["fused"], group["foreach"] = True, False, True
+    step.load_state_dict(state)
+    assert not step.optimizer_g.param_groups[0]["capturable"]
+    step(real_batches(1)[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"latent_dim": 0}, "latent_dim"),
+        ({"latent_dim": 2.5}, "latent_dim"),
+        ({"latent_dim": ()}, "latent_dim"),
+        ({"lr": 0.0}, "lr"),
+        ({"lr": float("nan")}, "lr"),
+        ({"precision": "fp8"}, "fp32, bf16, fp16"),
+        ({"precision": "fp16"}, "CUDA"),
+    ],
+)
+def test_bad_arguments(change, message):
+    with pytest.raises(ValueError, match=message):
+        TrainStep(*make_networks(), **{"latent_dim": NZ, "fused": False, **change})
+
+
+def test_images_that_are_not_scaled_are_refused():
+    step = TrainStep(*make_networks(), latent_dim=NZ, fused=False)
+    with pytest.raises(ValueError, match="uint8"):
+        step(torch.zeros(BATCH, 2, 16, 16, dtype=torch.uint8))
+
+
+def test_state_of_other_networks_is_refused():
+    step = TrainStep(*make_networks(), latent_dim=NZ, fused=False)
+    with pytest.raises(ValueError, match="no state of a TrainStep"):
+        step.load_state_dict({})
+    other = TrainStep(*make_networks(image_size=8), latent_dim=NZ, fused=False)
+    with pytest.raises(ValueError, match="do not fit the Generator"):
+        step.load_state_dict(other.state_dict())
