@@ -1,7 +1,8 @@
 """fastgan: DCGANs trained with fused Triton kernels, and the fused layers for any PyTorch GAN."""
 
 from fastgan import functional, models
+from fastgan.fusion import explain, fuse, unfuse
 
 __version__ = "0.1.0"
 
-__all__ = ["functional", "models"]
+__all__ = ["explain", "functional", "fuse", "models", "unfuse"]

@@ -61,7 +61,9 @@ def compile_launch(kernel, args, options, capability):
             if value % 16 == 0:
                 attributes[(i,)] = [["tt.divisibility", 16]]
     signature.update(dict.fromkeys(options, "constexpr"))
-    source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()}, attributes)
+    source = ASTSource(
+        kernel, signature, {(names.index(name),): value for name, value in constants.items()}, attributes
+    )
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=compiler_options)
 
 

@@ -1,0 +1,259 @@
+"""fuse, unfuse and explain: the fused operators inside modules that already exist.
+
+`fuse` changes neither modules nor parameters. It gives each container whose children are called one after the other
+an instance attribute `forward` that runs them in fused groups; `unfuse` deletes it. Groups are matched anew at every
+call, so a hook added later, a replaced layer, train() and eval() all take effect.
+"""
+
+import copy
+import functools
+import inspect
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import fx, nn
+
+from fastgan import backend
+from fastgan import functional as fused
+from fastgan.patterns import match
+
+
+def fuse(model):
+    """Run convolution + BatchNorm + activation as one operator wherever `model` calls them in a row.
+
+    In place. Looks into every nn.Sequential, and into modules whose forward does nothing but pass one tensor through
+    its children in a fixed order; anything else stays stock, and `explain` says why. state_dict keys, Parameter and
+    buffer objects, types and hooks stay as they are. Calling it twice changes nothing.
+
+    Args:
+        model: an nn.Module. A forward that chooses its children by an attribute is followed as it stands now.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: not an nn.Module, or a scripted one.
+    """
+    _check_module(model)
+    for container in model.modules():
+        order = _call_order(container)
+        if order and not _is_fused(container) and any(g.fused for g in _groups(container, order)):
+            container.forward = functools.partial(_forward_in_groups, container, order)
+    return model
+
+
+def unfuse(model):
+    """Undo `fuse`, in place: every module runs its own forward again.
+
+    Raises:
+        TypeError: not an nn.Module, or a scripted one.
+    """
+    _check_module(model)
+    for container in model.modules():
+        if _is_fused(container):
+            del container.forward
+    return model
+
+
+def _check_module(model):
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("model must not be a scripted module: fuse it before torch.jit.script")
+
+
+def _is_fused(container):
+    forward = container.__dict__.get("forward")
+    return isinstance(forward, functools.partial) and forward.func is _forward_in_groups
+
+
+class _ChildrenAsLeaves(fx.Tracer):
+    def is_leaf_module(self, module, qualified_name):
+        return True
+
+
+def _call_order(container):
+    """The names of the children in the order of their calls, or None where forward is more than such a chain."""
+    if "forward" in container.__dict__:
+        return container.forward.args[1] if _is_fused(container) else None
+    if type(container).forward is nn.Sequential.forward:
+        return list(container._modules)
+    if not any(isinstance(child, nn.Conv2d | nn.ConvTranspose2d) for child in container.children()):
+        return None
+    if len(inspect.signature(container.forward).parameters) != 1:
+        return None
+    training, orders = container.training, []
+    try:
+        for container.training in (True, False):
+            orders.append(_chain(_ChildrenAsLeaves().trace(container)))
+    except Exception:  # what fx cannot trace may raise anything; such a forward is no plain chain
+        return None
+    finally:
+        container.training = training
+    return orders[0] if orders[0] == orders[1] else None
+
+
+def _chain(graph):
+    """The targets of a graph that is placeholder → call_module → … → output, or None for any other graph."""
+    names, previous = [], None
+    for node in graph.nodes:
+        if node.op == "placeholder" and previous is None:
+            pass
+        elif node.op == "call_module" and node.args == (previous,) and not node.kwargs:
+            names.append(node.target)
+        elif node.op != "output" or node.args != (previous,):
+            return None
+        previous = node
+    return names
+
+
+def _groups(container, order):
+    # Sequential's own dict, so that layers appended or replaced after fuse are seen.
+    names = list(container._modules) if type(container).forward is nn.Sequential.forward else order
+    return match(names, [container.get_submodule(name) for name in names])
+
+
+def _forward_in_groups(container, order, *args, **kwargs):
+    (x,) = (*args, *kwargs.values())
+    for group in _groups(container, order):
+        x = _run(group, x) if group.fused else group.modules[0](x)
+    return x
+
+
+def _run(group, x):
+    conv, bn = group.modules[0], group.batch_norm
+    options = dict(stride=conv.stride, padding=conv.padding)
+    if isinstance(conv, nn.ConvTranspose2d):
+        operator, options["output_padding"] = fused.conv_transpose2d_bn_act, conv.output_padding
+    else:
+        operator = fused.conv2d_bn_act
+    vectors = ()
+    if bn is not None:
+        vectors, batch_norm_options = _batch_norm_arguments(bn, x)
+        options.update(batch_norm_options)
+    return operator(
+        x,
+        conv.weight,
+        conv.bias,
+        *vectors,
+        activation=group.activation,
+        negative_slope=group.negative_slope,
+        **options,
+    )
+
+
+def _batch_norm_arguments(bn, x):
+    """A BatchNorm2d as the operator's (gamma, beta, running_mean, running_var) and options.
+
+    As stock does: count the batch first, update only statistics that are tracked, and take the batch's own where
+    there are none to use.
+    """
+    momentum = 0.0 if bn.momentum is None else bn.momentum
+    if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.add_(1)
+        if bn.momentum is None:
+            momentum = 1.0 / bn.num_batches_tracked  # a tensor: reading it would wait for a GPU
+    used = bn.track_running_stats or not bn.training
+    running_mean, running_var = (bn.running_mean, bn.running_var) if used else (None, None)
+    gamma = bn.weight
+    if gamma is None and bn.bias is None and running_mean is None:
+        # To the operator four missing vectors mean that there is no BatchNorm.
+        gamma = torch.ones(bn.num_features, device=x.device)
+    options = dict(training=bn.training or bn.running_mean is None, momentum=momentum, eps=bn.eps)
+    return (gamma, bn.bias, running_mean, running_var), options
+
+
+@dataclass(frozen=True)
+class Row:
+    """What `explain` knows of one convolution."""
+
+    path: str  # of the convolution inside the model
+    pattern: str  # types of the modules that run together
+    shape: str  # of its input and output, where inputs were given
+    fused: bool
+    implementation: str  # "triton", "reference" or "stock"
+    reason: str  # why not fused, why no more of it, or why this implementation
+
+    @property
+    def runs_as(self):
+        return f"fused, {self.implementation}" if self.fused else "stock"
+
+
+class Explanation(list):
+    """The rows of `explain`: a list of Row that prints as a table; `as_dicts()` gives plain data."""
+
+    def as_dicts(self):
+        return [asdict(row) for row in self]
+
+    def __str__(self):
+        head = ("layer", "pattern", "shape", "runs as", "why")
+        lines = [head] + [(row.path, row.pattern, row.shape or "-", row.runs_as, row.reason) for row in self]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+        text = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+        ]
+        count = sum(row.fused for row in self)
+        return "\n".join([*text, f"{count} of {len(self)} convolutions fused"])
+
+
+def explain(model, *inputs):
+    """Say of every convolution in `model` what it runs as: fused or stock, by which implementation, and why.
+
+    Args:
+        model: an nn.Module, fused or not; it is not changed.
+        inputs: what to call it with, to show shapes too; runs on a copy, without gradients.
+
+    Returns:
+        An Explanation: a list of Row, one for each convolution in the order of `model.named_modules()`.
+
+    Raises:
+        TypeError: not an nn.Module, or a scripted one.
+    """
+    _check_module(model)
+    shapes = _shapes(model, inputs) if inputs else {}
+    groups = {}
+    for path, container in model.named_modules():
+        if _is_fused(container):
+            for group in _groups(container, _call_order(container)):
+                groups[".".join(filter(None, (path, group.names[0])))] = group
+    rows = Explanation()
+    for path, conv in model.named_modules():
+        if not isinstance(conv, nn.modules.conv._ConvNd):
+            continue
+        group = groups.get(path)
+        if group is None or not group.fused:
+            reason = group.reason if group else _why_untouched(model, path)
+            rows.append(Row(path, type(conv).__name__, shapes.get(path, ""), False, "stock", reason))
+            continue
+        implementation, reason = backend.select(conv.weight.device, conv.weight.dtype)
+        reason = "; ".join(filter(None, (group.reason, reason)))
+        rows.append(Row(path, group.pattern, shapes.get(path, ""), True, implementation, reason))
+    return rows
+
+
+def _why_untouched(model, path):
+    parent = model.get_submodule(path.rpartition(".")[0])
+    if path == "":
+        return "a convolution by itself: fuse works on the module that calls it"
+    if _call_order(parent) is None:
+        return f"{type(parent).__name__}.forward is not a plain chain of its children"
+    return "fastgan.fuse was not called on it"
+
+
+def _shapes(model, inputs):
+    """{path of a convolution: "input → output"} of one call, on an unfused copy so that the model stays as it is."""
+    shapes, stock = {}, unfuse(copy.deepcopy(model))
+
+    def hook_for(path):
+        def hook(module, args, output):
+            shapes[path] = " → ".join("×".join(map(str, tensor.shape)) for tensor in (args[0], output))
+
+        return hook
+
+    for path, module in stock.named_modules():
+        if isinstance(module, nn.modules.conv._ConvNd):
+            module.register_forward_hook(hook_for(path))
+    devices = [tensor.device for tensor in inputs if isinstance(tensor, torch.Tensor) and tensor.is_cuda]
+    with torch.no_grad(), torch.random.fork_rng(devices):
+        stock(*inputs)
+    return shapes

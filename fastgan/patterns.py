@@ -1,0 +1,120 @@
+"""Recognising convolution → BatchNorm → activation in modules that are called one after the other.
+
+`match` cuts a sequence of modules into groups: a group that starts with a convolution holds what the fused operator
+computes in one go; anything else is a group of its own. Nothing is decided from names or positions alone: every
+property that would change the numbers is looked at, and what does not fit stays stock, with the reason.
+"""
+
+from dataclasses import dataclass, field
+
+from torch import nn
+
+_CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
+_ACTIVATIONS = {nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid"}
+
+
+@dataclass
+class Group:
+    """Consecutive modules that run as one fused operator, or one module that stays stock (`reason` says why)."""
+
+    names: list[str]
+    modules: list[nn.Module]
+    batch_norm: nn.BatchNorm2d | None = None
+    activation: str | None = None
+    negative_slope: float = 0.0
+    fused: bool = False
+    reason: str = ""
+    pattern: str = field(init=False)
+
+    def __post_init__(self):
+        self.pattern = " + ".join(type(module).__name__ for module in self.modules)
+
+
+def match(names, modules):
+    """Cut the chain `modules[0]`, `modules[1]`, … into Groups, longest patterns first."""
+    groups, i = [], 0
+    while i < len(modules):
+        group = _match_at(names, modules, i)
+        groups.append(group)
+        i += len(group.modules)
+    return groups
+
+
+def _match_at(names, modules, i):
+    conv = modules[i]
+    alone = Group(names[i : i + 1], [conv])
+    if not isinstance(conv, nn.modules.conv._ConvNd):
+        return alone
+    alone.reason = _why_not_conv(conv)
+    if alone.reason:
+        return alone
+
+    end, batch_norm, activation, stopped = i + 1, None, None, ""
+    if end < len(modules) and isinstance(modules[end], nn.modules.batchnorm._BatchNorm):
+        stopped = _why_not_batch_norm(modules[end], conv)
+        if not stopped:
+            batch_norm, end = modules[end], end + 1
+    if not stopped and end < len(modules) and type(modules[end]) in _ACTIVATIONS:
+        stopped = _why_not_activation(modules[end])
+        if not stopped:
+            activation, end = modules[end], end + 1
+    # Even the convolution alone is fused with its bias; what follows it and could not be joined is named.
+    return Group(
+        names[i:end],
+        modules[i:end],
+        batch_norm=batch_norm,
+        activation=_ACTIVATIONS[type(activation)] if activation is not None else None,
+        negative_slope=getattr(activation, "negative_slope", 0.0),
+        fused=True,
+        reason=stopped,
+    )
+
+
+def _hooks(module):
+    """Whether anything but the module's own forward takes part in calling it."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _why_not_conv(conv):
+    if type(conv) not in _CONVOLUTIONS:
+        return f"no fused operator for {type(conv).__name__}"
+    if _hooks(conv):
+        return "the convolution has hooks"
+    if nn.utils.parametrize.is_parametrized(conv):
+        return "the convolution is parametrized"
+    if conv.groups != 1:
+        return f"groups={conv.groups}"
+    if tuple(conv.dilation) != (1, 1):
+        return f"dilation={tuple(conv.dilation)}"
+    if conv.padding_mode != "zeros":
+        return f"padding_mode={conv.padding_mode!r}"
+    if isinstance(conv.padding, str):
+        return f"padding={conv.padding!r}"
+    return ""
+
+
+def _why_not_batch_norm(bn, conv):
+    if type(bn) is not nn.BatchNorm2d:
+        return f"{type(bn).__name__} after it"
+    if _hooks(bn):
+        return "its BatchNorm has hooks"
+    if nn.utils.parametrize.is_parametrized(bn):
+        return "its BatchNorm is parametrized"
+    if bn.num_features != conv.out_channels:
+        return f"its BatchNorm has {bn.num_features} features for {conv.out_channels} channels"
+    tensors = [t for t in (bn.weight, bn.bias, bn.running_mean, bn.running_var) if t is not None]
+    if any(t.device != conv.weight.device for t in tensors):
+        return "its BatchNorm is on another device"
+    if not all(t.is_floating_point() for t in tensors):
+        return "its BatchNorm is not floating point"
+    return ""
+
+
+def _why_not_activation(activation):
+    if _hooks(activation):
+        return "its activation has hooks"
+    if getattr(activation, "negative_slope", 0.0) < 0:
+        return f"negative_slope={activation.negative_slope}"
+    return ""
