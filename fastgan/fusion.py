@@ -182,6 +182,10 @@ class Row:
 class Explanation(list):
     """The rows of `explain`: a list of Row that prints as a table; `as_dicts()` gives plain data."""
 
+    def __init__(self, title, rows=()):
+        super().__init__(rows)
+        self.title = title
+
     def as_dicts(self):
         return [asdict(row) for row in self]
 
@@ -193,7 +197,7 @@ class Explanation(list):
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
         ]
         count = sum(row.fused for row in self)
-        return "\n".join([*text, f"{count} of {len(self)} convolutions fused"])
+        return "\n".join([f"{self.title}: {count} of {len(self)} convolutions fused", *text])
 
 
 def explain(model, *inputs):
@@ -216,7 +220,7 @@ def explain(model, *inputs):
         if _is_fused(container):
             for group in _groups(container, _call_order(container)):
                 groups[".".join(filter(None, (path, group.names[0])))] = group
-    rows = Explanation()
+    rows = Explanation(type(model).__name__)
     for path, conv in model.named_modules():
         if not isinstance(conv, nn.modules.conv._ConvNd):
             continue

@@ -1,0 +1,20 @@
+"""The one tolerance of the kernel tests: at most twice the error that stock PyTorch makes in the same precision."""
+
+import torch
+
+
+def error(actual, reference):
+    """Largest difference from the float64 reference, in units of the reference's largest value (at least 1)."""
+    return ((actual.double() - reference).abs().max() / reference.abs().max().clamp(min=1.0)).item()
+
+
+def assert_as_accurate_as_stock(name, ours, stock, reference):
+    """error(ours) ≤ 2 · error(stock) + a few units in the last place; NaN never passes.
+
+    Args:
+        ours, stock: results in the precision under test.
+        reference: the same in float64.
+    """
+    assert ours.shape == reference.shape, f"{name}: shape {tuple(ours.shape)}, not {tuple(reference.shape)}"
+    allowed = 2 * error(stock, reference) + 4 * torch.finfo(ours.dtype).eps
+    assert error(ours, reference) <= allowed, f"{name}: error {error(ours, reference):.2e}, allowed {allowed:.2e}"

@@ -1,0 +1,43 @@
+"""Where there is no GPU the kernels run in Triton's interpreter, which must be chosen before Triton is imported."""
+
+import os
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("gpu") and not HAS_GPU:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture
+def device():
+    """Where the kernels are tested."""
+    return torch.device("cuda" if HAS_GPU else "cpu")
+
+
+@pytest.fixture
+def triton_backend(monkeypatch):
+    """Run the operators' kernels, on the CPU too."""
+    monkeypatch.setenv("FASTGAN_BACKEND", "triton")
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Memory that nobody has written yet reads as NaN, so that an element left out shows."""
+
+    def poison(allocate):
+        def poisoned_allocate(*args, **kwargs):
+            tensor = allocate(*args, **kwargs)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+        return poisoned_allocate
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poison(getattr(owner, name)))

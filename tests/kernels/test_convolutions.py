@@ -1,0 +1,224 @@
+"""The fused convolutions' kernels, forward and backward, against stock layers in float64."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import fastgan
+from fastgan import functional as fused
+from tests.accuracy import assert_as_accurate_as_stock
+from tests.conftest import HAS_GPU
+from tests.kernels.cases import Case, pairwise_cases
+
+pytestmark = pytest.mark.usefixtures("triton_backend", "poisoned")
+
+PLAIN = Case(
+    transposed=True,
+    kernel=4,
+    stride=2,
+    padding=1,
+    output_padding=0,
+    in_channels=18,
+    out_channels=17,
+    size=(5, 7),
+    activation="leaky_relu",
+    batch_norm=True,
+    bias=False,
+    training=True,
+    memory="channels_last",
+    dtype="float32",
+)
+_NAMES = ("x", "weight", "bias", "gamma", "beta", "running_mean", "running_var")
+_SLOPE = 0.2
+
+
+def draw(case, batch, device, seed=0):
+    """Fresh random (x, weight, bias, gamma, beta, running_mean, running_var) in the case's dtype and layout."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    channels = (case.in_channels, case.out_channels) if case.transposed else (case.out_channels, case.in_channels)
+    x = normal(batch, case.in_channels, *case.size)
+    weight = normal(*channels, case.kernel, case.kernel) / (case.in_channels * case.kernel**2) ** 0.5
+    vectors = [normal(case.out_channels) for _ in range(4)]
+    vectors[3] = vectors[3].abs() + 0.5
+    dtype = getattr(torch, case.dtype)
+    x, weight, bias = (tensor.to(device, dtype) for tensor in (x, weight, normal(case.out_channels)))
+    if case.memory == "channels_last":
+        x, weight = (tensor.to(memory_format=torch.channels_last) for tensor in (x, weight))
+    elif case.memory == "sliced":
+        x, weight = (torch.stack([tensor, -tensor], dim=-1)[..., 0] for tensor in (x, weight))
+    vectors = [tensor.to(device) for tensor in vectors] if case.batch_norm else [None] * 4
+    return [x, weight, bias if case.bias else None, *vectors]
+
+
+def stock(case, tensors, activation):
+    """The stock layers one after the other."""
+    x, weight, bias, gamma, beta, running_mean, running_var = tensors
+    if case.transposed:
+        y = F.conv_transpose2d(x, weight, bias, case.stride, case.padding, case.output_padding)
+    else:
+        y = F.conv2d(x, weight, bias, case.stride, case.padding)
+    if case.batch_norm:
+        y = F.batch_norm(y, running_mean, running_var, gamma, beta, case.training, 0.3, 1e-3)
+    return F.leaky_relu(y, _SLOPE) if activation == "leaky_relu" else getattr(torch, activation)(y) if activation else y
+
+
+def ours(case, tensors, activation):
+    operator = fused.conv_transpose2d_bn_act if case.transposed else fused.conv2d_bn_act
+    options = dict(output_padding=case.output_padding) if case.transposed else {}
+    return operator(
+        *tensors,
+        training=case.training,
+        momentum=0.3,
+        eps=1e-3,
+        stride=case.stride,
+        padding=case.padding,
+        activation=activation,
+        negative_slope=_SLOPE,
+        **options,
+    )
+
+
+def results(forward, case, tensors, grad, dtype=None):
+    """{name: tensor} of the output, every gradient and the running statistics."""
+    copies = [None if t is None else t.detach().clone().to(dtype or t.dtype) for t in tensors]
+    for tensor in copies[:5]:
+        if tensor is not None:
+            tensor.requires_grad_()
+    out = forward(case, copies, case.activation)
+    out.backward(grad.to(out.dtype))
+    found = dict(out=out.detach(), **dict(zip(_NAMES[5:], copies[5:], strict=True)))
+    found.update({f"grad of {name}": t.grad for name, t in zip(_NAMES, copies[:5], strict=False) if t is not None})
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+def check(case, tensors):
+    """Compare all results with float64's, allowing what stock in the case's own precision is allowed."""
+    exact = [None if t is None else t.double().clone() for t in tensors]
+    with torch.no_grad():
+        z = stock(case, exact, activation=None)
+    grad = torch.randn(z.shape, generator=torch.Generator().manual_seed(1)).to(z)
+    # At the kink of a (leaky) ReLU the derivative of a rounded value is either side's: no gradient enters there.
+    grad = torch.where(z.abs() < (1e-3 if case.dtype == "float32" else 0.05), 0.0, grad)
+    grad = grad.to(getattr(torch, case.dtype))
+    reference = results(stock, case, tensors, grad.double(), torch.float64)
+    plain = results(stock, case, tensors, grad)
+    actual = results(ours, case, tensors, grad)
+    assert actual.keys() == reference.keys()
+    for name, tensor in actual.items():
+        assert tensor.dtype == plain[name].dtype
+        assert_as_accurate_as_stock(name, tensor, plain[name], reference[name])
+
+
+def _dtypes(case):
+    return ("float32", "float16", "bfloat16") if HAS_GPU else (case.dtype,)
+
+
+@pytest.mark.parametrize("case", pairwise_cases(), ids=str)
+def test_equals_stock(case, device):
+    for dtype in _dtypes(case):
+        check(case._replace(dtype=dtype), draw(case._replace(dtype=dtype), 3, device))
+
+
+@pytest.mark.parametrize("transposed", (True, False))
+def test_one_image_in_eval_mode(transposed, device):
+    case = PLAIN._replace(transposed=transposed, training=False)
+    tensors = draw(case, 1, device)
+    check(case, tensors)
+    with torch.no_grad():  # one kernel, with BatchNorm in its epilogue
+        expected = stock(case, [None if t is None else t.double() for t in tensors], case.activation)
+        assert_as_accurate_as_stock("out", ours(case, tensors, case.activation), expected.float(), expected)
+
+
+@pytest.mark.parametrize("transposed", (True, False))
+def test_several_tiles_in_every_direction(transposed, device, monkeypatch):
+    """Tiles far smaller than the tensors: partial tiles, merges in stages, weight gradients in parts."""
+    from fastgan.kernels import batch_norm, down, launch, statistics, up, weight_grad
+
+    for module in (up, down, weight_grad):
+        monkeypatch.setattr(module, "matrix_tile", lambda *_: launch.MatrixTile(16, 16, 16, 4, 2))
+    monkeypatch.setattr(statistics, "reduction_tile", lambda *_: (4, 8))
+    monkeypatch.setattr(batch_norm, "reduction_tile", lambda *_: (8, 8))
+    monkeypatch.setattr(batch_norm, "rows_tile", lambda *_: (32, 8))
+    monkeypatch.setattr(batch_norm, "FEWEST_ROW_BLOCKS", 2)
+    case = PLAIN._replace(transposed=transposed, in_channels=19)
+    check(case, draw(case, 3, device))
+
+
+def test_stride_that_differs_by_axis(device):
+    x, weight = torch.randn(2, 3, 5, 4, device=device), torch.randn(3, 5, 3, 4, device=device)
+    expected = F.conv_transpose2d(x, weight, None, (3, 1), (1, 2), (2, 0))
+    actual = fused.conv_transpose2d_bn_act(x, weight, stride=(3, 1), padding=(1, 2), output_padding=(2, 0))
+    torch.testing.assert_close(actual, expected)
+    back = fused.conv2d_bn_act(expected, weight, stride=(3, 1), padding=(1, 2))
+    torch.testing.assert_close(back, F.conv2d(expected, weight, None, (3, 1), (1, 2)), rtol=1e-4, atol=1e-4)
+
+
+def test_statistics_of_values_far_from_zero(device):
+    """|mean| is 1,000 standard deviations: E[x²] − E[x]² would leave nothing of the variance in float32."""
+    case = PLAIN._replace(bias=True, activation=None)
+    tensors = draw(case, 4, device)
+    tensors[2] = tensors[2] + 1000.0
+    check(case, tensors)
+
+
+def test_nothing_is_computed_for_what_needs_no_gradient(device):
+    x, weight, *rest = draw(PLAIN, 2, device)
+    weight.requires_grad_()
+    ours(PLAIN, [x, weight, *rest], "relu").sum().backward()
+    assert x.grad is None and weight.grad is not None
+
+
+@pytest.mark.parametrize("activation", ("relu", "leaky_relu", "tanh", "sigmoid", None))
+def test_nan_stays_visible(activation, device):
+    case = PLAIN._replace(activation=activation)
+    tensors = draw(case, 2, device)
+    tensors[0][0, 0, 0, 0] = float("nan")
+    assert ours(case, tensors, activation).isnan().any()
+
+
+def test_cumulative_average_and_batch_count(device):
+    """momentum=None through a fused module, over several batches."""
+    torch.manual_seed(0)
+    stock_model = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 3), torch.nn.BatchNorm2d(5, momentum=None)).to(device)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 3), torch.nn.BatchNorm2d(5, momentum=None)).to(device)
+    model.load_state_dict(stock_model.state_dict())
+    fastgan.fuse(model)
+    for _ in range(3):
+        x = torch.randn(2, 3, 6, 6, device=device)
+        torch.testing.assert_close(model(x), stock_model(x))
+    for name, buffer in stock_model.named_buffers():
+        torch.testing.assert_close(dict(model.named_buffers())[name], buffer)
+
+
+def test_same_bits_every_time(device):
+    tensors = draw(PLAIN, 3, device)
+    with torch.no_grad():
+        grad = torch.randn_like(stock(PLAIN, tensors, "relu"))
+    first, second = (results(ours, PLAIN, tensors, grad) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16))
+def test_dcgan_layer_sizes(dtype, device):
+    """The example DCGAN's own layers, whose tiles are the large ones."""
+    name = str(dtype).removeprefix("torch.")
+    for channels_in, channels_out, size in ((512, 256, 4), (256, 128, 8), (128, 64, 16), (64, 3, 32)):
+        case = PLAIN._replace(in_channels=channels_in, out_channels=channels_out, size=(size, size), dtype=name)
+        for transposed in (True, False):
+            case = case._replace(transposed=transposed)
+            check(case, draw(case, 32, device))
+
+
+@pytest.mark.gpu
+def test_more_elements_than_int32_counts(device):
+    x = torch.randn(2**31 // (64 * 64 * 64) + 1, 64, 64, 64, device=device, dtype=torch.bfloat16)
+    x = x.to(memory_format=torch.channels_last)
+    weight = torch.randn(8, 64, 4, 4, device=device, dtype=torch.bfloat16) * 0.03
+    actual = fused.conv2d_bn_act(x, weight, stride=2, padding=1, activation="relu")
+    expected = F.relu(F.conv2d(x[-1:], weight, stride=2, padding=1))
+    torch.testing.assert_close(actual[-1:], expected, rtol=2e-2, atol=2e-2)

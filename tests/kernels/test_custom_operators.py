@@ -1,0 +1,102 @@
+"""The operators as PyTorch sees them: registrations, torch.compile without graph breaks, autocast, whole networks."""
+
+import copy
+
+import pytest
+import torch
+from torch.library import opcheck
+
+import fastgan
+from fastgan.ops.batch_norm import batch_norm_act, batch_norm_act_grad
+from fastgan.ops.convolution import activation_grad, conv, conv_statistics, conv_weight_grad
+from fastgan.ops.losses import bce
+
+pytestmark = pytest.mark.usefixtures("triton_backend")
+
+
+def _operands(device):
+    x = torch.randn(2, 3, 4, 5, device=device, requires_grad=True)
+    weight = torch.randn(4, 3, 3, 3, device=device, requires_grad=True)
+    vector = torch.rand(4, device=device, requires_grad=True)
+    return x, weight, vector
+
+
+def _operator_calls(device):
+    x, weight, vector = _operands(device)
+    constant = vector.detach()
+    y = torch.randn(2, 4, 4, 5, device=device, requires_grad=True)
+    where = ([1, 1], [1, 1])
+    plain = (None, None, None, None, 0.0)
+    return {
+        "conv": (conv, (x, weight, vector, *plain, False, *where, [0, 0], "leaky_relu", 0.2)),
+        "conv_transposed": (conv, (y, weight, None, *plain, True, [2, 2], [1, 1], [1, 1], "tanh", 0.0)),
+        "conv_statistics": (conv_statistics, (x, weight, vector, 1e-5, False, *where, [0, 0])),
+        "conv_weight_grad": (conv_weight_grad, (y.detach(), x.detach(), weight.detach(), *where)),
+        "activation_grad": (activation_grad, (y.detach(), y.detach(), "sigmoid", 0.0)),
+        "batch_norm_act": (batch_norm_act, (y, constant, constant + 1, vector, None, True, "relu", 0.0)),
+        "batch_norm_act_grad": (
+            batch_norm_act_grad,
+            (y.detach(), y.detach(), constant, constant + 1, None, constant, False, "tanh", 0.0),
+        ),
+        "bce": (bce, (x, y, 0.9, 0.1)),
+        "bce_one_set": (bce, (x, None, 1.0, 0.0)),
+    }
+
+
+@pytest.mark.parametrize("name", _operator_calls("cpu"))
+def test_opcheck(name, device):
+    operator, arguments = _operator_calls(device)[name]
+    opcheck(operator, arguments)
+
+
+def _networks(device):
+    torch.manual_seed(0)
+    generator = fastgan.models.Generator(image_size=8, nc=3, nz=5, ngf=4).to(device)
+    discriminator = fastgan.models.Discriminator(image_size=8, nc=3, ndf=4).to(device)
+    return generator, discriminator
+
+
+def _losses_and_grads(generator, discriminator, latent):
+    fake = generator(latent)
+    loss = fastgan.functional.generator_bce(discriminator(fake))
+    loss.backward()
+    parameters = [*generator.parameters(), *discriminator.parameters()]
+    return [loss.detach(), fake.detach(), *(parameter.grad for parameter in parameters)]
+
+
+@pytest.mark.parametrize("compiled", (False, True))
+def test_whole_networks(compiled, device, monkeypatch):
+    """Our G and D through the kernels, forward and backward, against stock; compiled, without a graph break."""
+    networks = _networks(device)
+    latent = torch.randn(4, 5, device=device)
+    fused = [fastgan.fuse(copy.deepcopy(network)) for network in networks]
+    assert all(row.fused and row.implementation == "triton" for network in fused for row in fastgan.explain(network))
+    run = [torch.compile(network, fullgraph=True, dynamic=False) for network in fused] if compiled else fused
+    actual = _losses_and_grads(*run, latent)
+    for network, stock in zip(fused, networks, strict=True):
+        for parameter, stock_parameter in zip(network.parameters(), stock.parameters(), strict=True):
+            assert parameter.grad is not None and stock_parameter.grad is None
+    monkeypatch.setenv("FASTGAN_BACKEND", "reference")
+    for ours, reference in zip(actual, _losses_and_grads(*networks, latent), strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-3, atol=1e-5)
+    for network, stock in zip(fused, networks, strict=True):
+        for ours, reference in zip(network.buffers(), stock.buffers(), strict=True):
+            torch.testing.assert_close(ours, reference)
+
+
+def test_autocast(device):
+    """Under autocast the kernels compute in its dtype and the parameters' gradients keep theirs."""
+    generator, _ = (fastgan.fuse(network) for network in _networks(device))
+    with torch.autocast(device.type, torch.float16):
+        images = generator(torch.randn(4, 5, device=device))
+    assert images.dtype == torch.float16
+    images.float().sum().backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in generator.parameters())
+
+
+def test_eval_mode_batch_norm_inside_the_kernel_refuses_a_gradient(device):
+    x, weight, vector = _operands(device)
+    statistics = (vector.detach(),) * 4
+    out = conv(x, weight, None, *statistics, 1e-5, False, [1, 1], [1, 1], [0, 0], None, 0.0)
+    with pytest.raises(RuntimeError, match="batch_norm_act"):
+        out.sum().backward()

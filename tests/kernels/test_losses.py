@@ -1,0 +1,61 @@
+"""The loss kernel against stock binary cross-entropy in float64."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fastgan import functional as fused
+from tests.accuracy import assert_as_accurate_as_stock
+from tests.conftest import HAS_GPU
+
+pytestmark = pytest.mark.usefixtures("triton_backend", "poisoned")
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16) if HAS_GPU else (torch.float32, torch.float16)
+
+
+def stock(real, fake, real_target, fake_target):
+    loss = F.binary_cross_entropy_with_logits(real, torch.full_like(real, real_target))
+    if fake is not None:
+        loss = loss + F.binary_cross_entropy_with_logits(fake, torch.full_like(fake, fake_target))
+    return loss
+
+
+def with_grads(loss_of, *logits):
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in logits]
+    loss = loss_of(*leaves)
+    (3.0 * loss).backward()
+    return loss.detach(), *(leaf.grad for leaf in leaves)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("real_shape, fake_shape", (((7,), (7,)), ((1030,), (5, 1, 3, 3)), ((1,), (2500, 1))))
+def test_discriminator_loss(dtype, real_shape, fake_shape, device):
+    real, fake = (torch.randn(shape, device=device, dtype=dtype) * 4 for shape in (real_shape, fake_shape))
+    targets = (0.9, 0.1)
+    actual = with_grads(lambda r, f: fused.discriminator_bce(r, f, real_target=0.9, fake_target=0.1), real, fake)
+    plain = with_grads(lambda r, f: stock(r.float(), f.float(), *targets), real, fake)
+    exact = with_grads(lambda r, f: stock(r, f, *targets), real.double(), fake.double())
+    for name, ours, theirs, reference in zip(("loss", "real", "fake"), actual, plain, exact, strict=True):
+        assert_as_accurate_as_stock(name, ours, theirs, reference)
+
+    _, real_mean, fake_mean = fused.discriminator_bce(real, fake, return_means=True)
+    torch.testing.assert_close(real_mean, torch.sigmoid(real.float()).mean())
+    torch.testing.assert_close(fake_mean, torch.sigmoid(fake.float()).mean())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_generator_loss(dtype, device):
+    fake = torch.randn(33, device=device, dtype=dtype)
+    actual = with_grads(fused.generator_bce, fake)
+    plain = with_grads(lambda f: stock(f.float(), None, 1.0, 0.0), fake)
+    exact = with_grads(lambda f: stock(f, None, 1.0, 0.0), fake.double())
+    for name, ours, theirs, reference in zip(("loss", "fake"), actual, plain, exact, strict=True):
+        assert_as_accurate_as_stock(name, ours, theirs, reference)
+
+
+def test_extreme_logits_keep_their_gradient(device):
+    fake = torch.tensor([-120.0, 120.0, -1000.0, 1000.0], device=device, requires_grad=True)
+    loss = fused.generator_bce(fake)
+    loss.backward()
+    assert loss.item() == pytest.approx((120 + 1000) / 4)
+    torch.testing.assert_close(fake.grad, torch.tensor([-0.25, 0.0, -0.25, 0.0], device=device))
