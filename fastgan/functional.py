@@ -135,13 +135,31 @@ def _conv_bn_act_reference(
     negative_slope,
 ):
     """The same in plain torch: what the kernels are tested against, and what runs without them."""
-    if transposed:
+    if x.device.type == "cpu" and _is_matrix_product(x, weight, transposed, padding, output_padding):
+        y = _matrix_product(x, weight, bias, transposed)
+    elif transposed:
         y = F.conv_transpose2d(x, weight, bias, stride, padding, output_padding)
     else:
         y = F.conv2d(x, weight, bias, stride, padding)
     if any(tensor is not None for tensor in (gamma, beta, running_mean, running_var)):
         y = F.batch_norm(y, running_mean, running_var, gamma, beta, training, float(momentum), eps)
     return _activate_(y, activation, negative_slope)
+
+
+def _is_matrix_product(x, weight, transposed, padding, output_padding):
+    """Whether the low-resolution side is one pixel: a DCGAN's first and last layer, slow as CPU convolutions."""
+    low_side = (1, 1) if transposed else weight.shape[2:]
+    return x.shape[2:] == low_side and not any((*padding, *output_padding))
+
+
+def _matrix_product(x, weight, bias, transposed):
+    n, (a, b, kh, kw) = x.shape[0], weight.shape
+    taps_last = weight.permute(0, 2, 3, 1).reshape(a, kh * kw * b)  # no copy of a channels_last weight
+    if transposed:
+        y = (x.reshape(n, a) @ taps_last).view(n, kh, kw, b).permute(0, 3, 1, 2)
+    else:
+        y = (x.permute(0, 2, 3, 1).reshape(n, kh * kw * b) @ taps_last.t()).view(n, a, 1, 1)
+    return y if bias is None else y + bias.view(1, -1, 1, 1)
 
 
 def _activate_(y, activation, negative_slope):
