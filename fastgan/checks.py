@@ -7,13 +7,13 @@ ACTIVATIONS = ("relu", "leaky_relu", "tanh", "sigmoid", None)
 
 def pair(name, value):
     """An int or a pair of ints as a list of two."""
-    values = [value, value] if isinstance(value, int) else list(value)
-    if len(values) != 2 or not all(isinstance(v, int) for v in values):
+    values = [value, value] if isinstance(value, int) else value
+    if not isinstance(values, list | tuple) or len(values) != 2 or not all(isinstance(v, int) for v in values):
         raise ValueError(f"{name} must be an int or a pair of ints; got {value!r}")
     least = 1 if name == "stride" else 0
     if min(values) < least:
         raise ValueError(f"{name} must be at least {least}; got {value!r}")
-    return values
+    return list(values)
 
 
 def check_conv_bn_act(
@@ -64,8 +64,10 @@ def check_conv_bn_act(
     with_batch_norm = any(tensor is not None for tensor in (gamma, beta, running_mean))
     if with_batch_norm and not training and running_mean is None:
         raise ValueError("running_mean and running_var are needed when training is False; got None")
-    if not isinstance(momentum, int | float | torch.Tensor):
+    if not isinstance(momentum, int | float | torch.Tensor) or getattr(momentum, "ndim", 0) != 0:
         raise TypeError(f"momentum must be a number or a 0-dim tensor; got {momentum!r}")
+    if not isinstance(eps, int | float):
+        raise TypeError(f"eps must be a number; got {eps!r}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}; got {activation!r}")
     if activation == "leaky_relu" and not negative_slope >= 0:

@@ -220,6 +220,8 @@ def _conv_bn_act_fused(
 
 def _update_running(running, new, momentum):
     """running ← (1 − momentum)·running + momentum·new."""
+    if isinstance(momentum, torch.Tensor):
+        momentum = momentum.to(running.dtype)  # lerp_ takes no other
     with torch.no_grad():
         running.lerp_(new.to(running.dtype), momentum)
 
@@ -279,7 +281,7 @@ def _bce_reference(real, fake, real_target, fake_target):
             means.append(loss.new_zeros(()))
             continue
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        # mean(softplus(x) − target·x), in the form whose gradient is exact: σ(x) − target.
-        loss = loss + F.softplus(logits, threshold=float("inf")).mean() - target * logits.mean()
+        # softplus(x) = −logsigmoid(−x), which neither overflows nor cancels; the gradient is σ(x) − target.
+        loss = loss - target * F.logsigmoid(logits).mean() - (1.0 - target) * F.logsigmoid(-logits).mean()
         means.append(torch.sigmoid(logits).detach().mean())
     return torch.stack([loss, *means])

@@ -71,6 +71,26 @@ class _ChildrenAsLeaves(fx.Tracer):
     def is_leaf_module(self, module, qualified_name):
         return True
 
+    def trace(self, root, modes):
+        self._modes = modes
+        return super().trace(root)
+
+    def call_module(self, module, *args):
+        if _get_modes() != self._modes:
+            raise ValueError("called under no_grad or autocast of the forward's own, which the graph does not show")
+        return super().call_module(module, *args)
+
+
+def _get_modes():
+    """(gradients, autocast on the CPU, on CUDA): each on or off."""
+    return torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
+
+
+def _set_modes(gradients, cpu, cuda):
+    torch.set_grad_enabled(gradients)
+    torch.set_autocast_enabled("cpu", cpu)
+    torch.set_autocast_enabled("cuda", cuda)
+
 
 def _call_order(container):
     """The names of the children in the order of their calls, or None where forward is more than such a chain."""
@@ -82,15 +102,26 @@ def _call_order(container):
         return None
     if len(inspect.signature(container.forward).parameters) != 1:
         return None
-    training, orders = container.training, []
+    attributes, modes, orders, keeps_state = dict(vars(container)), _get_modes(), [], False
     try:
-        for container.training in (True, False):
-            orders.append(_chain(_ChildrenAsLeaves().trace(container)))
+        # Once with every mode on and once with every one off, so that a forward that sets one shows.
+        for on in (True, False):
+            container.training = on
+            _set_modes(on, on, on)
+            orders.append(_chain(_ChildrenAsLeaves().trace(container, _get_modes())))
     except Exception:  # what fx cannot trace may raise anything; such a forward is no plain chain
         return None
     finally:
-        container.training = training
-    return orders[0] if orders[0] == orders[1] else None
+        _set_modes(*modes)
+        vars(container)["training"] = attributes["training"]
+        keeps_state = not _same_objects(vars(container), attributes)
+        vars(container).clear()
+        vars(container).update(attributes)
+    return orders[0] if orders[0] == orders[1] and not keeps_state else None
+
+
+def _same_objects(ours, theirs):
+    return ours.keys() == theirs.keys() and all(ours[key] is theirs[key] for key in ours)
 
 
 def _chain(graph):
@@ -152,13 +183,15 @@ def _batch_norm_arguments(bn, x):
     if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
         bn.num_batches_tracked.add_(1)
         if bn.momentum is None:
-            momentum = 1.0 / bn.num_batches_tracked  # a tensor: reading it would wait for a GPU
+            count = bn.num_batches_tracked
+            # On a GPU a tensor: reading it would wait. In float64, as stock divides.
+            momentum = 1.0 / (count.double() if count.is_cuda else float(count))
     used = bn.track_running_stats or not bn.training
     running_mean, running_var = (bn.running_mean, bn.running_var) if used else (None, None)
     gamma = bn.weight
     if gamma is None and bn.bias is None and running_mean is None:
         # To the operator four missing vectors mean that there is no BatchNorm.
-        gamma = torch.ones(bn.num_features, device=x.device)
+        gamma = torch.ones(bn.num_features, device=x.device, dtype=x.dtype)
     options = dict(training=bn.training or bn.running_mean is None, momentum=momentum, eps=bn.eps)
     return (gamma, bn.bias, running_mean, running_var), options
 
@@ -236,11 +269,16 @@ def explain(model, *inputs):
 
 
 def _why_untouched(model, path):
-    parent = model.get_submodule(path.rpartition(".")[0])
+    parent_path, _, name = path.rpartition(".")
+    parent = model.get_submodule(parent_path)
     if path == "":
         return "a convolution by itself: fuse works on the module that calls it"
-    if _call_order(parent) is None:
+    order = _call_order(parent)
+    if order is None:
         return f"{type(parent).__name__}.forward is not a plain chain of its children"
+    for group in _groups(parent, order):
+        if group.names[0] == name and not group.fused:
+            return group.reason
     return "fastgan.fuse was not called on it"
 
 

@@ -71,9 +71,13 @@ def _match_at(names, modules, i):
 
 
 def _hooks(module):
-    """Whether anything but the module's own forward takes part in calling it."""
+    """Whether anything but its type's forward takes part in calling the module."""
     return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__  # replaced on the instance
     )
 
 
