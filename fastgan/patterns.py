@@ -54,9 +54,9 @@ def _match_at(names, modules, i):
         stopped = _why_not_batch_norm(modules[end], conv)
         if not stopped:
             batch_norm, end = modules[end], end + 1
-    if not stopped and end < len(modules) and type(modules[end]) in _ACTIVATIONS:
+    if not stopped and end < len(modules):
         stopped = _why_not_activation(modules[end])
-        if not stopped:
+        if not stopped and type(modules[end]) in _ACTIVATIONS:
             activation, end = modules[end], end + 1
     # Even the convolution alone is fused with its bias; what follows it and could not be joined is named.
     return Group(
@@ -117,6 +117,10 @@ def _why_not_batch_norm(bn, conv):
 
 
 def _why_not_activation(activation):
+    """Why the module that follows stays out of the operator; "" where it fits, or is no activation at all."""
+    if type(activation) not in _ACTIVATIONS:
+        is_activation = type(activation).__module__ == nn.ReLU.__module__
+        return f"{type(activation).__name__} after it stays stock" if is_activation else ""
     if _hooks(activation):
         return "its activation has hooks"
     if getattr(activation, "negative_slope", 0.0) < 0:

@@ -570,10 +570,12 @@ def test_explain_rows():
     )
     assert rows[1].reason == "groups=2" and rows[1].runs_as == "stock" and rows[0].runs_as == "fused, reference"
     lines = str(rows).splitlines()
-    assert lines[0].split() == ["layer", "pattern", "shape", "runs", "as", "why"]
-    assert lines[-1] == "1 of 2 convolutions fused"
-    assert len(lines) == 4 and "main.0" in lines[1] and "groups=2" in lines[2]
-    assert str(fastgan.explain(nn.Sequential())).endswith("0 of 0 convolutions fused")
+    assert lines[0] == "Module: 1 of 2 convolutions fused"
+    assert lines[1].split() == ["layer", "pattern", "shape", "runs", "as", "why"]
+    assert len(lines) == 4 and "main.0" in lines[2] and "groups=2" in lines[3]
+    assert str(fastgan.explain(nn.Sequential())).startswith("Sequential: 0 of 0 convolutions fused")
+    with_elu = fastgan.fuse(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ELU()))
+    assert "ELU after it stays stock" in fastgan.explain(with_elu)[0].reason
     assert "by itself" in fastgan.explain(fastgan.fuse(nn.Conv2d(3, 4, 3)))[0].reason
 
 
