@@ -110,6 +110,14 @@ def _conv_bn_act(x, weight, *tensors, **options):
     return _conv_bn_act_fused(x, weight, *tensors, **options)
 
 
+def conv_bn_act_of_modules(x, weight, *tensors, **options):
+    """The same for tensors that stock modules hold: plain torch, which says of bad input what it always says, goes
+    unchecked; a CPU step of a small network would feel the checks."""
+    implementation, _ = backend.select(x.device, _compute_dtype(x))
+    run = _conv_bn_act_reference if implementation == "reference" else _conv_bn_act
+    return run(x, weight, *tensors, **options)
+
+
 def _compute_dtype(x):
     """The dtype that a convolution computes in: autocast's where it is on."""
     return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
@@ -135,31 +143,13 @@ def _conv_bn_act_reference(
     negative_slope,
 ):
     """The same in plain torch: what the kernels are tested against, and what runs without them."""
-    if x.device.type == "cpu" and _is_matrix_product(x, weight, transposed, padding, output_padding):
-        y = _matrix_product(x, weight, bias, transposed)
-    elif transposed:
+    if transposed:
         y = F.conv_transpose2d(x, weight, bias, stride, padding, output_padding)
     else:
         y = F.conv2d(x, weight, bias, stride, padding)
     if any(tensor is not None for tensor in (gamma, beta, running_mean, running_var)):
         y = F.batch_norm(y, running_mean, running_var, gamma, beta, training, float(momentum), eps)
     return _activate_(y, activation, negative_slope)
-
-
-def _is_matrix_product(x, weight, transposed, padding, output_padding):
-    """Whether the low-resolution side is one pixel: a DCGAN's first and last layer, slow as CPU convolutions."""
-    low_side = (1, 1) if transposed else weight.shape[2:]
-    return x.shape[2:] == low_side and not any((*padding, *output_padding))
-
-
-def _matrix_product(x, weight, bias, transposed):
-    n, (a, b, kh, kw) = x.shape[0], weight.shape
-    taps_last = weight.permute(0, 2, 3, 1).reshape(a, kh * kw * b)  # no copy of a channels_last weight
-    if transposed:
-        y = (x.reshape(n, a) @ taps_last).view(n, kh, kw, b).permute(0, 3, 1, 2)
-    else:
-        y = (x.permute(0, 2, 3, 1).reshape(n, kh * kw * b) @ taps_last.t()).view(n, a, 1, 1)
-    return y if bias is None else y + bias.view(1, -1, 1, 1)
 
 
 def _activate_(y, activation, negative_slope):
@@ -247,7 +237,7 @@ def discriminator_bce(real_logits, fake_logits, *, real_target=1.0, fake_target=
     check_loss(real_logits=real_logits, fake_logits=fake_logits)
     check_loss(real_target=real_target, fake_target=fake_target)
     sums = _bce(real_logits, fake_logits, float(real_target), float(fake_target))
-    return (sums[0], *sums[1:].detach()) if return_means else sums[0]
+    return (sums[0], sums[1].detach(), sums[2].detach()) if return_means else sums[0]
 
 
 def generator_bce(fake_logits):
@@ -274,14 +264,11 @@ def _bce(real, fake, real_target, fake_target):
 
 
 def _bce_reference(real, fake, real_target, fake_target):
-    """[loss, mean σ(real), mean σ(fake)] in plain torch."""
+    """(loss, mean σ(real), mean σ(fake)) in plain torch, the last only where there is a fake set."""
     loss, means = 0.0, []
     for logits, target in ((real, real_target), (fake, fake_target)):
-        if logits is None:
-            means.append(loss.new_zeros(()))
-            continue
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        # softplus(x) = −logsigmoid(−x), which neither overflows nor cancels; the gradient is σ(x) − target.
-        loss = loss - target * F.logsigmoid(logits).mean() - (1.0 - target) * F.logsigmoid(-logits).mean()
-        means.append(torch.sigmoid(logits).detach().mean())
-    return torch.stack([loss, *means])
+        if logits is not None:
+            logits = logits if logits.dtype == torch.float64 else logits.float()
+            loss = loss + F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, target))
+            means.append(torch.sigmoid(logits.detach()).mean())
+    return loss, *means

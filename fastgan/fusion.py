@@ -8,6 +8,7 @@ call, so a hook added later, a replaced layer, train() and eval() all take effec
 import copy
 import functools
 import inspect
+import weakref
 from dataclasses import asdict, dataclass
 
 import torch
@@ -15,7 +16,7 @@ from torch import fx, nn
 
 from fastgan import backend
 from fastgan import functional as fused
-from fastgan.patterns import match
+from fastgan.patterns import has_hooks, match
 
 
 def fuse(model):
@@ -144,33 +145,49 @@ def _groups(container, order):
     return match(names, [container.get_submodule(name) for name in names])
 
 
+# Matching takes as long as a layer of a small network, so groups are kept until anything they depend on has changed.
+_matched = weakref.WeakKeyDictionary()  # container → (what the groups depend on, the groups)
+
+
+def _kept_groups(container, order):
+    if torch.compiler.is_compiling():
+        return _groups(container, order)
+    state = [(module, type(module), has_hooks(module)) for module in container._modules.values()]
+    kept_state, groups = _matched.get(container, (None, None))
+    if kept_state != state:
+        groups = _groups(container, order)
+        _matched[container] = state, groups
+    return groups
+
+
 def _forward_in_groups(container, order, *args, **kwargs):
     (x,) = (*args, *kwargs.values())
-    for group in _groups(container, order):
+    for group in _kept_groups(container, order):
         x = _run(group, x) if group.fused else group.modules[0](x)
     return x
 
 
 def _run(group, x):
-    conv, bn = group.modules[0], group.batch_norm
-    options = dict(stride=conv.stride, padding=conv.padding)
-    if isinstance(conv, nn.ConvTranspose2d):
-        operator, options["output_padding"] = fused.conv_transpose2d_bn_act, conv.output_padding
-    else:
-        operator = fused.conv2d_bn_act
-    vectors = ()
-    if bn is not None:
-        vectors, batch_norm_options = _batch_norm_arguments(bn, x)
-        options.update(batch_norm_options)
-    return operator(
+    conv, bn, activation = group.modules[0], group.batch_norm, group.modules[-1]
+    transposed = isinstance(conv, nn.ConvTranspose2d)
+    vectors, options = _batch_norm_arguments(bn, x) if bn is not None else (_NO_VECTORS, _NO_BATCH_NORM)
+    return fused.conv_bn_act_of_modules(
         x,
         conv.weight,
         conv.bias,
         *vectors,
+        transposed=transposed,
+        stride=conv.stride,
+        padding=conv.padding,
+        output_padding=conv.output_padding,
         activation=group.activation,
-        negative_slope=group.negative_slope,
+        negative_slope=activation.negative_slope if group.activation == "leaky_relu" else 0.0,
         **options,
     )
+
+
+_NO_VECTORS = (None,) * 4
+_NO_BATCH_NORM = dict(training=False, momentum=0.0, eps=0.0)
 
 
 def _batch_norm_arguments(bn, x):

@@ -5,7 +5,7 @@ computes in one go; anything else is a group of its own. Nothing is decided from
 property that would change the numbers is looked at, and what does not fit stays stock, with the reason.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -21,13 +21,12 @@ class Group:
     modules: list[nn.Module]
     batch_norm: nn.BatchNorm2d | None = None
     activation: str | None = None
-    negative_slope: float = 0.0
     fused: bool = False
     reason: str = ""
-    pattern: str = field(init=False)
 
-    def __post_init__(self):
-        self.pattern = " + ".join(type(module).__name__ for module in self.modules)
+    @property
+    def pattern(self):
+        return " + ".join(type(module).__name__ for module in self.modules)
 
 
 def match(names, modules):
@@ -64,13 +63,12 @@ def _match_at(names, modules, i):
         modules[i:end],
         batch_norm=batch_norm,
         activation=_ACTIVATIONS[type(activation)] if activation is not None else None,
-        negative_slope=getattr(activation, "negative_slope", 0.0),
         fused=True,
         reason=stopped,
     )
 
 
-def _hooks(module):
+def has_hooks(module):
     """Whether anything but its type's forward takes part in calling the module."""
     return bool(
         module._forward_hooks
@@ -83,11 +81,9 @@ def _hooks(module):
 
 def _why_not_conv(conv):
     if type(conv) not in _CONVOLUTIONS:
-        return f"no fused operator for {type(conv).__name__}"
-    if _hooks(conv):
+        return f"no fused operator for {type(conv).__name__}"  # parametrized ones have a type of their own, too
+    if has_hooks(conv):
         return "the convolution has hooks"
-    if nn.utils.parametrize.is_parametrized(conv):
-        return "the convolution is parametrized"
     if conv.groups != 1:
         return f"groups={conv.groups}"
     if tuple(conv.dilation) != (1, 1):
@@ -102,10 +98,8 @@ def _why_not_conv(conv):
 def _why_not_batch_norm(bn, conv):
     if type(bn) is not nn.BatchNorm2d:
         return f"{type(bn).__name__} after it"
-    if _hooks(bn):
+    if has_hooks(bn):
         return "its BatchNorm has hooks"
-    if nn.utils.parametrize.is_parametrized(bn):
-        return "its BatchNorm is parametrized"
     if bn.num_features != conv.out_channels:
         return f"its BatchNorm has {bn.num_features} features for {conv.out_channels} channels"
     tensors = [t for t in (bn.weight, bn.bias, bn.running_mean, bn.running_var) if t is not None]
@@ -121,7 +115,7 @@ def _why_not_activation(activation):
     if type(activation) not in _ACTIVATIONS:
         is_activation = type(activation).__module__ == nn.ReLU.__module__
         return f"{type(activation).__name__} after it stays stock" if is_activation else ""
-    if _hooks(activation):
+    if has_hooks(activation):
         return "its activation has hooks"
     if getattr(activation, "negative_slope", 0.0) < 0:
         return f"negative_slope={activation.negative_slope}"

