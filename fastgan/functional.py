@@ -113,14 +113,15 @@ def _conv_bn_act(x, weight, *tensors, **options):
 def conv_bn_act_of_modules(x, weight, *tensors, **options):
     """The same for tensors that stock modules hold: plain torch, which says of bad input what it always says, goes
     unchecked; a CPU step of a small network would feel the checks."""
-    implementation, _ = backend.select(x.device, _compute_dtype(x))
-    run = _conv_bn_act_reference if implementation == "reference" else _conv_bn_act
-    return run(x, weight, *tensors, **options)
+    if backend.select(x.device, _compute_dtype(x))[0] == "reference":
+        return _conv_bn_act_reference(x, weight, *tensors, **options)
+    return _conv_bn_act(x, weight, *tensors, **options)
 
 
 def _compute_dtype(x):
     """The dtype that a convolution computes in: autocast's where it is on."""
-    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    device_type = x.device.type
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
 
 
 def _conv_bn_act_reference(
@@ -147,7 +148,7 @@ def _conv_bn_act_reference(
         y = F.conv_transpose2d(x, weight, bias, stride, padding, output_padding)
     else:
         y = F.conv2d(x, weight, bias, stride, padding)
-    if any(tensor is not None for tensor in (gamma, beta, running_mean, running_var)):
+    if not (gamma is None and beta is None and running_mean is None and running_var is None):
         y = F.batch_norm(y, running_mean, running_var, gamma, beta, training, float(momentum), eps)
     return _activate_(y, activation, negative_slope)
 
@@ -265,10 +266,10 @@ def _bce(real, fake, real_target, fake_target):
 
 def _bce_reference(real, fake, real_target, fake_target):
     """(loss, mean σ(real), mean σ(fake)) in plain torch, the last only where there is a fake set."""
-    loss, means = 0.0, []
+    losses, means = [], []
     for logits, target in ((real, real_target), (fake, fake_target)):
         if logits is not None:
             logits = logits if logits.dtype == torch.float64 else logits.float()
-            loss = loss + F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, target))
+            losses.append(F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, target)))
             means.append(torch.sigmoid(logits.detach()).mean())
-    return loss, *means
+    return losses[0] if fake is None else losses[0] + losses[1], *means

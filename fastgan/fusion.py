@@ -150,9 +150,10 @@ _matched = weakref.WeakKeyDictionary()  # container → (what the groups depend 
 
 
 def _kept_groups(container, order):
-    if torch.compiler.is_compiling():
+    modules = container._modules.values()
+    if torch.compiler.is_compiling() or any(map(has_hooks, modules)):
         return _groups(container, order)
-    state = [(module, type(module), has_hooks(module)) for module in container._modules.values()]
+    state = [*modules, *map(type, modules)]
     kept_state, groups = _matched.get(container, (None, None))
     if kept_state != state:
         groups = _groups(container, order)
