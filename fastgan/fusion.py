@@ -1,8 +1,8 @@
 """fuse, unfuse and explain: the fused operators inside modules that already exist.
 
 `fuse` changes neither modules nor parameters. It gives each container whose children are called one after the other
-an instance attribute `forward` that runs them in fused groups; `unfuse` deletes it. Groups are matched anew at every
-call, so a hook added later, a replaced layer, train() and eval() all take effect.
+an instance attribute `forward` that runs them in fused groups; `unfuse` deletes it. Groups are matched again as soon
+as a layer is replaced or gets a hook, so such changes take effect, and train() and eval() do at every call.
 """
 
 import copy
