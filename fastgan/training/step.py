@@ -31,6 +31,7 @@ class TrainStep:
         fused: pass both networks through ``fastgan.fuse``, in place, and use the fused losses. False trains them as
             they are, with the losses of torch.
         compile: ``torch.compile`` both networks, each on its own; batches then have one fixed shape.
+        source: where ``step()`` without images takes them from: an object whose ``draw()`` returns the next batch.
 
     Attributes: ``generator``, ``discriminator`` (the given modules), ``optimizer_g``, ``optimizer_d``, ``scaler``.
 
@@ -49,8 +50,9 @@ class TrainStep:
         precision="fp32",
         fused=True,
         compile=False,
+        source=None,
     ):
-        self.latent_shape = _latent_shape(latent_dim)
+        self.latent_shape, self.source = _latent_shape(latent_dim), source
         if not 0 < lr < math.inf:
             raise ValueError(f"lr must be a positive number; got {lr!r}")
         weight = next(generator.parameters())
@@ -82,19 +84,24 @@ class TrainStep:
         self.optimizer_d = torch.optim.Adam(discriminator.parameters(), **adam)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
 
-    def __call__(self, real_images):
+    def __call__(self, real_images=None):
         """Update both networks once.
 
         Args:
-            real_images: floating (N, C, H, W) in [−1, 1], on the networks' device; see ``fastgan.data.scale``.
+            real_images: floating (N, C, H, W) in [−1, 1], on the networks' device (see ``fastgan.data.scale``);
+                without any, the next batch of `source`.
 
         Returns:
             dict of detached 0-dim tensors on that device: "loss_d" and "loss_g", and "d_real" and "d_fake", the mean
             of σ(D(x)) over the real and the fake images in the discriminator's update.
 
         Raises:
-            ValueError: the images are not floating point.
+            ValueError: the images are not floating point, or there are none and no source either.
         """
+        if real_images is None:
+            if self.source is None:
+                raise ValueError("real_images are missing, and this TrainStep has no source to draw them from")
+            real_images = self.source.draw()
         if not real_images.is_floating_point():
             raise ValueError(f"real_images must be floating point, in [-1, 1]; got {real_images.dtype}")
         real_images = real_images.to(memory_format=torch.channels_last)

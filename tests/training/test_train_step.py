@@ -244,3 +244,23 @@ def test_state_of_other_networks_is_refused():
     other = TrainStep(*make_networks(image_size=8), latent_dim=NZ, fused=False)
     with pytest.raises(ValueError, match="do not fit the Generator"):
         step.load_state_dict(other.state_dict())
+
+
+class _OneBatch:
+    def __init__(self, images):
+        self.images = images
+
+    def draw(self):
+        return self.images
+
+
+def test_a_source_gives_the_images_that_are_not_given():
+    (real,) = real_batches(1)
+    losses = []
+    for arguments, source in (((real,), None), ((), _OneBatch(real))):
+        step = TrainStep(*make_networks(), latent_dim=NZ, source=source)
+        torch.manual_seed(3)
+        losses.append(step(*arguments))
+    torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=0)
+    with pytest.raises(ValueError, match="no source"):
+        TrainStep(*make_networks(), latent_dim=NZ)()
