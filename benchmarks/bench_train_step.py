@@ -1,79 +1,106 @@
-"""Images per second of one whole G + D update, stock layers against fused ones: `pytest benchmarks/`.
+"""Images per second of one whole G + D update, every variant side by side: `pytest benchmarks/bench_train_step.py`.
 
-Both train from the same seed, and a variant is timed only after its losses have been compared with the stock ones.
+A variant is timed only after a check in the same run: from the state that it has trained to by then, it and the plain
+float32 example take three more steps from one seed, and their losses agree within TOLERANCE.
 """
 
-import platform
 import statistics
-import time
-from importlib import metadata
 
 import pytest
 import torch
 
-from fastgan.backend import HAS_TRITON
-from fastgan.models import Discriminator, Generator
-from fastgan.training import TrainStep
+from benchmarks import profiling
+from benchmarks.stock import VARIANTS, WARM_UP, ExampleStep, Setting, precision_of
+from benchmarks.timing import ON_GPU, PeakMemory, clock, describe, fixed, forget, measure
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# (image size, channels, width, batch): the default digits run, and the example DCGAN.
-SETTINGS = ((28, 1, 32, 32), (64, 3, 64, 16)) if DEVICE.type == "cpu" else ((28, 1, 32, 128), (64, 3, 64, 128))
+pytestmark = pytest.mark.benchmark(group="train step", timer=clock)
 
-
-def make(fused, image_size, nc, width):
-    torch.manual_seed(0)
-    networks = (
-        Generator(image_size=image_size, nc=nc, ngf=width),
-        Discriminator(image_size=image_size, nc=nc, ndf=width),
-    )
-    return TrainStep(*(network.to(DEVICE) for network in networks), latent_dim=100, fused=fused)
-
-
-def check(setting, images):
-    """Fused and stock losses agree over three steps from one seed."""
-    losses = []
-    for fused in (False, True):
-        step = make(fused, *setting[:3])
-        losses.append([{name: value.item() for name, value in step(images).items()} for _ in range(3)])
-    for stock, ours in zip(*losses, strict=True):
-        assert ours == pytest.approx(stock, rel=1e-3 if DEVICE.type == "cpu" else 1e-2)
+IMAGE_SIZES, BATCHES = (28, 64, 128), (64, 128, 256, 1024)
+FULL = [Setting(size, batch) for size in IMAGE_SIZES for batch in BATCHES]
+SHORT = [Setting(64, 128), Setting(64, 1024)]
+CPU = [Setting(28, 32), Setting(64, 16)]  # the default run on digits, and the example DCGAN
+CHECKED_STEPS = 3
+SECONDS = 1.0 if ON_GPU else 3.0
+# (relative, absolute) difference of a loss after up to three steps. In bfloat16 a logit is right to some 1 %, and a
+# loss is a difference of logits; TF32, which torch's convolutions use on a GPU, is a third as coarse.
+TOLERANCE = {"fp32": (0.03, 0.02) if ON_GPU else (0.01, 0.005), "bf16": (0.06, 0.03)}
+PROFILED = ("compile-graph-bf16", "stock-step-graph-bf16", "fused-bf16")
 
 
-@pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: f"{s[0]}px-batch{s[3]}")
-def test_fused_against_stock(benchmark, setting):
-    """Times a fused step; between every two of them a stock step runs and is timed too, so that both see the same
-    machine, whatever else it does."""
-    image_size, nc, width, batch = setting
-    images = torch.rand(batch, nc, image_size, image_size, device=DEVICE) * 2 - 1
-    check(setting, images)
-    stock, fused = (make(fused, image_size, nc, width) for fused in (False, True))
-    stock_seconds = []
+def pytest_generate_tests(metafunc):
+    full = metafunc.config.getoption("--full", default=False)
+    settings = (FULL if full else SHORT) if ON_GPU else CPU
+    metafunc.parametrize("setting", settings, ids=str)
+    metafunc.parametrize("variant", VARIANTS)
 
-    def update(step):
-        step(images)
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
 
-    def stock_update():
-        start = time.perf_counter()
-        update(stock)
-        stock_seconds.append(time.perf_counter() - start)
+def test_train_step(benchmark, request, setting, variant):
+    precision = precision_of(variant)
+    describe(benchmark, variant=variant, batch=setting.batch, image_size=setting.image_size, precision=precision)
+    benchmark.extra_info.update(setting.work(precision))
+    forget()
+    images = setting.images()
+    memory = PeakMemory()
+    with memory.watching_captures():
+        step = VARIANTS[variant](setting.networks(), images)
+        for _ in range(WARM_UP):
+            step(images)
+    peak = memory.steady(lambda: step(images))
+    check(step, setting, images, TOLERANCE[precision])
 
-    warmup = 3
-    rounds = 150 if image_size == 28 else 24
-    benchmark.pedantic(update, args=(fused,), setup=stock_update, warmup_rounds=warmup, rounds=rounds)
-    fused_seconds, stock_seconds = benchmark.stats.stats.median, statistics.median(stock_seconds[-rounds:])
-    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    benchmark.extra_info.update(
-        variant="fused-fp32",
-        batch=batch,
-        image_size=image_size,
-        dtype="float32",
-        images_per_sec=round(batch / fused_seconds, 1),
-        stock_images_per_sec=round(batch / stock_seconds, 1),
-        ratio=round(stock_seconds / fused_seconds, 3),
-        device=f"{name} ({platform.machine()})",
-        torch=torch.__version__,
-        triton=metadata.version("triton") if HAS_TRITON else None,
-        peak_memory_mb=round(torch.cuda.max_memory_allocated() / 2**20, 1) if DEVICE.type == "cuda" else None,
-    )
+    beside, times = stock_beside(variant, setting, images), []
+
+    def step_beside():
+        start = clock()
+        beside(images)
+        times.append(clock() - start)
+
+    median = measure(benchmark, lambda: step(images), seconds=SECONDS, setup=step_beside if beside else None)
+    benchmark.extra_info.update(images_per_sec=fixed(setting.batch / median), peak_memory_mb=peak)
+    if beside:
+        benchmark.extra_info["eager_images_per_sec"] = fixed(setting.batch / statistics.median(times))
+    folder = request.config.getoption("--profile", default=None)
+    if folder and ON_GPU and variant in PROFILED:
+        trace = f"{folder}/{variant}-{setting}.json"
+        benchmark.extra_info.update(profiling.profile(lambda: step(images), trace, step_seconds=median))
+
+
+def stock_beside(variant, setting, images):
+    """On a CPU, whose speed changes with whatever else it does: the eager stock step of the same precision, to run
+    one after each step that is timed, so that both see the same machine. None on a GPU."""
+    if ON_GPU or variant.startswith("eager"):
+        return None
+    step = VARIANTS[f"eager-{precision_of(variant)}"](setting.networks(), images)
+    step(images)
+    return step
+
+
+def check(step, setting, images, tolerance):
+    """From the state of `step`, its losses over a few steps are those of the float32 example."""
+    example = ExampleStep(*setting.networks())
+    for name in ("generator", "discriminator"):
+        getattr(example, name).load_state_dict(getattr(step, name).state_dict())
+    for name in ("optimizer_g", "optimizer_d"):
+        copy_adam(getattr(step, name), getattr(example, name))
+    rows = []
+    for run in (step, example):
+        torch.manual_seed(1)
+        rows.append([{name: value.item() for name, value in run(images).items()} for _ in range(CHECKED_STEPS)])
+    relative, absolute = tolerance
+    for i, (ours, theirs) in enumerate(zip(*rows, strict=True), start=1):
+        for name, expected in theirs.items():
+            # Written so that a NaN fails.
+            if not abs(ours[name] - expected) <= relative * abs(expected) + absolute:
+                limits = f"allowed: {relative:.0%} + {absolute}"
+                pytest.fail(f"wrong: {name} {ours[name]:.4f} at step {i}, example {expected:.4f} ({limits})", False)
+
+
+def copy_adam(source, target):
+    """Give ``target`` the moments of ``source``; how it computes stays its own affair."""
+    state = {
+        index: {
+            name: value.float().cpu().clone() if name == "step" else value.clone() for name, value in moments.items()
+        }
+        for index, moments in source.state_dict()["state"].items()
+    }
+    target.load_state_dict({"state": state, "param_groups": target.state_dict()["param_groups"]})
