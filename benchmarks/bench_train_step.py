@@ -9,7 +9,6 @@ import statistics
 import pytest
 import torch
 
-from benchmarks import profiling
 from benchmarks.stock import VARIANTS, WARM_UP, ExampleStep, Setting, precision_of
 from benchmarks.timing import ON_GPU, PeakMemory, clock, describe, fixed, forget, measure
 
@@ -24,7 +23,6 @@ SECONDS = 1.0 if ON_GPU else 3.0
 # (relative, absolute) difference of a loss after up to three steps. In bfloat16 a logit is right to some 1 %, and a
 # loss is a difference of logits; TF32, which torch's convolutions use on a GPU, is a third as coarse.
 TOLERANCE = {"fp32": (0.03, 0.02) if ON_GPU else (0.01, 0.005), "bf16": (0.06, 0.03)}
-PROFILED = ("compile-graph-bf16", "stock-step-graph-bf16", "fused-bf16")
 
 
 def pytest_generate_tests(metafunc):
@@ -34,7 +32,7 @@ def pytest_generate_tests(metafunc):
     metafunc.parametrize("variant", VARIANTS)
 
 
-def test_train_step(benchmark, request, setting, variant):
+def test_train_step(benchmark, setting, variant):
     precision = precision_of(variant)
     describe(benchmark, variant=variant, batch=setting.batch, image_size=setting.image_size, precision=precision)
     benchmark.extra_info.update(setting.work(precision))
@@ -59,10 +57,6 @@ def test_train_step(benchmark, request, setting, variant):
     benchmark.extra_info.update(images_per_sec=fixed(setting.batch / median), peak_memory_mb=peak)
     if beside:
         benchmark.extra_info["eager_images_per_sec"] = fixed(setting.batch / statistics.median(times))
-    folder = request.config.getoption("--profile", default=None)
-    if folder and ON_GPU and variant in PROFILED:
-        trace = f"{folder}/{variant}-{setting}.json"
-        benchmark.extra_info.update(profiling.profile(lambda: step(images), trace, step_seconds=median))
 
 
 def stock_beside(variant, setting, images):
@@ -103,4 +97,6 @@ def copy_adam(source, target):
         }
         for index, moments in source.state_dict()["state"].items()
     }
+    for moments in state.values():
+        moments["step"] = moments["step"].float().cpu()  # where Adam keeps it, unless it is fused or capturable
     target.load_state_dict({"state": state, "param_groups": target.state_dict()["param_groups"]})

@@ -11,11 +11,6 @@ NOT_RUN = pytest.StashKey[list]()
 def pytest_addoption(parser):
     group = parser.getgroup("fastgan")
     group.addoption("--full", action="store_true", help="every batch and image size; some twenty minutes on a GPU")
-    group.addoption(
-        "--profile",
-        metavar="FOLDER",
-        help="profile the steps whose time the report takes apart, and keep torch.profiler's traces in this folder",
-    )
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,11 +1,23 @@
-"""Where the time of a step goes, kernel by kernel, from torch.profiler's trace."""
+"""Where the time of a step goes, kernel by kernel: `python -m benchmarks.profiling FOLDER`, on a GPU.
 
+Profiles the best stock step and the fused step and writes into the folder torch.profiler's traces and `profile.json`,
+a summary of them. A process of its own, because a profiler that has run once can slow down what is timed after it.
+"""
+
+import argparse
 import json
+import sys
 from collections import defaultdict
+from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 
+from benchmarks.stock import VARIANTS, WARM_UP, Setting
+from benchmarks.timing import ON_GPU, clock, forget, versions
+
+SETTING = Setting(64, 128)
+PROFILED = ("compile-graph-bf16", "fused-bf16")
 _ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
 
 
@@ -64,3 +76,47 @@ def _union(spans):
         covered += max(0.0, end - max(start, reached))
         reached = max(reached, end)
     return covered
+
+
+def profile_variant(variant, folder):
+    """The ``summary`` of one variant's step, with what it says of every entry of a benchmark."""
+    forget()
+    images = SETTING.images()
+    step = VARIANTS[variant](SETTING.networks(), images)
+    for _ in range(WARM_UP):
+        step(images)
+    times = []
+    for _ in range(20):
+        start = clock()
+        for _ in range(20):
+            step(images)
+        times.append((clock() - start) / 20)
+    seconds = sorted(times)[len(times) // 2]
+    trace = folder / f"{variant}-{SETTING}.json"
+    row = {"variant": variant, "batch": SETTING.batch, "image_size": SETTING.image_size, "step_us": seconds * 1e6}
+    return {**row, **profile(lambda: step(images), trace, step_seconds=seconds)}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where the traces and profile.json go")
+    folder = parser.parse_args(argv).folder
+    if not ON_GPU:
+        print("error: there is no CUDA GPU to profile", file=sys.stderr)
+        return 2
+    torch.backends.cudnn.benchmark = True
+    rows = []
+    for variant in PROFILED:
+        try:
+            rows.append(profile_variant(variant, folder))
+        except Exception as error:  # the other one is worth having
+            print(f"{variant} could not be profiled: {type(error).__name__}: {error}", file=sys.stderr)
+    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "profile.json").write_text(json.dumps({"datetime": date, **versions(), "profiles": rows}, indent=1))
+    print(f"{len(rows)} of {len(PROFILED)} steps profiled: {folder / 'profile.json'}")
+    return 0 if rows else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
