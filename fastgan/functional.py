@@ -29,6 +29,7 @@ def conv_transpose2d_bn_act(
     output_padding=0,
     activation=None,
     negative_slope=0.01,
+    batch_groups=1,
 ):
     """act(BatchNorm(conv_transpose2d(x, weight, bias))), forward and backward in fused kernels.
 
@@ -46,6 +47,8 @@ def conv_transpose2d_bn_act(
         stride, padding, output_padding: an int or a pair.
         activation: "relu", "leaky_relu", "tanh", "sigmoid" or None.
         negative_slope: of leaky_relu, ≥ 0.
+        batch_groups: the batch consists of so many equal parts, one after the other, and BatchNorm in training takes
+            each part by itself: the same numbers, and running statistics, as a call for each part in that order.
 
     Returns:
         (N, out_channels, Ho, Wo) in the dtype of x; channels_last in memory where the kernels ran.
@@ -66,6 +69,7 @@ def conv_transpose2d_bn_act(
         output_padding=pair("output_padding", output_padding),
         activation=activation,
         negative_slope=negative_slope,
+        batch_groups=batch_groups,
     )
 
 
@@ -85,6 +89,7 @@ def conv2d_bn_act(
     padding=0,
     activation=None,
     negative_slope=0.01,
+    batch_groups=1,
 ):
     """act(BatchNorm(conv2d(x, weight, bias))): as `conv_transpose2d_bn_act`, with weight (out, in, kh, kw)."""
     return _conv_bn_act(
@@ -98,6 +103,7 @@ def conv2d_bn_act(
         output_padding=[0, 0],
         activation=activation,
         negative_slope=negative_slope,
+        batch_groups=batch_groups,
     )
 
 
@@ -142,6 +148,7 @@ def _conv_bn_act_reference(
     output_padding,
     activation,
     negative_slope,
+    batch_groups,
 ):
     """The same in plain torch: what the kernels are tested against, and what runs without them."""
     if transposed:
@@ -149,7 +156,10 @@ def _conv_bn_act_reference(
     else:
         y = F.conv2d(x, weight, bias, stride, padding)
     if not (gamma is None and beta is None and running_mean is None and running_var is None):
-        y = F.batch_norm(y, running_mean, running_var, gamma, beta, training, float(momentum), eps)
+        parts = y.chunk(batch_groups) if training else (y,)
+        # In order, because each part updates the running statistics.
+        parts = [F.batch_norm(p, running_mean, running_var, gamma, beta, training, float(momentum), eps) for p in parts]
+        y = parts[0] if len(parts) == 1 else torch.cat(parts)
     return _activate_(y, activation, negative_slope)
 
 
@@ -184,6 +194,7 @@ def _conv_bn_act_fused(
     output_padding,
     activation,
     negative_slope,
+    batch_groups,
 ):
     dtype = _compute_dtype(x)
     x, weight = x.to(dtype), weight.to(dtype)
@@ -193,10 +204,11 @@ def _conv_bn_act_fused(
     if all(tensor is None for tensor in (gamma, beta, running_mean, running_var)):
         return convolution.conv(x, weight, bias, None, None, None, None, 0.0, *where, *act)
     if training:
-        y, mean, invstd, var = convolution.conv_statistics(x, weight, bias, eps, *where)
+        y, mean, invstd, var = convolution.conv_statistics(x, weight, bias, eps, *where, batch_groups)
         if running_mean is not None:
-            _update_running(running_mean, mean, momentum)
-            _update_running(running_var, var, momentum)
+            for group in range(batch_groups):
+                _update_running(running_mean, mean[group], momentum)
+                _update_running(running_var, var[group], momentum)
         return batch_norm.batch_norm_act(y, mean, invstd, gamma, beta, True, *act)
     needs_grad = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (x, weight, bias, gamma, beta)

@@ -16,6 +16,7 @@ from torch import fx, nn
 
 from fastgan import backend
 from fastgan import functional as fused
+from fastgan.batch_groups import current_groups
 from fastgan.patterns import has_hooks, match
 
 
@@ -66,6 +67,15 @@ def _check_module(model):
 def _is_fused(container):
     forward = container.__dict__.get("forward")
     return isinstance(forward, functools.partial) and forward.func is _forward_in_groups
+
+
+def fused_modules(model):
+    """The modules inside `model` that run as parts of fused operators."""
+    for container in model.modules():
+        if _is_fused(container):
+            for group in _groups(container, _call_order(container)):
+                if group.fused:
+                    yield from group.modules
 
 
 class _ChildrenAsLeaves(fx.Tracer):
@@ -188,7 +198,7 @@ def _run(group, x):
 
 
 _NO_VECTORS = (None,) * 4
-_NO_BATCH_NORM = dict(training=False, momentum=0.0, eps=0.0)
+_NO_BATCH_NORM = dict(training=False, momentum=0.0, eps=0.0, batch_groups=1)
 
 
 def _batch_norm_arguments(bn, x):
@@ -199,7 +209,7 @@ def _batch_norm_arguments(bn, x):
     """
     momentum = 0.0 if bn.momentum is None else bn.momentum
     if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
-        bn.num_batches_tracked.add_(1)
+        bn.num_batches_tracked.add_(current_groups())
         if bn.momentum is None:
             count = bn.num_batches_tracked
             # On a GPU a tensor: reading it would wait. In float64, as stock divides.
@@ -210,7 +220,8 @@ def _batch_norm_arguments(bn, x):
     if gamma is None and bn.bias is None and running_mean is None:
         # To the operator four missing vectors mean that there is no BatchNorm.
         gamma = torch.ones(bn.num_features, device=x.device, dtype=x.dtype)
-    options = dict(training=bn.training or bn.running_mean is None, momentum=momentum, eps=bn.eps)
+    training = bn.training or bn.running_mean is None
+    options = dict(training=training, momentum=momentum, eps=bn.eps, batch_groups=current_groups() if training else 1)
     return (gamma, bn.bias, running_mean, running_var), options
 
 

@@ -28,6 +28,7 @@ def describe(run):
     config, side = run.config, run.config.image_size
     how = "fused" if config.fused else "stock layers"
     how += ", compiled" if config.compile else ""
+    how += ", in a CUDA graph" if config.cuda_graph and run.device.type == "cuda" else ""
     print(
         f"{config.dataset}: {len(run.dataset):,} images of {side}x{side}, {run.steps_per_epoch} steps of "
         f"{config.batch_size} an epoch; {how}, {config.precision} on {run.device}; run folder {run.out}",

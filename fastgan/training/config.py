@@ -44,6 +44,16 @@ class TrainConfig:
         True, bool, "fused layers and losses: Triton kernels on a GPU, plain torch on a CPU", resumable=True
     )
     compile: bool = _option(False, bool, "torch.compile both networks", resumable=True)
+    cuda_graph: bool = _option(
+        True, bool, "on a GPU replay each step as one CUDA graph; elsewhere without effect", resumable=True
+    )
+    one_pass: bool = _option(
+        True,
+        bool,
+        "on a GPU, with fused layers, run the discriminator on real and fake images in one pass; --no-one-pass takes "
+        "less memory",
+        resumable=True,
+    )
     device: str = _option(
         "auto", str, "auto (CUDA if there is one), cpu, cuda or cuda:N", metavar="DEVICE", resumable=True
     )

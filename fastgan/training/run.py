@@ -178,4 +178,6 @@ def _train_step(config, nc, device):
         precision=config.precision,
         fused=config.fused,
         compile=config.compile,
+        cuda_graph=config.cuda_graph,
+        one_pass=None if config.one_pass else False,
     )

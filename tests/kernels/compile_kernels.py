@@ -91,7 +91,7 @@ def workload(dtype, batch=8):
         batch_norm.normalize_activate(high, vector, vector, vector, vector, **act)
         batch_norm.batch_norm_grad(high, high, vector, vector, vector, vector, batch_statistics=True, **act)
         batch_norm.activation_input_grad(image, image, activation="tanh", slope=0.0)
-        tiles = statistics.TileStatistics.empty(300, 64, low.device)  # enough tiles to be merged in two stages
+        tiles = statistics.TileStatistics.empty(2, 300, 64, low.device)  # enough tiles to be merged in two stages
         statistics.merge_statistics(tiles, 1e-5)
         losses.bce(torch.empty(batch, dtype=dtype), torch.empty(batch, dtype=dtype), 1.0, 0.0)
         losses.bce(torch.empty(batch, dtype=dtype), None, 1.0, 0.0)

@@ -216,6 +216,14 @@ def test_dcgan_layer_sizes(dtype, device):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("transposed", (True, False))
+def test_tf32_where_torch_allows_it(transposed, device, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "tf32")
+    case = PLAIN._replace(in_channels=128, out_channels=64, size=(16, 16), transposed=transposed)
+    check(case, draw(case, 32, device))
+
+
+@pytest.mark.gpu
 def test_more_elements_than_int32_counts(device):
     x = torch.randn(2**31 // (64 * 64 * 64) + 1, 64, 64, 64, device=device, dtype=torch.bfloat16)
     x = x.to(memory_format=torch.channels_last)
