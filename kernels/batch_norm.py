@@ -12,7 +12,7 @@ from fastgan.kernels.launch import empty_nhwc, launch, needs_int64, reduction_ti
 from fastgan.kernels.pieces import activate, activation_grad, channel_vector, normalize, scale_and_shift
 from fastgan.kernels.statistics import sum_rows
 
-FEWEST_ROW_BLOCKS = 1024  # enough programs to fill a GPU before one program takes several blocks of rows
+MOST_ROW_PROGRAMS = 512  # enough to fill a GPU, and no more than are summed up in one launch
 
 
 @triton.jit
@@ -214,7 +214,7 @@ def batch_norm_grad(grad, y, mean, invstd, gamma, beta, *, activation, slope, ba
     vectors = (mean, invstd, gamma, beta)
 
     block_r, block_c = reduction_tile(rows, channels)
-    blocks = triton.next_power_of_2(triton.cdiv(rows, block_r * FEWEST_ROW_BLOCKS))
+    blocks = triton.next_power_of_2(triton.cdiv(rows, block_r * MOST_ROW_PROGRAMS))
     programs = triton.cdiv(rows, block_r * blocks)
     parts = torch.empty((groups, programs, 2 * channels), dtype=torch.float32, device=y.device)
     launch(

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastgan.kernels.launch import launch, reduction_tile
+from fastgan.kernels.launch import launch, merge_tile
 
 
 class TileStatistics(NamedTuple):
@@ -76,7 +76,7 @@ def merge_statistics(tiles, eps):
     """
     while True:
         groups, count, channels = tiles.mean.shape
-        block_t, block_c = reduction_tile(count, channels)
+        block_t, block_c = merge_tile(count, channels)
         programs = triton.cdiv(count, block_t)
         merged = TileStatistics.empty(groups, programs, channels, tiles.mean.device)
         last = programs == 1
@@ -86,6 +86,7 @@ def merge_statistics(tiles, eps):
             (programs, triton.cdiv(channels, block_c), groups),
             *(*tiles, *merged, invstd, var, eps, count, channels),
             device=tiles.mean.device,
+            num_warps=8,
             BLOCK_T=block_t,
             BLOCK_C=block_c,
         )
@@ -119,7 +120,7 @@ def sum_rows(parts, out):
     """out (groups, C) = the sums over the rows of each group of parts (groups, T, C) float32, rounded once."""
     while True:
         groups, count, columns = parts.shape
-        block_t, block_c = reduction_tile(count, columns)
+        block_t, block_c = merge_tile(count, columns)
         programs = triton.cdiv(count, block_t)
         # More rows than one program takes: sum in stages.
         target = out if programs == 1 else parts.new_empty((groups, programs, columns))
@@ -128,6 +129,7 @@ def sum_rows(parts, out):
             (triton.cdiv(columns, block_c), programs, groups),
             *(parts, target, count, columns),
             device=parts.device,
+            num_warps=8,
             BLOCK_T=block_t,
             BLOCK_C=block_c,
         )

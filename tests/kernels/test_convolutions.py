@@ -140,10 +140,10 @@ def test_several_tiles_in_every_direction(transposed, device, monkeypatch):
 
     for module in (up, down, weight_grad):
         monkeypatch.setattr(module, "matrix_tile", lambda *_: launch.MatrixTile(16, 16, 16, 4, 2))
-    monkeypatch.setattr(statistics, "reduction_tile", lambda *_: (4, 8))
+    monkeypatch.setattr(statistics, "merge_tile", lambda *_: (4, 8))
     monkeypatch.setattr(batch_norm, "reduction_tile", lambda *_: (8, 8))
     monkeypatch.setattr(batch_norm, "rows_tile", lambda *_: (32, 8))
-    monkeypatch.setattr(batch_norm, "FEWEST_ROW_BLOCKS", 2)
+    monkeypatch.setattr(batch_norm, "MOST_ROW_PROGRAMS", 2)
     monkeypatch.setattr(weight_grad, "FEWEST_STEPS", 2)
     case = PLAIN._replace(transposed=transposed, in_channels=19)
     check(case, draw(case, 3, device))
