@@ -55,7 +55,9 @@ class TrainConfig:
         "auto", str, "auto (CUDA if there is one), cpu, cuda or cuda:N", metavar="DEVICE", resumable=True
     )
     seed: int = _option(0, int, "decides initial weights, order of images and latent vectors")
-    flip: bool = _option(False, bool, "mirror half of the images left to right, others in every epoch", later=True)
+    flip: bool = _option(
+        False, bool, "mirror a random half of the images left to right, another in each epoch", later=True
+    )
     data_on: str = _option(
         "auto",
         str,
