@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from fastgan import backend
 from fastgan.checks import check_conv_bn_act, check_loss, pair
-from fastgan.ops import batch_norm, convolution, losses
+from fastgan.ops import batch_norm, convolution, losses, running
 
 
 def conv_transpose2d_bn_act(
@@ -206,9 +206,7 @@ def _conv_bn_act_fused(
     if training:
         y, mean, invstd, var = convolution.conv_statistics(x, weight, bias, eps, *where, batch_groups)
         if running_mean is not None:
-            for group in range(batch_groups):
-                _update_running(running_mean, mean[group], momentum)
-                _update_running(running_var, var[group], momentum)
+            _update_running(running_mean, running_var, mean, var, momentum)
         return batch_norm.batch_norm_act(y, mean, invstd, gamma, beta, True, *act)
     needs_grad = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (x, weight, bias, gamma, beta)
@@ -221,12 +219,16 @@ def _conv_bn_act_fused(
     return convolution.conv(x, weight, bias, running_mean, running_var, gamma, beta, eps, *where, *act)
 
 
-def _update_running(running, new, momentum):
-    """running ← (1 − momentum)·running + momentum·new."""
-    if isinstance(momentum, torch.Tensor):
-        momentum = momentum.to(running.dtype)  # lerp_ takes no other
+def _update_running(running_mean, running_var, mean, var, momentum):
+    """running ← (1 − momentum)·running + momentum·batch, for each group of the batch."""
+    if not isinstance(momentum, torch.Tensor) and running_mean.is_contiguous() and running_var.is_contiguous():
+        running.update_running(running_mean, running_var, mean.detach(), var.detach(), float(momentum))
+        return
     with torch.no_grad():
-        running.lerp_(new.to(running.dtype), momentum)
+        for statistic, batch in ((running_mean, mean), (running_var, var)):
+            for part in batch.to(statistic.dtype):  # lerp_ takes no other
+                weight = momentum.to(statistic.dtype) if isinstance(momentum, torch.Tensor) else momentum
+                statistic.lerp_(part, weight)
 
 
 def discriminator_bce(real_logits, fake_logits, *, real_target=1.0, fake_target=0.0, return_means=False):
