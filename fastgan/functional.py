@@ -58,7 +58,7 @@ def conv_transpose2d_bn_act(
 
     Source: Ioffe & Szegedy 2015 (arXiv:1502.03167) for BatchNorm; Radford et al. 2015 (arXiv:1511.06434).
     """
-    return _conv_bn_act(
+    return conv_bn_act(
         *(x, weight, bias, gamma, beta, running_mean, running_var),
         training=training,
         momentum=momentum,
@@ -92,7 +92,7 @@ def conv2d_bn_act(
     batch_groups=1,
 ):
     """act(BatchNorm(conv2d(x, weight, bias))): as `conv_transpose2d_bn_act`, with weight (out, in, kh, kw)."""
-    return _conv_bn_act(
+    return conv_bn_act(
         *(x, weight, bias, gamma, beta, running_mean, running_var),
         training=training,
         momentum=momentum,
@@ -107,7 +107,8 @@ def conv2d_bn_act(
     )
 
 
-def _conv_bn_act(x, weight, *tensors, **options):
+def conv_bn_act(x, weight, *tensors, **options):
+    """Both of them in one: `transposed` says which, and strides and paddings are pairs."""
     check_conv_bn_act(x, weight, *tensors, **options)
     implementation, _ = backend.select(x.device, _compute_dtype(x))
     # An empty batch has nothing to launch; stock knows what to say of it.
@@ -116,12 +117,11 @@ def _conv_bn_act(x, weight, *tensors, **options):
     return _conv_bn_act_fused(x, weight, *tensors, **options)
 
 
-def conv_bn_act_of_modules(x, weight, *tensors, **options):
-    """The same for tensors that stock modules hold: plain torch, which says of bad input what it always says, goes
-    unchecked; a CPU step of a small network would feel the checks."""
-    if backend.select(x.device, _compute_dtype(x))[0] == "reference":
-        return _conv_bn_act_reference(x, weight, *tensors, **options)
-    return _conv_bn_act(x, weight, *tensors, **options)
+def has_kernels_for(x):
+    """Whether `conv_bn_act` of `x` runs our kernels."""
+    if not (x.is_cuda or backend.is_forced()):
+        return False  # for nothing else: a CPU step of a small network feels every question
+    return backend.select(x.device, _compute_dtype(x))[0] == "triton"
 
 
 def _compute_dtype(x):
@@ -160,10 +160,10 @@ def _conv_bn_act_reference(
         # In order, because each part updates the running statistics.
         parts = [F.batch_norm(p, running_mean, running_var, gamma, beta, training, float(momentum), eps) for p in parts]
         y = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return _activate_(y, activation, negative_slope)
+    return activate_(y, activation, negative_slope)
 
 
-def _activate_(y, activation, negative_slope):
+def activate_(y, activation, negative_slope):
     """The activation in place: nothing else needs the result of a convolution or a BatchNorm."""
     if activation == "relu":
         return y.relu_()
@@ -249,9 +249,12 @@ def discriminator_bce(real_logits, fake_logits, *, real_target=1.0, fake_target=
     Raises:
         ValueError, TypeError: an empty or non-floating set of logits, different devices, or a target outside [0, 1].
     """
-    check_loss(real_logits=real_logits, fake_logits=fake_logits)
-    check_loss(real_target=real_target, fake_target=fake_target)
-    sums = _bce(real_logits, fake_logits, float(real_target), float(fake_target))
+    check_loss(real_logits=real_logits, fake_logits=fake_logits, real_target=real_target, fake_target=fake_target)
+    implementation, _ = backend.select(real_logits.device, real_logits.dtype)
+    if implementation == "reference":
+        loss = _bce_reference(real_logits, real_target) + _bce_reference(fake_logits, fake_target)
+        return (loss, _mean_sigmoid(real_logits), _mean_sigmoid(fake_logits)) if return_means else loss
+    sums, *_ = losses.bce(real_logits, fake_logits, float(real_target), float(fake_target))
     return (sums[0], sums[1].detach(), sums[2].detach()) if return_means else sums[0]
 
 
@@ -268,22 +271,20 @@ def generator_bce(fake_logits):
         ValueError, TypeError: an empty or non-floating set of logits.
     """
     check_loss(fake_logits=fake_logits)
-    return _bce(fake_logits, None, 1.0, 0.0)[0]
-
-
-def _bce(real, fake, real_target, fake_target):
-    implementation, _ = backend.select(real.device, real.dtype)
+    implementation, _ = backend.select(fake_logits.device, fake_logits.dtype)
     if implementation == "reference":
-        return _bce_reference(real, fake, real_target, fake_target)
-    return losses.bce(real, fake, real_target, fake_target)[0]
+        return _bce_reference(fake_logits, 1.0)
+    return losses.bce(fake_logits, None, 1.0, 0.0)[0][0]
 
 
-def _bce_reference(real, fake, real_target, fake_target):
-    """(loss, mean σ(real), mean σ(fake)) in plain torch, the last only where there is a fake set."""
-    losses, means = [], []
-    for logits, target in ((real, real_target), (fake, fake_target)):
-        if logits is not None:
-            logits = logits if logits.dtype == torch.float64 else logits.float()
-            losses.append(F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, target)))
-            means.append(torch.sigmoid(logits.detach()).mean())
-    return losses[0] if fake is None else losses[0] + losses[1], *means
+def _bce_reference(logits, target):
+    logits = _at_least_float32(logits)
+    return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, target))
+
+
+def _mean_sigmoid(logits):
+    return _at_least_float32(logits.detach()).sigmoid().mean()
+
+
+def _at_least_float32(logits):
+    return logits if logits.dtype == torch.float64 else logits.float()

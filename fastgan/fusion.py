@@ -173,28 +173,48 @@ def _kept_groups(container, order):
 
 def _forward_in_groups(container, order, *args, **kwargs):
     (x,) = (*args, *kwargs.values())
+    run = None
     for group in _kept_groups(container, order):
-        x = _run(group, x) if group.fused else group.modules[0](x)
+        if group.fused:
+            # Chosen once for groups in a row: none moves x to another device, or to a dtype without kernels.
+            run = run or (_run_operator if fused.has_kernels_for(x) else _run_layers)
+            x = run(group, x)
+        else:
+            x, run = group.modules[0](x), None
     return x
 
 
-def _run(group, x):
-    conv, bn, activation = group.modules[0], group.batch_norm, group.modules[-1]
-    transposed = isinstance(conv, nn.ConvTranspose2d)
+def _run_layers(group, x):
+    """The group without kernels: the forwards of its own layers, so that the numbers are stock's to the last bit."""
+    x = group.modules[0].forward(x)
+    if group.batch_norm is not None:
+        groups = current_groups() if group.batch_norm.training else 1
+        parts = (x,) if groups == 1 else x.chunk(groups)
+        parts = [group.batch_norm.forward(part) for part in parts]
+        x = parts[0] if groups == 1 else torch.cat(parts)
+    return fused.activate_(x, group.activation, _negative_slope(group))
+
+
+def _run_operator(group, x):
+    conv, bn = group.modules[0], group.batch_norm
     vectors, options = _batch_norm_arguments(bn, x) if bn is not None else (_NO_VECTORS, _NO_BATCH_NORM)
-    return fused.conv_bn_act_of_modules(
+    return fused.conv_bn_act(
         x,
         conv.weight,
         conv.bias,
         *vectors,
-        transposed=transposed,
+        transposed=conv.transposed,
         stride=conv.stride,
         padding=conv.padding,
         output_padding=conv.output_padding,
         activation=group.activation,
-        negative_slope=activation.negative_slope if group.activation == "leaky_relu" else 0.0,
+        negative_slope=_negative_slope(group),
         **options,
     )
+
+
+def _negative_slope(group):
+    return group.modules[-1].negative_slope if group.activation == "leaky_relu" else 0.0
 
 
 _NO_VECTORS = (None,) * 4

@@ -21,6 +21,9 @@ def one_pass_obstacle(discriminator, real_images, fake_images):
         discriminator: module from images to logits; it and the global random generators stay as they are.
         real_images, fake_images: (N, C, H, W) each.
     """
+    for name, module in discriminator.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.momentum is None:
+            return f"the BatchNorm {name} averages over all batches (momentum=None), and each half would be one"
     real, fake = (images[:IMAGES].detach().double() for images in (real_images, fake_images))
     together, apart = (copy.deepcopy(discriminator).double() for _ in range(2))
     devices = [real.device] if real.is_cuda else []

@@ -294,7 +294,7 @@ class _BatchMean(nn.Module):
     ("layers", "reason"),
     [
         ([nn.Conv2d(2, 4, 3), nn.Flatten(), nn.BatchNorm1d(4 * 14 * 14), nn.Linear(4 * 14 * 14, 1)], "unfused in 2"),
-        ([nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4, momentum=None), nn.Flatten(), nn.Linear(784, 1)], "running_mean"),
+        ([nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4, momentum=None), nn.Flatten(), nn.Linear(784, 1)], "momentum=None"),
         ([nn.Conv2d(2, 4, 3), nn.Dropout(), nn.Flatten(), nn.Linear(784, 1)], "chance"),
         ([nn.Conv2d(2, 4, 3), _BatchMean(), nn.Flatten(), nn.Linear(784, 1)], "share a batch"),
         (
