@@ -25,6 +25,11 @@ def _interpreted():
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
 
 
+def is_forced():
+    """Whether FASTGAN_BACKEND insists on the kernels, wherever the tensors are."""
+    return _choice() == "triton"
+
+
 def select(device, dtype):
     """(name, reason): "triton" or "reference" for tensors of this device and dtype, and why.
 

@@ -34,6 +34,7 @@ def check_conv_bn_act(
     output_padding,
     activation,
     negative_slope,
+    batch_groups,
 ):
     """Raise ValueError or TypeError for what `functional.conv2d_bn_act` and its transposed twin cannot take."""
     _check_tensors(x=x, weight=weight)
@@ -72,10 +73,15 @@ def check_conv_bn_act(
         raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}; got {activation!r}")
     if activation == "leaky_relu" and not negative_slope >= 0:
         raise ValueError(f"negative_slope must be at least 0; got {negative_slope!r}")
-    _check_sizes(x, weight, out_channels, transposed, stride, padding, output_padding, training and with_batch_norm)
+    if not isinstance(batch_groups, int) or batch_groups < 1 or x.shape[0] % batch_groups:
+        raise ValueError(f"batch_groups must divide the batch of {x.shape[0]} images; got {batch_groups!r}")
+    images = x.shape[0] // batch_groups
+    _check_sizes(
+        x, weight, images, out_channels, transposed, stride, padding, output_padding, training and with_batch_norm
+    )
 
 
-def _check_sizes(x, weight, out_channels, transposed, stride, padding, output_padding, batch_statistics):
+def _check_sizes(x, weight, images, out_channels, transposed, stride, padding, output_padding, batch_statistics):
     from fastgan.ops.convolution import out_size
 
     for extra, step in zip(output_padding, stride, strict=True):
@@ -87,10 +93,10 @@ def _check_sizes(x, weight, out_channels, transposed, stride, padding, output_pa
             f"x of {x.shape[2]}×{x.shape[3]} is too small for kernel {tuple(weight.shape[2:])}, stride "
             f"{tuple(stride)} and padding {tuple(padding)}: the output would be {height}×{width}"
         )
-    if batch_statistics and x.shape[0] * height * width == 1:
+    if batch_statistics and images * height * width == 1:
         raise ValueError(
             "Expected more than 1 value per channel when training, got output size "
-            f"{(x.shape[0], out_channels, height, width)}: BatchNorm has no variance of one value"
+            f"{(images, out_channels, height, width)}: BatchNorm has no variance of one value"
         )
 
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from fastgan import backend
 from fastgan.checks import check_conv_bn_act, check_loss, pair
-from fastgan.ops import batch_norm, convolution, losses
+from fastgan.ops import batch_norm, convolution, losses, running
 
 
 def conv_transpose2d_bn_act(
@@ -29,6 +29,7 @@ def conv_transpose2d_bn_act(
     output_padding=0,
     activation=None,
     negative_slope=0.01,
+    batch_groups=1,
 ):
     """act(BatchNorm(conv_transpose2d(x, weight, bias))), forward and backward in fused kernels.
 
@@ -46,6 +47,8 @@ def conv_transpose2d_bn_act(
         stride, padding, output_padding: an int or a pair.
         activation: "relu", "leaky_relu", "tanh", "sigmoid" or None.
         negative_slope: of leaky_relu, ≥ 0.
+        batch_groups: the batch consists of so many equal parts, one after the other, and BatchNorm in training takes
+            each part by itself: the same numbers, and running statistics, as a call for each part in that order.
 
     Returns:
         (N, out_channels, Ho, Wo) in the dtype of x; channels_last in memory where the kernels ran.
@@ -55,7 +58,7 @@ def conv_transpose2d_bn_act(
 
     Source: Ioffe & Szegedy 2015 (arXiv:1502.03167) for BatchNorm; Radford et al. 2015 (arXiv:1511.06434).
     """
-    return _conv_bn_act(
+    return conv_bn_act(
         *(x, weight, bias, gamma, beta, running_mean, running_var),
         training=training,
         momentum=momentum,
@@ -66,6 +69,7 @@ def conv_transpose2d_bn_act(
         output_padding=pair("output_padding", output_padding),
         activation=activation,
         negative_slope=negative_slope,
+        batch_groups=batch_groups,
     )
 
 
@@ -85,9 +89,10 @@ def conv2d_bn_act(
     padding=0,
     activation=None,
     negative_slope=0.01,
+    batch_groups=1,
 ):
     """act(BatchNorm(conv2d(x, weight, bias))): as `conv_transpose2d_bn_act`, with weight (out, in, kh, kw)."""
-    return _conv_bn_act(
+    return conv_bn_act(
         *(x, weight, bias, gamma, beta, running_mean, running_var),
         training=training,
         momentum=momentum,
@@ -98,10 +103,12 @@ def conv2d_bn_act(
         output_padding=[0, 0],
         activation=activation,
         negative_slope=negative_slope,
+        batch_groups=batch_groups,
     )
 
 
-def _conv_bn_act(x, weight, *tensors, **options):
+def conv_bn_act(x, weight, *tensors, **options):
+    """Both of them in one: `transposed` says which, and strides and paddings are pairs."""
     check_conv_bn_act(x, weight, *tensors, **options)
     implementation, _ = backend.select(x.device, _compute_dtype(x))
     # An empty batch has nothing to launch; stock knows what to say of it.
@@ -110,12 +117,11 @@ def _conv_bn_act(x, weight, *tensors, **options):
     return _conv_bn_act_fused(x, weight, *tensors, **options)
 
 
-def conv_bn_act_of_modules(x, weight, *tensors, **options):
-    """The same for tensors that stock modules hold: plain torch, which says of bad input what it always says, goes
-    unchecked; a CPU step of a small network would feel the checks."""
-    if backend.select(x.device, _compute_dtype(x))[0] == "reference":
-        return _conv_bn_act_reference(x, weight, *tensors, **options)
-    return _conv_bn_act(x, weight, *tensors, **options)
+def has_kernels_for(x):
+    """Whether `conv_bn_act` of `x` runs our kernels."""
+    if not (x.is_cuda or backend.is_forced()):
+        return False  # for nothing else: a CPU step of a small network feels every question
+    return backend.select(x.device, _compute_dtype(x))[0] == "triton"
 
 
 def _compute_dtype(x):
@@ -142,6 +148,7 @@ def _conv_bn_act_reference(
     output_padding,
     activation,
     negative_slope,
+    batch_groups,
 ):
     """The same in plain torch: what the kernels are tested against, and what runs without them."""
     if transposed:
@@ -149,11 +156,14 @@ def _conv_bn_act_reference(
     else:
         y = F.conv2d(x, weight, bias, stride, padding)
     if not (gamma is None and beta is None and running_mean is None and running_var is None):
-        y = F.batch_norm(y, running_mean, running_var, gamma, beta, training, float(momentum), eps)
-    return _activate_(y, activation, negative_slope)
+        parts = y.chunk(batch_groups) if training else (y,)
+        # In order, because each part updates the running statistics.
+        parts = [F.batch_norm(p, running_mean, running_var, gamma, beta, training, float(momentum), eps) for p in parts]
+        y = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return activate_(y, activation, negative_slope)
 
 
-def _activate_(y, activation, negative_slope):
+def activate_(y, activation, negative_slope):
     """The activation in place: nothing else needs the result of a convolution or a BatchNorm."""
     if activation == "relu":
         return y.relu_()
@@ -184,6 +194,7 @@ def _conv_bn_act_fused(
     output_padding,
     activation,
     negative_slope,
+    batch_groups,
 ):
     dtype = _compute_dtype(x)
     x, weight = x.to(dtype), weight.to(dtype)
@@ -193,10 +204,9 @@ def _conv_bn_act_fused(
     if all(tensor is None for tensor in (gamma, beta, running_mean, running_var)):
         return convolution.conv(x, weight, bias, None, None, None, None, 0.0, *where, *act)
     if training:
-        y, mean, invstd, var = convolution.conv_statistics(x, weight, bias, eps, *where)
+        y, mean, invstd, var = convolution.conv_statistics(x, weight, bias, eps, *where, batch_groups)
         if running_mean is not None:
-            _update_running(running_mean, mean, momentum)
-            _update_running(running_var, var, momentum)
+            _update_running(running_mean, running_var, mean, var, momentum)
         return batch_norm.batch_norm_act(y, mean, invstd, gamma, beta, True, *act)
     needs_grad = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (x, weight, bias, gamma, beta)
@@ -209,12 +219,16 @@ def _conv_bn_act_fused(
     return convolution.conv(x, weight, bias, running_mean, running_var, gamma, beta, eps, *where, *act)
 
 
-def _update_running(running, new, momentum):
-    """running ← (1 − momentum)·running + momentum·new."""
-    if isinstance(momentum, torch.Tensor):
-        momentum = momentum.to(running.dtype)  # lerp_ takes no other
+def _update_running(running_mean, running_var, mean, var, momentum):
+    """running ← (1 − momentum)·running + momentum·batch, for each group of the batch."""
+    if not isinstance(momentum, torch.Tensor) and running_mean.is_contiguous() and running_var.is_contiguous():
+        running.update_running(running_mean, running_var, mean.detach(), var.detach(), float(momentum))
+        return
     with torch.no_grad():
-        running.lerp_(new.to(running.dtype), momentum)
+        for statistic, batch in ((running_mean, mean), (running_var, var)):
+            for part in batch.to(statistic.dtype):  # lerp_ takes no other
+                weight = momentum.to(statistic.dtype) if isinstance(momentum, torch.Tensor) else momentum
+                statistic.lerp_(part, weight)
 
 
 def discriminator_bce(real_logits, fake_logits, *, real_target=1.0, fake_target=0.0, return_means=False):
@@ -235,9 +249,12 @@ def discriminator_bce(real_logits, fake_logits, *, real_target=1.0, fake_target=
     Raises:
         ValueError, TypeError: an empty or non-floating set of logits, different devices, or a target outside [0, 1].
     """
-    check_loss(real_logits=real_logits, fake_logits=fake_logits)
-    check_loss(real_target=real_target, fake_target=fake_target)
-    sums = _bce(real_logits, fake_logits, float(real_target), float(fake_target))
+    check_loss(real_logits=real_logits, fake_logits=fake_logits, real_target=real_target, fake_target=fake_target)
+    implementation, _ = backend.select(real_logits.device, real_logits.dtype)
+    if implementation == "reference":
+        loss = _bce_reference(real_logits, real_target) + _bce_reference(fake_logits, fake_target)
+        return (loss, _mean_sigmoid(real_logits), _mean_sigmoid(fake_logits)) if return_means else loss
+    sums, *_ = losses.bce(real_logits, fake_logits, float(real_target), float(fake_target))
     return (sums[0], sums[1].detach(), sums[2].detach()) if return_means else sums[0]
 
 
@@ -254,22 +271,20 @@ def generator_bce(fake_logits):
         ValueError, TypeError: an empty or non-floating set of logits.
     """
     check_loss(fake_logits=fake_logits)
-    return _bce(fake_logits, None, 1.0, 0.0)[0]
-
-
-def _bce(real, fake, real_target, fake_target):
-    implementation, _ = backend.select(real.device, real.dtype)
+    implementation, _ = backend.select(fake_logits.device, fake_logits.dtype)
     if implementation == "reference":
-        return _bce_reference(real, fake, real_target, fake_target)
-    return losses.bce(real, fake, real_target, fake_target)[0]
+        return _bce_reference(fake_logits, 1.0)
+    return losses.bce(fake_logits, None, 1.0, 0.0)[0][0]
 
 
-def _bce_reference(real, fake, real_target, fake_target):
-    """(loss, mean σ(real), mean σ(fake)) in plain torch, the last only where there is a fake set."""
-    losses, means = [], []
-    for logits, target in ((real, real_target), (fake, fake_target)):
-        if logits is not None:
-            logits = logits if logits.dtype == torch.float64 else logits.float()
-            losses.append(F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, target)))
-            means.append(torch.sigmoid(logits.detach()).mean())
-    return losses[0] if fake is None else losses[0] + losses[1], *means
+def _bce_reference(logits, target):
+    logits = _at_least_float32(logits)
+    return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, target))
+
+
+def _mean_sigmoid(logits):
+    return _at_least_float32(logits.detach()).sigmoid().mean()
+
+
+def _at_least_float32(logits):
+    return logits if logits.dtype == torch.float64 else logits.float()

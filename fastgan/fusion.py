@@ -16,6 +16,7 @@ from torch import fx, nn
 
 from fastgan import backend
 from fastgan import functional as fused
+from fastgan.batch_groups import current_groups
 from fastgan.patterns import has_hooks, match
 
 
@@ -66,6 +67,15 @@ def _check_module(model):
 def _is_fused(container):
     forward = container.__dict__.get("forward")
     return isinstance(forward, functools.partial) and forward.func is _forward_in_groups
+
+
+def fused_modules(model):
+    """The modules inside `model` that run as parts of fused operators."""
+    for container in model.modules():
+        if _is_fused(container):
+            for group in _groups(container, _call_order(container)):
+                if group.fused:
+                    yield from group.modules
 
 
 class _ChildrenAsLeaves(fx.Tracer):
@@ -163,32 +173,52 @@ def _kept_groups(container, order):
 
 def _forward_in_groups(container, order, *args, **kwargs):
     (x,) = (*args, *kwargs.values())
+    run = None
     for group in _kept_groups(container, order):
-        x = _run(group, x) if group.fused else group.modules[0](x)
+        if group.fused:
+            # Chosen once for groups in a row: none moves x to another device, or to a dtype without kernels.
+            run = run or (_run_operator if fused.has_kernels_for(x) else _run_layers)
+            x = run(group, x)
+        else:
+            x, run = group.modules[0](x), None
     return x
 
 
-def _run(group, x):
-    conv, bn, activation = group.modules[0], group.batch_norm, group.modules[-1]
-    transposed = isinstance(conv, nn.ConvTranspose2d)
+def _run_layers(group, x):
+    """The group without kernels: the forwards of its own layers, so that the numbers are stock's to the last bit."""
+    x = group.modules[0].forward(x)
+    if group.batch_norm is not None:
+        groups = current_groups() if group.batch_norm.training else 1
+        parts = (x,) if groups == 1 else x.chunk(groups)
+        parts = [group.batch_norm.forward(part) for part in parts]
+        x = parts[0] if groups == 1 else torch.cat(parts)
+    return fused.activate_(x, group.activation, _negative_slope(group))
+
+
+def _run_operator(group, x):
+    conv, bn = group.modules[0], group.batch_norm
     vectors, options = _batch_norm_arguments(bn, x) if bn is not None else (_NO_VECTORS, _NO_BATCH_NORM)
-    return fused.conv_bn_act_of_modules(
+    return fused.conv_bn_act(
         x,
         conv.weight,
         conv.bias,
         *vectors,
-        transposed=transposed,
+        transposed=conv.transposed,
         stride=conv.stride,
         padding=conv.padding,
         output_padding=conv.output_padding,
         activation=group.activation,
-        negative_slope=activation.negative_slope if group.activation == "leaky_relu" else 0.0,
+        negative_slope=_negative_slope(group),
         **options,
     )
 
 
+def _negative_slope(group):
+    return group.modules[-1].negative_slope if group.activation == "leaky_relu" else 0.0
+
+
 _NO_VECTORS = (None,) * 4
-_NO_BATCH_NORM = dict(training=False, momentum=0.0, eps=0.0)
+_NO_BATCH_NORM = dict(training=False, momentum=0.0, eps=0.0, batch_groups=1)
 
 
 def _batch_norm_arguments(bn, x):
@@ -199,7 +229,7 @@ def _batch_norm_arguments(bn, x):
     """
     momentum = 0.0 if bn.momentum is None else bn.momentum
     if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
-        bn.num_batches_tracked.add_(1)
+        bn.num_batches_tracked.add_(current_groups())
         if bn.momentum is None:
             count = bn.num_batches_tracked
             # On a GPU a tensor: reading it would wait. In float64, as stock divides.
@@ -210,7 +240,8 @@ def _batch_norm_arguments(bn, x):
     if gamma is None and bn.bias is None and running_mean is None:
         # To the operator four missing vectors mean that there is no BatchNorm.
         gamma = torch.ones(bn.num_features, device=x.device, dtype=x.dtype)
-    options = dict(training=bn.training or bn.running_mean is None, momentum=momentum, eps=bn.eps)
+    training = bn.training or bn.running_mean is None
+    options = dict(training=training, momentum=momentum, eps=bn.eps, batch_groups=current_groups() if training else 1)
     return (gamma, bn.bias, running_mean, running_var), options
 
 

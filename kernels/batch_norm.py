@@ -1,6 +1,7 @@
 """BatchNorm's element-wise passes with the activation in them, and the sums that its backward needs.
 
-All of them see an (N, C, H, W) channels_last tensor as a matrix of N·H·W rows and C columns.
+All of them see an (N, C, H, W) channels_last tensor as a matrix of N·H·W rows and C columns. The batch can consist of
+equal groups with statistics of their own: mean and invstd are (groups, C), and `rows` counts those of one group.
 """
 
 import torch
@@ -11,17 +12,25 @@ from fastgan.kernels.launch import empty_nhwc, launch, needs_int64, reduction_ti
 from fastgan.kernels.pieces import activate, activation_grad, channel_vector, normalize, scale_and_shift
 from fastgan.kernels.statistics import sum_rows
 
-FEWEST_ROW_BLOCKS = 1024  # enough programs to fill a GPU before one program takes several blocks of rows
+MOST_ROW_PROGRAMS = 512  # enough to fill a GPU, and no more than are summed up in one launch
+
+
+@triton.jit
+def cells(group, rows, row, column, C, INT64: tl.constexpr):
+    """Offsets of a tile: `row` counts from the group's first."""
+    if INT64:
+        group, row = group.to(tl.int64), row.to(tl.int64)
+    return (group * rows + row)[:, None] * C + column[None, :]
 
 
 @triton.jit
 def normalize_activate_kernel(
-    y_ptr,  # (rows, C)
-    mean_ptr,  # (C,), as invstd; gamma and beta too, or None
+    y_ptr,  # (groups · rows, C)
+    mean_ptr,  # (groups, C), as invstd
     invstd_ptr,
-    gamma_ptr,
+    gamma_ptr,  # (C,), as beta, or None
     beta_ptr,
-    out_ptr,  # (rows, C)
+    out_ptr,  # (groups · rows, C)
     rows,
     C,
     ACTIVATION: tl.constexpr,
@@ -30,26 +39,41 @@ def normalize_activate_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    group = tl.program_id(2)
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     column_ok = column < C
     ok = (row < rows)[:, None] & column_ok[None, :]
-    if INT64:
-        row = row.to(tl.int64)
-    cell = row[:, None] * C + column[None, :]
+    cell = cells(group, rows, row, column, C, INT64)
     y = tl.load(y_ptr + cell, mask=ok, other=0.0).to(tl.float32)
-    z = scale_and_shift(normalize(y, mean_ptr, invstd_ptr, column, column_ok), gamma_ptr, beta_ptr, column, column_ok)
+    z = scale_and_shift(
+        normalize(y, mean_ptr + group * C, invstd_ptr + group * C, column, column_ok),
+        gamma_ptr,
+        beta_ptr,
+        column,
+        column_ok,
+    )
     tl.store(out_ptr + cell, activate(z, ACTIVATION, SLOPE).to(out_ptr.dtype.element_ty), mask=ok)
 
 
+def group_rows(y, mean):
+    """(groups, rows of one, channels) of y (N, C, H, W) with statistics (groups, C)."""
+    channels = y.shape[1]
+    groups = mean.numel() // channels
+    return groups, y.numel() // (groups * channels), channels
+
+
 def normalize_activate(y, mean, invstd, gamma, beta, *, activation, slope):
-    """act(γ·(y − mean)·invstd + β) for y (N, C, H, W) channels_last; gamma and beta (C,) or None."""
+    """act(γ·(y − mean)·invstd + β) for y (N, C, H, W) channels_last.
+
+    mean and invstd are (groups, C) for a batch of that many equal parts; gamma and beta (C,) or None.
+    """
     out = empty_nhwc(y.shape, y)
-    rows, channels = y.numel() // y.shape[1], y.shape[1]
+    groups, rows, channels = group_rows(y, mean)
     block_r, block_c = rows_tile(rows, channels)
     launch(
         normalize_activate_kernel,
-        (triton.cdiv(rows, block_r), triton.cdiv(channels, block_c)),
+        (triton.cdiv(rows, block_r), triton.cdiv(channels, block_c), groups),
         *(y, mean, invstd, gamma, beta, out, rows, channels),
         device=y.device,
         ACTIVATION=activation,
@@ -86,13 +110,13 @@ def normalized_and_grad(
 
 @triton.jit
 def batch_norm_grad_sums_kernel(
-    grad_ptr,  # (rows, C)
-    y_ptr,  # (rows, C)
-    mean_ptr,  # (C,), as invstd; gamma and beta too, or None
+    grad_ptr,  # (groups · rows, C)
+    y_ptr,  # (groups · rows, C)
+    mean_ptr,  # (groups, C), as invstd
     invstd_ptr,
-    gamma_ptr,
+    gamma_ptr,  # (C,), as beta, or None
     beta_ptr,
-    sums_ptr,  # (programs along rows, 2, C): Σ dz and Σ dz·x̂ of each program's rows
+    sums_ptr,  # (groups, programs along rows, 2, C): Σ dz and Σ dz·x̂ of each program's rows
     rows,
     C,
     ACTIVATION: tl.constexpr,
@@ -102,7 +126,7 @@ def batch_norm_grad_sums_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    pid_r = tl.program_id(0)
+    pid_r, group = tl.program_id(0), tl.program_id(2)
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     column_ok = column < C
     sum_dz = tl.zeros((BLOCK_C,), tl.float32)
@@ -110,9 +134,7 @@ def batch_norm_grad_sums_kernel(
     for block in range(BLOCKS):
         row = (pid_r * BLOCKS + block) * BLOCK_R + tl.arange(0, BLOCK_R)
         ok = (row < rows)[:, None] & column_ok[None, :]
-        if INT64:
-            row = row.to(tl.int64)
-        cell = row[:, None] * C + column[None, :]
+        cell = cells(group, rows, row, column, C, INT64)
         x_hat, dz = normalized_and_grad(
             cell,
             ok,
@@ -120,8 +142,8 @@ def batch_norm_grad_sums_kernel(
             column_ok,
             grad_ptr,
             y_ptr,
-            mean_ptr,
-            invstd_ptr,
+            mean_ptr + group * C,
+            invstd_ptr + group * C,
             gamma_ptr,
             beta_ptr,
             ACTIVATION,
@@ -129,20 +151,21 @@ def batch_norm_grad_sums_kernel(
         )
         sum_dz += tl.sum(dz, 0)
         sum_dz_x_hat += tl.sum(dz * x_hat, 0)
-    tl.store(sums_ptr + pid_r * 2 * C + column, sum_dz, mask=column_ok)
-    tl.store(sums_ptr + (pid_r * 2 + 1) * C + column, sum_dz_x_hat, mask=column_ok)
+    sums_ptr += (group * tl.num_programs(0) + pid_r) * 2 * C
+    tl.store(sums_ptr + column, sum_dz, mask=column_ok)
+    tl.store(sums_ptr + C + column, sum_dz_x_hat, mask=column_ok)
 
 
 @triton.jit
 def batch_norm_input_grad_kernel(
-    grad_ptr,  # (rows, C)
-    y_ptr,  # (rows, C)
-    mean_ptr,  # (C,), as invstd; gamma and beta too, or None
+    grad_ptr,  # (groups · rows, C)
+    y_ptr,  # (groups · rows, C)
+    mean_ptr,  # (groups, C), as invstd
     invstd_ptr,
-    gamma_ptr,
+    gamma_ptr,  # (C,), as beta, or None
     beta_ptr,
-    sums_ptr,  # (2, C): Σ dz and Σ dz·x̂ over all rows, or None where mean and invstd are constants
-    out_ptr,  # (rows, C)
+    sums_ptr,  # (groups, 2, C): Σ dz and Σ dz·x̂ over a group's rows, or None where mean and invstd are constants
+    out_ptr,  # (groups · rows, C)
     rows,
     C,
     ACTIVATION: tl.constexpr,
@@ -152,17 +175,19 @@ def batch_norm_input_grad_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """dy = γ·invstd·(dz − Σdz/M − x̂·Σ(dz·x̂)/M), without the two means where the statistics are constants."""
+    group = tl.program_id(2)
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     column_ok = column < C
     ok = (row < rows)[:, None] & column_ok[None, :]
-    if INT64:
-        row = row.to(tl.int64)
-    cell = row[:, None] * C + column[None, :]
+    cell = cells(group, rows, row, column, C, INT64)
+    mean_ptr += group * C
+    invstd_ptr += group * C
     x_hat, dy = normalized_and_grad(
         cell, ok, column, column_ok, grad_ptr, y_ptr, mean_ptr, invstd_ptr, gamma_ptr, beta_ptr, ACTIVATION, SLOPE
     )
     if sums_ptr is not None:
+        sums_ptr += group * 2 * C
         count = tl.full((1,), 0.0, tl.float32) + rows
         mean_dz = channel_vector(sums_ptr, column, column_ok, 0.0) / count
         mean_dz_x_hat = channel_vector(sums_ptr + C, column, column_ok, 0.0) / count
@@ -178,22 +203,23 @@ def batch_norm_grad(grad, y, mean, invstd, gamma, beta, *, activation, slope, ba
 
     Args:
         grad, y: (N, C, H, W) channels_last: the gradient of its output, and its input.
+        mean, invstd: (groups, C) for a batch of that many equal parts; gamma, beta: (C,) or None.
         batch_statistics: whether mean and invstd are y's own, so that the gradient flows through them.
 
     Returns:
-        dy (N, C, H, W) channels_last in y's dtype; sums (2, C) float32, which are dβ and dγ.
+        dy (N, C, H, W) channels_last in y's dtype; sums (groups, 2, C) float32, each group's part of dβ and dγ.
     """
-    rows, channels = y.numel() // y.shape[1], y.shape[1]
+    groups, rows, channels = group_rows(y, mean)
     constants = dict(ACTIVATION=activation, SLOPE=slope, INT64=needs_int64(y))
     vectors = (mean, invstd, gamma, beta)
 
     block_r, block_c = reduction_tile(rows, channels)
-    blocks = triton.next_power_of_2(triton.cdiv(rows, block_r * FEWEST_ROW_BLOCKS))
+    blocks = triton.next_power_of_2(triton.cdiv(rows, block_r * MOST_ROW_PROGRAMS))
     programs = triton.cdiv(rows, block_r * blocks)
-    parts = torch.empty((programs, 2 * channels), dtype=torch.float32, device=y.device)
+    parts = torch.empty((groups, programs, 2 * channels), dtype=torch.float32, device=y.device)
     launch(
         batch_norm_grad_sums_kernel,
-        (programs, triton.cdiv(channels, block_c)),
+        (programs, triton.cdiv(channels, block_c), groups),
         *(grad, y, *vectors, parts, rows, channels),
         device=y.device,
         BLOCKS=blocks,
@@ -201,21 +227,21 @@ def batch_norm_grad(grad, y, mean, invstd, gamma, beta, *, activation, slope, ba
         BLOCK_C=block_c,
         **constants,
     )
-    sums = torch.empty((2 * channels,), dtype=torch.float32, device=y.device)
+    sums = torch.empty((groups, 2 * channels), dtype=torch.float32, device=y.device)
     sum_rows(parts, out=sums)
 
     dy = empty_nhwc(y.shape, y)
     block_r, block_c = rows_tile(rows, channels)
     launch(
         batch_norm_input_grad_kernel,
-        (triton.cdiv(rows, block_r), triton.cdiv(channels, block_c)),
+        (triton.cdiv(rows, block_r), triton.cdiv(channels, block_c), groups),
         *(grad, y, *vectors, sums if batch_statistics else None, dy, rows, channels),
         device=y.device,
         BLOCK_R=block_r,
         BLOCK_C=block_c,
         **constants,
     )
-    return dy, sums.view(2, channels)
+    return dy, sums.view(groups, 2, channels)
 
 
 @triton.jit

@@ -18,11 +18,11 @@ def down_kernel(
     var_ptr,
     gamma_ptr,
     beta_ptr,
-    count_ptr,  # (tiles,) or None; mean and m2 (tiles, A): statistics to write
+    count_ptr,  # (groups, tiles) or None; mean and m2 (groups, tiles, A): statistics to write
     tile_mean_ptr,
     tile_m2_ptr,
     eps,
-    N,
+    N,  # images of one group: no tile holds rows of two
     H,
     W,
     Ho,
@@ -49,11 +49,11 @@ def down_kernel(
 ):
     column_tiles: tl.constexpr = (A + BLOCK_N - 1) // BLOCK_N
     pid_n, pid_m = tl.program_id(0) % column_tiles, tl.program_id(0) // column_tiles
-    rows = N * H * W
+    group, rows = tl.program_id(1), N * H * W
     row = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     column = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     row_ok, column_ok = row < rows, column < A
-    n, out_h, out_w = row // (H * W), row % (H * W) // W, row % W
+    n, out_h, out_w = group * N + row // (H * W), row % (H * W) // W, row % W
     if INT64:
         n = n.to(tl.int64)
 
@@ -87,7 +87,8 @@ def down_kernel(
     )
     if count_ptr is not None:
         count = tl.minimum(rows - pid_m * BLOCK_M, BLOCK_M).to(tl.float32)
-        store_tile_statistics(acc, row_ok, count, pid_m, column, column_ok, A, count_ptr, tile_mean_ptr, tile_m2_ptr)
+        tile = group * (tl.num_programs(0) // column_tiles) + pid_m
+        store_tile_statistics(acc, row_ok, count, tile, column, column_ok, A, count_ptr, tile_mean_ptr, tile_m2_ptr)
 
 
 def down(
@@ -104,6 +105,7 @@ def down(
     activation=None,
     slope=0.0,
     statistics=False,
+    groups=1,
 ):
     """conv2d(high, weight) + bias, then an eval-mode BatchNorm and an activation.
 
@@ -112,22 +114,23 @@ def down(
         weight: (A, B, KH, KW), same dtype.
         out_size: (H, W).
         batch_norm: (mean, var, gamma, beta), each (A,) or None; no mean means no BatchNorm.
-        statistics: also return the TileStatistics of the result.
+        statistics: also return the TileStatistics of the result,
+        groups: with those of so many equal parts of the batch apart.
 
     Returns:
         low (N, A, H, W) channels_last, or (low, TileStatistics).
     """
     (n, b, ho, wo), a = high.shape, weight.shape[0]
     low = empty_nhwc((n, a, *out_size), high)
-    rows = n * out_size[0] * out_size[1]
+    rows = n // groups * out_size[0] * out_size[1]
     tile = matrix_tile(rows, a, b, high.dtype)
     row_tiles = triton.cdiv(rows, tile.block_m)
-    tiles = TileStatistics.empty(row_tiles, a, high.device) if statistics else (None, None, None)
+    tiles = TileStatistics.empty(groups, row_tiles, a, high.device) if statistics else (None, None, None)
     launch(
         down_kernel,
-        (triton.cdiv(a, tile.block_n) * row_tiles,),
+        (triton.cdiv(a, tile.block_n) * row_tiles, groups),
         *(high, weight, low, bias, *batch_norm, *tiles, eps),
-        *(n, *out_size, ho, wo, *weight.stride()),
+        *(n // groups, *out_size, ho, wo, *weight.stride()),
         device=high.device,
         ACTIVATION=activation,
         SLOPE=slope,

@@ -51,8 +51,17 @@ def rows_tile(rows, columns):
 
 
 def reduction_tile(rows, columns):
-    """(block_rows, block_columns) for sums over rows."""
+    """(block_rows, block_columns) for sums over many rows of activations."""
     return _power_of_two(rows, 1, 128), _power_of_two(columns, 1, 64)
+
+
+def merge_tile(parts, columns):
+    """(block_parts, block_columns) for putting (parts, columns) partial results together.
+
+    Up to 512 parts at once, by narrow programs: that takes less than a second launch.
+    """
+    block_parts = _power_of_two(parts, 1, 512) if parts <= 512 else 64
+    return block_parts, _power_of_two(columns, 1, max(16, 4096 // block_parts))
 
 
 def needs_int64(*tensors):

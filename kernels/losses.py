@@ -69,7 +69,7 @@ def bce(real, fake, real_target, fake_target):
         BLOCK=BLOCK,
     )
     if programs > 1:
-        total = torch.empty((3,), dtype=torch.float32, device=real.device)
-        sum_rows(sums, out=total)
-        return total, grads[0], fake_grad
+        total = torch.empty((1, 3), dtype=torch.float32, device=real.device)
+        sum_rows(sums.view(1, programs, 3), out=total)
+        return total.view(3), grads[0], fake_grad
     return sums.view(3), grads[0], fake_grad

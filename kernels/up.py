@@ -23,11 +23,11 @@ def up_kernel(
     var_ptr,
     gamma_ptr,
     beta_ptr,
-    count_ptr,  # (tiles,) or None; mean and m2 (tiles, B): statistics to write
+    count_ptr,  # (groups, tiles) or None; mean and m2 (groups, tiles, B): statistics to write
     tile_mean_ptr,
     tile_m2_ptr,
     eps,
-    N,
+    N,  # images of one group: no tile holds rows of two
     H,
     W,
     Ho,
@@ -53,7 +53,8 @@ def up_kernel(
     BLOCK_K: tl.constexpr,
 ):
     column_tiles: tl.constexpr = (B + BLOCK_N - 1) // BLOCK_N
-    pid_n, pid_m, phase = tl.program_id(0) % column_tiles, tl.program_id(0) // column_tiles, tl.program_id(1)
+    pid_n, pid_m = tl.program_id(0) % column_tiles, tl.program_id(0) // column_tiles
+    phase, group = tl.program_id(1), tl.program_id(2)
     # The first output position of this phase, and how many positions it has along each axis. A small output can
     # leave a phase empty: its rows are then all masked, and `maximum` keeps the divisions defined.
     residue_h, residue_w = phase // SW, phase % SW
@@ -65,7 +66,7 @@ def up_kernel(
     row = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     column = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     row_ok, column_ok = row < rows, column < B
-    n = row // per_image
+    n = group * N + row // per_image
     out_h = first_h + (row % per_image) // per_row * SH
     out_w = first_w + row % per_row * SW
     if INT64:
@@ -104,7 +105,7 @@ def up_kernel(
     )
     if count_ptr is not None:
         count = tl.minimum(tl.maximum(rows - pid_m * BLOCK_M, 0), BLOCK_M).to(tl.float32)
-        tile = phase * (tl.num_programs(0) // column_tiles) + pid_m
+        tile = (group * tl.num_programs(1) + phase) * (tl.num_programs(0) // column_tiles) + pid_m
         store_tile_statistics(acc, row_ok, count, tile, column, column_ok, B, count_ptr, tile_mean_ptr, tile_m2_ptr)
 
 
@@ -122,6 +123,7 @@ def up(
     activation=None,
     slope=0.0,
     statistics=False,
+    groups=1,
 ):
     """conv_transpose2d(low, weight) + bias, then an eval-mode BatchNorm and an activation.
 
@@ -130,7 +132,8 @@ def up(
         weight: (A, B, KH, KW), same dtype.
         out_size: (Ho, Wo).
         batch_norm: (mean, var, gamma, beta), each (B,) or None; no mean means no BatchNorm.
-        statistics: also return the TileStatistics of the result.
+        statistics: also return the TileStatistics of the result,
+        groups: with those of so many equal parts of the batch apart.
 
     Returns:
         high (N, B, Ho, Wo) channels_last, or (high, TileStatistics).
@@ -138,15 +141,15 @@ def up(
     (n, a, h, w), b = low.shape, weight.shape[1]
     high = empty_nhwc((n, b, *out_size), low)
     phases = stride[0] * stride[1]
-    rows = n * triton.cdiv(out_size[0], stride[0]) * triton.cdiv(out_size[1], stride[1])
+    rows = n // groups * triton.cdiv(out_size[0], stride[0]) * triton.cdiv(out_size[1], stride[1])
     tile = matrix_tile(rows, b, a, low.dtype)
     row_tiles = triton.cdiv(rows, tile.block_m)
-    tiles = TileStatistics.empty(row_tiles * phases, b, low.device) if statistics else (None, None, None)
+    tiles = TileStatistics.empty(groups, row_tiles * phases, b, low.device) if statistics else (None, None, None)
     launch(
         up_kernel,
-        (triton.cdiv(b, tile.block_n) * row_tiles, phases),
+        (triton.cdiv(b, tile.block_n) * row_tiles, phases, groups),
         *(low, weight, high, bias, *batch_norm, *tiles, eps),
-        *(n, h, w, *out_size, *weight.stride()),
+        *(n // groups, h, w, *out_size, *weight.stride()),
         device=low.device,
         ACTIVATION=activation,
         SLOPE=slope,

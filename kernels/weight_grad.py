@@ -90,7 +90,7 @@ def weight_grad(low, high, weight, *, stride, padding, precision):
     blocks = triton.cdiv(n * h * w, tile.block_k)
     splits = max(1, min(WANTED_PROGRAMS // (tiles * kh * kw), blocks // FEWEST_STEPS))
     steps = triton.cdiv(blocks, splits)
-    parts = grad if splits == 1 else torch.empty((splits, grad.numel()), dtype=torch.float32, device=grad.device)
+    parts = grad if splits == 1 else torch.empty((1, splits, grad.numel()), dtype=torch.float32, device=grad.device)
     launch(
         weight_grad_kernel,
         (tiles, kh * kw, splits),
@@ -103,5 +103,5 @@ def weight_grad(low, high, weight, *, stride, padding, precision):
         **tile.options(),
     )
     if splits > 1:
-        sum_rows(parts, out=grad.as_strided((grad.numel(),), (1,)))
+        sum_rows(parts, out=grad.as_strided((1, grad.numel()), (0, 1)))
     return grad

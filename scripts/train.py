@@ -28,9 +28,11 @@ def describe(run):
     config, side = run.config, run.config.image_size
     how = "fused" if config.fused else "stock layers"
     how += ", compiled" if config.compile else ""
+    how += ", in a CUDA graph" if config.cuda_graph and run.device.type == "cuda" else ""
+    where = "" if run.resident is None else ", images on the GPU"
     print(
         f"{config.dataset}: {len(run.dataset):,} images of {side}x{side}, {run.steps_per_epoch} steps of "
-        f"{config.batch_size} an epoch; {how}, {config.precision} on {run.device}; run folder {run.out}",
+        f"{config.batch_size} an epoch; {how}, {config.precision} on {run.device}{where}; run folder {run.out}",
         flush=True,
     )
     if run.first_step:

@@ -16,6 +16,13 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
+@pytest.fixture(autouse=HAS_GPU)
+def ieee_float32(monkeypatch):
+    """Float32 means float32: cuDNN takes TF32 by its default, but only for some sizes."""
+    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "ieee")
+
+
 @pytest.fixture
 def device():
     """Where the kernels are tested."""

@@ -292,15 +292,16 @@ def assert_same(ours, theirs, size=8):
 
 
 def count_operator_calls(monkeypatch):
-    """A list that grows by one at every call of a fused operator."""
+    """A list that grows by one at every call of a fused operator, which takes the place of the layers on a CPU too."""
     calls = []
-    operator = fused.conv_bn_act_of_modules
+    operator = fused.conv_bn_act
 
     def counted(*args, **options):
         calls.append(options)
         return operator(*args, **options)
 
-    monkeypatch.setattr(fused, "conv_bn_act_of_modules", counted)
+    monkeypatch.setattr(fused, "has_kernels_for", lambda x: True)
+    monkeypatch.setattr(fused, "conv_bn_act", counted)
     return calls
 
 
@@ -313,6 +314,26 @@ def test_fused_equals_stock(name, monkeypatch):
     convolutions = sum(isinstance(m, nn.Conv2d | nn.ConvTranspose2d) for m in model.modules())
     assert len(calls) == 6 * convolutions
     assert all(row.fused for row in fastgan.explain(model))
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("name", MODELS)
+def test_without_kernels_equals_stock_to_the_last_bit(name, backend, monkeypatch):
+    monkeypatch.setenv("FASTGAN_BACKEND", backend)
+    stock, model = (network.float() for network in make_pair(MODELS[name]))
+    fastgan.fuse(model)
+    for training in (True, False):
+        x = torch.randn(4, 3, 8, 8)
+        ours, theirs = one_step(model.train(training), x), one_step(stock.train(training), x)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_kernels_are_chosen_again_after_a_stock_layer(monkeypatch):
+    model = fastgan.fuse(nn.Sequential(*block(), nn.Flatten(0, 1), nn.Unflatten(0, (1, -1)), nn.Conv2d(4, 2, 3)))
+    asked = []
+    monkeypatch.setattr(fused, "has_kernels_for", lambda x: asked.append(x.shape[1]))
+    model(torch.randn(2, 3, 8, 8))
+    assert asked == [3, 4]
 
 
 @pytest.mark.parametrize("name", STAYS_STOCK)
@@ -526,8 +547,11 @@ def test_float32_and_autocast():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_compiled_generator(training):
+@pytest.mark.parametrize("runs", ["layers", "operators"])
+def test_compiled_generator(training, runs, monkeypatch):
     torch._dynamo.reset()
+    if runs == "operators":
+        monkeypatch.setattr(fused, "has_kernels_for", lambda x: True)
     stock, model = make_pair(lambda: Generator(image_size=8, nz=3, ngf=2, nc=1))
     fastgan.fuse(model).train(training)
     eager = copy.deepcopy(model)

@@ -78,6 +78,13 @@ def test_train_then_generate(capsys):
     assert len(list(Path("folder").iterdir())) == 3
 
 
+@pytest.mark.parametrize("options", [["--data-on", "host", "--flip"], ["--data-on", "auto", "--no-flip"]])
+def test_images_on_the_host(options, capsys):
+    assert train([*TINY, *options, "--max-steps", "2", "--out", "run"]) == 0
+    assert "ms" in capsys.readouterr().out.split("data wait ")[1].splitlines()[0]
+    assert json.loads(Path("run/config.json").read_text())["images_on"] == "host"
+
+
 def test_the_default_folder_is_named_after_the_data_set():
     assert train([*TINY, "--max-steps", "1"]) == 0
     assert Path("runs/fake/checkpoint.pt").exists()
@@ -120,6 +127,8 @@ def test_resume(run_folder, capsys):
         (["--precision", "fp16"], ["fp16", "CUDA", "bf16"]),
         (["--device", "tpu"], ["device", "tpu", "cuda"]),
         (["--device", "cuda"], ["CUDA"]),
+        (["--data-on", "disk"], ["data_on", "disk", "auto", "gpu", "host"]),
+        (["--data-on", "gpu"], ["data_on 'gpu'", "CUDA", "'cpu'"]),
         (["--resume", "missing"], ["missing"]),
         (["--resume", "empty"], ["empty", "checkpoint.pt"]),
     ],
@@ -147,6 +156,7 @@ def test_a_used_out_is_refused(run_folder, capsys):
         (["--seed", "3"], ("seed 3", "seed 0")),
         (["--lr", "0.1"], ("lr 0.1", "lr 0.0002")),
         (["--precision", "bf16"], ("precision 'bf16'", "precision 'fp32'")),
+        (["--flip"], ("flip True", "flip False")),
         (["--out", "other"], ("'other'", "'run'")),
     ],
 )

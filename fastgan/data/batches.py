@@ -31,18 +31,31 @@ def batch_indices(dataset, batch_size, *, seed, first_step=0):
     per_epoch = steps_per_epoch(dataset, batch_size)
     check_integer("seed", seed, 0)
     check_integer("first_step", first_step, 0)
-    return _batch_indices(len(dataset), batch_size, per_epoch, seed, first_step)
+    return (indices for indices, _ in _plan(len(dataset), batch_size, per_epoch, seed, first_step, flip=False))
 
 
-def _batch_indices(count, batch_size, per_epoch, seed, first_step):
+def _plan(count, batch_size, per_epoch, seed, first_step, flip):
+    """For each batch the image numbers, and which of them to mirror: bool (batch_size,), or None for none."""
     epoch, start = divmod(first_step, per_epoch)
     while True:
-        order = torch.from_numpy(np.random.default_rng((seed, epoch)).permutation(count))
-        yield from order.split(batch_size)[start:per_epoch]
+        order = epoch_order(count, seed, epoch).split(batch_size)
+        mirrored = epoch_mirrored(count, seed, epoch).split(batch_size) if flip else [None] * len(order)
+        yield from list(zip(order, mirrored, strict=True))[start:per_epoch]
         epoch, start = epoch + 1, 0
 
 
-def batches(dataset, batch_size, *, seed, first_step=0, workers=0, pin_memory=False):
+def epoch_order(count, seed, epoch):
+    """The order of the images in an epoch: int64 (count,), a permutation."""
+    return torch.from_numpy(np.random.default_rng((seed, epoch)).permutation(count))
+
+
+def epoch_mirrored(count, seed, epoch):
+    """Which images of that order are mirrored left to right where a run flips: bool (count,), half of them or so."""
+    # The third number makes it another stream of random bits than the order's.
+    return torch.from_numpy(np.random.default_rng((seed, epoch, 1)).integers(0, 2, count, dtype=np.bool_))
+
+
+def batches(dataset, batch_size, *, seed, first_step=0, workers=0, pin_memory=False, flip=False):
     """Endless iterator of batches: uint8 (batch_size, nc, S, S), in the order of ``batch_indices``.
 
     Args:
@@ -52,31 +65,43 @@ def batches(dataset, batch_size, *, seed, first_step=0, workers=0, pin_memory=Fa
         first_step: number of the first batch; those before it are not read.
         workers: processes that decode images; 0 decodes in this one. Images in memory need none.
         pin_memory: put batches in page-locked memory, for asynchronous copies to a GPU; ignored where there is none.
+        flip: mirror half of the images left to right, chosen anew in every epoch, by ``seed`` and epoch only.
 
     Raises:
         ValueError: an argument that is not allowed, or fewer images than one batch; while iterating, a picture that
             cannot be read.
     """
     check_integer("workers", workers, 0)
-    order = batch_indices(dataset, batch_size, seed=seed, first_step=first_step)
+    per_epoch = steps_per_epoch(dataset, batch_size)
+    check_integer("seed", seed, 0)
+    check_integer("first_step", first_step, 0)
+    plan = _plan(len(dataset), batch_size, per_epoch, seed, first_step, flip)
     pin_memory = pin_memory and torch.cuda.is_available()
     images = getattr(dataset, "images", None)
     if images is not None:
-        return _from_memory(images, order, pin_memory)
-    return _on_demand(dataset, order, workers, pin_memory)
+        return _from_memory(images, plan, pin_memory)
+    return _on_demand(dataset, plan, workers, pin_memory)
 
 
-def _from_memory(images, order, pin_memory):
-    for indices in order:
-        batch = images.index_select(0, indices)
+def _from_memory(images, plan, pin_memory):
+    for indices, mirrored in plan:
+        batch = _mirror(images.index_select(0, indices), mirrored)
         yield batch.pin_memory() if pin_memory else batch
 
 
-def _on_demand(dataset, order, workers, pin_memory):
+def _mirror(batch, mirrored):
+    """Mirror those images of a batch that `mirrored`, one bool each, names; None names none. In place."""
+    if mirrored is not None:
+        which = torch.as_tensor(mirrored)
+        batch[which] = batch[which].flip(-1)
+    return batch
+
+
+def _on_demand(dataset, plan, workers, pin_memory):
     loader = DataLoader(
         _WholeBatches(dataset),
         batch_size=None,  # the sampler's items are whole batches already
-        sampler=(indices.tolist() for indices in order),
+        sampler=([None if part is None else part.tolist() for part in parts] for parts in plan),
         num_workers=workers,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # otherwise the loader draws a seed from the global generator
@@ -93,22 +118,24 @@ class _WholeBatches(Dataset):
     def __init__(self, dataset):
         self.dataset = dataset
 
-    def __getitem__(self, indices):
+    def __getitem__(self, batch):
+        indices, mirrored = batch
         try:
-            return torch.stack([self.dataset[index] for index in indices])
+            return _mirror(torch.stack([self.dataset[index] for index in indices]), mirrored)
         except ValueError as error:
             return error
 
 
 def scale(images):
-    """uint8 images to float32 in [−1, 1]: x / 127.5 − 1, in the same shape.
+    """uint8 images to float32 in [−1, 1]: x / 127.5 − 1, in the same shape, with the same bits on every device.
 
     Raises:
         ValueError: the images are not uint8.
     """
     if images.dtype != torch.uint8:
         raise ValueError(f"images must be torch.uint8; got {images.dtype}")
-    return images.to(torch.float32) / 127.5 - 1
+    # By a number, torch on CUDA divides through its reciprocal, which rounds differently; by a tensor it does divide.
+    return images.to(torch.float32) / torch.full((), 127.5, dtype=torch.float32, device=images.device) - 1
 
 
 def to_uint8(images):

@@ -19,7 +19,8 @@ def batch_norm_act(
 ) -> Tensor:
     """act(γ·(y − mean)·invstd + β), differentiable in y, γ and β.
 
-    With `batch_statistics` mean and invstd are y's own, and y's gradient is the one through them as well;
+    mean and invstd are (C,), or (groups, C) for a batch of that many equal parts with statistics of their own.
+    With `batch_statistics` they are y's own, and y's gradient is the one through them as well;
     otherwise they are constants.
     """
     from fastgan.kernels.batch_norm import normalize_activate
@@ -44,7 +45,7 @@ def batch_norm_act_grad(
     activation: str | None,
     slope: float,
 ) -> tuple[Tensor, Tensor]:
-    """(dy, [dβ, dγ]); the second is (2, C) float32."""
+    """(dy, [dβ, dγ] of each group); the second is (groups, 2, C) float32."""
     from fastgan.kernels.batch_norm import batch_norm_grad
 
     return batch_norm_grad(
@@ -63,7 +64,7 @@ def batch_norm_act_grad(
 @batch_norm_act_grad.register_fake
 def _(dout, y, mean, invstd, gamma, beta, batch_statistics, activation, slope):
     dy = torch.empty_like(y, memory_format=torch.channels_last)
-    return dy, y.new_empty((2, y.shape[1]), dtype=torch.float32)
+    return dy, y.new_empty((mean.numel() // y.shape[1], 2, y.shape[1]), dtype=torch.float32)
 
 
 def _save(ctx, inputs, output):
@@ -74,6 +75,7 @@ def _save(ctx, inputs, output):
 def _backward(ctx, dout):
     y, mean, invstd, gamma, beta = ctx.saved_tensors
     dy, sums = batch_norm_act_grad(dout, y, mean, invstd, gamma, beta, ctx.batch_statistics, ctx.activation, ctx.slope)
+    sums = sums.sum(0) if len(sums) > 1 else sums[0]
     dgamma = sums[1].to(gamma.dtype) if ctx.needs_input_grad[3] else None
     dbeta = sums[0].to(beta.dtype) if ctx.needs_input_grad[4] else None
     return dy, None, None, dgamma, dbeta, None, None, None

@@ -92,9 +92,11 @@ def conv_statistics(
     stride: Sequence[int],
     padding: Sequence[int],
     output_padding: Sequence[int],
+    groups: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y = conv(x, weight) + bias and, per channel in float32: mean, 1/sqrt(var + eps) and the unbiased variance.
 
+    The statistics are (groups, C): the batch consists of that many equal parts, each normalised by itself.
     Only y is differentiable, and its gradient must come through `batch_norm_act(..., batch_statistics=True)`: it is
     then the whole gradient, the statistics' part included, and sums to zero over each channel, hence so does bias's.
     """
@@ -109,14 +111,15 @@ def conv_statistics(
         precision=matmul_precision(x.dtype),
         bias=bias,
         statistics=True,
+        groups=groups,
     )
     return y, *merge_statistics(tiles, eps)
 
 
 @conv_statistics.register_fake
-def _(x, weight, bias, eps, transposed, stride, padding, output_padding):
+def _(x, weight, bias, eps, transposed, stride, padding, output_padding, groups):
     y = _empty_result(x, weight, transposed, stride, padding, output_padding)
-    return y, *(x.new_empty((y.shape[1],), dtype=torch.float32) for _ in range(3))
+    return y, *(x.new_empty((groups, y.shape[1]), dtype=torch.float32) for _ in range(3))
 
 
 @torch.library.custom_op("fastgan::conv_weight_grad", mutates_args=())
@@ -190,7 +193,7 @@ conv.register_autograd(_conv_backward, setup_context=_save_conv)
 
 
 def _save_conv_statistics(ctx, inputs, output):
-    x, weight, bias, _, transposed, stride, padding, _ = inputs
+    x, weight, bias, _, transposed, stride, padding, *_ = inputs
     ctx.transposed, ctx.stride, ctx.padding = transposed, stride, padding
     ctx.save_for_backward(x, weight, bias)
     ctx.mark_non_differentiable(*output[1:])
@@ -200,7 +203,7 @@ def _conv_statistics_backward(ctx, dy, *_):
     x, weight, bias = ctx.saved_tensors
     dx, dweight = _linear_backward(ctx, x, weight, dy)
     dbias = torch.zeros_like(bias) if ctx.needs_input_grad[2] else None
-    return dx, dweight, dbias, *[None] * 5
+    return dx, dweight, dbias, *[None] * 6
 
 
 conv_statistics.register_autograd(_conv_statistics_backward, setup_context=_save_conv_statistics)

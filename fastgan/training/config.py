@@ -4,7 +4,7 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 
-from fastgan.data import DATASETS
+from fastgan.data import DATASETS, MEMORY_SHARE
 from fastgan.models import IMAGE_SIZES
 from fastgan.training.devices import PRECISIONS
 
@@ -12,10 +12,17 @@ _SEED_LIMIT = 2**63
 _WIDTHS = "(default: 64, and 32 where images are smaller than 64 pixels)"
 
 
-def _option(default, kind, help, *, metavar=None, resumable=False):
-    """A field and its command-line option. ``resumable``: a resumed run may give another value."""
-    metavar = metavar or kind.__name__.upper()
-    return field(default=default, metadata={"kind": kind, "help": help, "metavar": metavar, "resumable": resumable})
+DATA_ON = ("auto", "gpu", "host")
+
+
+def _option(default, kind, help, *, metavar=None, resumable=False, later=False):
+    """A field and its command-line option.
+
+    ``resumable``: a resumed run may give another value. ``later``: checkpoints may be older than the option; they get
+    its default, which is to say what was done before there was the option.
+    """
+    metadata = {"kind": kind, "help": help, "metavar": metavar or kind.__name__.upper()}
+    return field(default=default, metadata={**metadata, "resumable": resumable, "later": later})
 
 
 @dataclass(frozen=True)
@@ -44,10 +51,37 @@ class TrainConfig:
         True, bool, "fused layers and losses: Triton kernels on a GPU, plain torch on a CPU", resumable=True
     )
     compile: bool = _option(False, bool, "torch.compile both networks", resumable=True)
+    cuda_graph: bool = _option(
+        True,
+        bool,
+        "on a GPU replay each step as one CUDA graph; elsewhere without effect",
+        resumable=True,
+        later=True,
+    )
+    one_pass: bool = _option(
+        True,
+        bool,
+        "on a GPU, with fused layers, run the discriminator on real and fake images in one pass; --no-one-pass takes "
+        "less memory",
+        resumable=True,
+        later=True,
+    )
     device: str = _option(
         "auto", str, "auto (CUDA if there is one), cpu, cuda or cuda:N", metavar="DEVICE", resumable=True
     )
     seed: int = _option(0, int, "decides initial weights, order of images and latent vectors")
+    flip: bool = _option(
+        False, bool, "mirror a random half of the images left to right, another in each epoch", later=True
+    )
+    data_on: str = _option(
+        "auto",
+        str,
+        "where the images are kept; auto: on a GPU if they are in memory and take at most "
+        f"{MEMORY_SHARE:.0%} of what is free there, else on the host. Batches are the same",
+        metavar="{auto,gpu,host}",
+        resumable=True,
+        later=True,
+    )
     workers: int = _option(0, int, "processes that decode images; 0: none for images in memory", resumable=True)
     log_every: int = _option(10, int, "steps between rows of metrics.jsonl", resumable=True)
     save_every: int | None = _option(
@@ -57,6 +91,7 @@ class TrainConfig:
     def __post_init__(self):
         _check_choice("dataset", self.dataset, DATASETS)
         _check_choice("precision", self.precision, PRECISIONS)
+        _check_choice("data_on", self.data_on, DATA_ON)
         if self.image_size is not None:
             _check_choice("image_size", self.image_size, IMAGE_SIZES)
         for name in ("batch_size", "epochs", "nz", "log_every"):
@@ -99,13 +134,14 @@ def continued(config, given):
 
 
 def config_from_dict(values):
-    """The TrainConfig that ``dataclasses.asdict`` made ``values`` of.
+    """The TrainConfig that ``dataclasses.asdict`` made ``values`` of, in this version or before the ``later`` options.
 
     Raises:
         ValueError: names are missing or unknown, or a value is not allowed.
     """
-    names = {option.name for option in dataclasses.fields(TrainConfig)}
-    if not isinstance(values, dict) or set(values) != names:
+    options = dataclasses.fields(TrainConfig)
+    needed = {option.name for option in options if not option.metadata["later"]}
+    if not isinstance(values, dict) or not needed <= set(values) <= {option.name for option in options}:
         raise ValueError("the options are not those of a training run of this version")
     return TrainConfig(**values)
 

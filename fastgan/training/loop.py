@@ -1,8 +1,9 @@
 """The training loop."""
 
+from contextlib import closing
+
 import torch
 
-from fastgan import data
 from fastgan.training.guards import FirstNonFinite, Interrupt
 from fastgan.training.plots import plot_losses
 from fastgan.training.records import Records
@@ -26,28 +27,18 @@ def train(run):
     """
     if run.first_step >= run.last_step:
         return run.first_step
-    config, device = run.config, run.device
     torch.backends.cudnn.benchmark = True  # worth it: all batches have one shape
     run.write_config()
-    with Interrupt() as interrupt, Records(run) as records:
-        non_finite = FirstNonFinite(device)
-        batches = data.batches(
-            run.dataset,
-            config.batch_size,
-            seed=config.seed,
-            first_step=run.first_step,
-            workers=config.workers,
-            pin_memory=device.type == "cuda",
-        )
+    with Interrupt() as interrupt, closing(run.open_images()) as images, Records(run, images) as records:
+        non_finite = FirstNonFinite(run.device)
         for step in range(run.first_step + 1, run.last_step + 1):
-            images = next(batches).to(device, non_blocking=True)
-            losses = run.step(data.scale(images))
+            losses = run.step(images.before_step())
             non_finite.watch(step, losses)
             records.advance()
 
             last = interrupt.requested or step == run.last_step
             save = last or step % run.save_every == 0
-            if save or step % config.log_every == 0:
+            if save or step % run.config.log_every == 0:
                 _stop_if_diverged(run, step, non_finite)
                 records.log(step, losses)
             if save:

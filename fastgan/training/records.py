@@ -41,10 +41,10 @@ def write_atomically(path, text):
 
 
 class Records:
-    """The records of a ``Run``, as a context manager around its loop."""
+    """The records of a ``Run``, as a context manager around its loop; ``images`` is what feeds its steps."""
 
-    def __init__(self, run):
-        self.run = run
+    def __init__(self, run, images):
+        self.run, self.images = run, images
         self.pictures = run.out / "samples"
 
     def __enter__(self):
@@ -95,6 +95,7 @@ class Records:
             "images": step * run.config.batch_size,
             **losses,
             "images_per_sec": round(self.images_since / (time.perf_counter() - self.clock), 1),
+            "data_wait_ms": round(1000 * self.images.seconds_waited() * run.config.batch_size / self.images_since, 3),
             "peak_memory_mb": peak_memory_mb(run.device),
         }
         self.metrics.write(json.dumps(row) + "\n")
@@ -102,7 +103,9 @@ class Records:
         for name in row.keys() - {"step"}:
             if row[name] is not None:
                 self.board.add_scalar(name, row[name], step)
-        self.bar.set_postfix_str(f"step {step}, loss D {row['loss_d']:.3f}, G {row['loss_g']:.3f}")
+        self.bar.set_postfix_str(
+            f"step {step}, loss D {row['loss_d']:.3f}, G {row['loss_g']:.3f}, data wait {row['data_wait_ms']:.1f} ms"
+        )
         self.last_row = row
         self.restart_clock()
 
@@ -115,6 +118,6 @@ class Records:
             row = self.last_row
             print(
                 f"step {step}/{self.run.last_step}, epoch {row['epoch']}: loss D {row['loss_d']:.3f}, "
-                f"G {row['loss_g']:.3f}, {row['images_per_sec']:.0f} images/s",
+                f"G {row['loss_g']:.3f}, {row['images_per_sec']:.0f} images/s, data wait {row['data_wait_ms']:.1f} ms",
                 flush=True,
             )

@@ -25,6 +25,8 @@ from fastgan.training.records import METRICS, check_packages, write_atomically
 from fastgan.training.step import TrainStep
 
 CONFIG = "config.json"
+# What the networks' first layers compute in, so that autocast has nothing to convert.
+_IMAGE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SAMPLES = 64
 
 
@@ -39,6 +41,7 @@ class Run:
     step: TrainStep
     fixed_latent: torch.Tensor  # (SAMPLES, nz)
     first_step: int = 0
+    resident: data.ResidentImages | None = None  # the images, where they are on the GPU: the step's source
 
     @property
     def steps_per_epoch(self):
@@ -53,6 +56,23 @@ class Run:
     def save_every(self):
         return self.config.save_every or min(self.steps_per_epoch, 1000)
 
+    def open_images(self):
+        """Where the steps from ``first_step`` on get their images; to be closed.
+
+        Its ``before_step()``, called before each step, returns the images to call the step with, or None where the step
+        draws them itself. ``seconds_waited()`` says for how long steps have waited for images since the last call.
+        """
+        if self.resident is not None:
+            self.resident.seek(self.first_step)
+            return self.resident
+        return data.HostImages(
+            self.dataset,
+            device=self.device,
+            first_step=self.first_step,
+            workers=self.config.workers,
+            **_batch_options(self.config),
+        )
+
     def write_config(self):
         """Write config.json: every option, the data and what computes. Makes the folder if need be."""
         self.out.mkdir(parents=True, exist_ok=True)
@@ -60,6 +80,7 @@ class Run:
             **dataclasses.asdict(self.config),
             "nc": self.dataset.nc,
             "images": len(self.dataset),
+            "images_on": "host" if self.resident is None else "gpu",
             "torch": torch.__version__,
             "device_name": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
         }
@@ -96,8 +117,9 @@ def new_run(config, out=None):
     dataset = _load(config)
     config = config.for_images(dataset.image_size)
     torch.manual_seed(config.seed)
-    step = _train_step(config, dataset.nc, device)
-    return Run(config, out, dataset, device, step, draw_latents(SAMPLES, config.nz, config.seed))
+    resident = _resident(config, dataset, device)
+    step = _train_step(config, dataset.nc, device, resident)
+    return Run(config, out, dataset, device, step, draw_latents(SAMPLES, config.nz, config.seed), resident=resident)
 
 
 def resumed_run(path, given=None, out=None):
@@ -127,19 +149,22 @@ def resumed_run(path, given=None, out=None):
             f"the data set has {len(dataset)} images now and had {state['images']}: the order of images is another one",
             stacklevel=2,
         )
+    resident = _resident(config, dataset, device)
     try:
-        step = _train_step(config, dataset.nc, device)
+        step = _train_step(config, dataset.nc, device, resident)
         step.load_state_dict(state)
         restore_rng(state["rng"], device)
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path} does not fit its own options: {error}") from error
-    return Run(config, path.parent, dataset, device, step, state["fixed_latent"], state["step"])
+    return Run(config, path.parent, dataset, device, step, state["fixed_latent"], state["step"], resident)
 
 
 def _check_machine(config):
     check_packages()
     device = pick_device(config.device)
     check_precision(config.precision, device)
+    if config.data_on == "gpu" and device.type != "cuda":
+        raise ValueError(f"data_on 'gpu' needs a CUDA device; the run's is {device.type!r}")
     return device
 
 
@@ -166,7 +191,29 @@ def _load(config):
     return dataset
 
 
-def _train_step(config, nc, device):
+def _resident(config, dataset, device):
+    """The data set on the GPU, if that is asked for, or allowed and possible; else None."""
+    if config.data_on == "host":
+        return None
+    insists = config.data_on == "gpu"
+    obstacle = data.why_not_resident(dataset, device, 1.0 if insists else data.MEMORY_SHARE)
+    if obstacle is None:
+        return data.ResidentImages(dataset.images, device=device, **_batch_options(config))
+    if insists:
+        raise ValueError(f"data_on 'gpu' is not possible: {obstacle}")
+    return None
+
+
+def _batch_options(config):
+    return {
+        "batch_size": config.batch_size,
+        "dtype": _IMAGE_DTYPES[config.precision],
+        "seed": config.seed,
+        "flip": config.flip,
+    }
+
+
+def _train_step(config, nc, device, source):
     generator = Generator(image_size=config.image_size, nc=nc, nz=config.nz, ngf=config.ngf)
     discriminator = Discriminator(image_size=config.image_size, nc=nc, ndf=config.ndf)
     return TrainStep(
@@ -178,4 +225,7 @@ def _train_step(config, nc, device):
         precision=config.precision,
         fused=config.fused,
         compile=config.compile,
+        cuda_graph=config.cuda_graph,
+        one_pass=None if config.one_pass else False,
+        source=source,
     )

@@ -1,12 +1,16 @@
 """One whole update of a GAN: the discriminator on real and fake images, then the generator."""
 
 import math
+import warnings
 from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 
+from fastgan.batch_groups import batch_groups
 from fastgan.training.devices import check_precision
+from fastgan.training.graph import StepGraph
+from fastgan.training.one_pass import one_pass_obstacle
 from fastgan.training.weights import load_weights
 
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -31,9 +35,19 @@ class TrainStep:
         fused: pass both networks through ``fastgan.fuse``, in place, and use the fused losses. False trains them as
             they are, with the losses of torch.
         compile: ``torch.compile`` both networks, each on its own; batches then have one fixed shape.
+        cuda_graph: on CUDA, capture the whole step, both updates and the drawing of latents included, in one CUDA
+            graph after three steps, and replay it from then on. Batches of another shape still run, uncaptured. A
+            replay repeats what was captured: after changing what the networks consist of, train() or eval(), or an
+            optimizer's options other than the learning rate, call ``forget_graph()``. Without CUDA it has no effect.
+        one_pass: run the discriminator's update over [real; fake] in one pass in which each half has its own batch
+            statistics: the same numbers as two passes with half the launches, but the activations of both halves are
+            alive at once. None: where it is faster, on CUDA. The first step tries on copies whether it really gives
+            the same numbers, and where not (a BatchNorm that is not fused, say) goes back to two passes: see
+            ``one_pass_reason``.
         source: where ``step()`` without images takes them from: an object whose ``draw()`` returns the next batch.
 
-    Attributes: ``generator``, ``discriminator`` (the given modules), ``optimizer_g``, ``optimizer_d``, ``scaler``.
+    Attributes: ``generator``, ``discriminator`` (the given modules), ``optimizer_g``, ``optimizer_d``, ``scaler``,
+    ``lr`` (to read and set), ``one_pass`` and ``one_pass_reason`` (why, in words; after the first step both are final).
 
     Raises:
         ValueError: an argument that is not allowed, or a precision that the networks' device does not have.
@@ -50,11 +64,12 @@ class TrainStep:
         precision="fp32",
         fused=True,
         compile=False,
+        cuda_graph=False,
+        one_pass=None,
         source=None,
     ):
         self.latent_shape, self.source = _latent_shape(latent_dim), source
-        if not 0 < lr < math.inf:
-            raise ValueError(f"lr must be a positive number; got {lr!r}")
+        _check_lr(lr)
         weight = next(generator.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         check_precision(precision, self.device)
@@ -79,10 +94,18 @@ class TrainStep:
             self._g = torch.compile(generator, fullgraph=True, dynamic=False)
             self._d = torch.compile(discriminator, fullgraph=True, dynamic=False)
 
-        adam = {"lr": lr, "betas": betas, "fused": True, "capturable": self.device.type == "cuda"}
+        on_cuda = self.device.type == "cuda"
+        self.one_pass, self.one_pass_reason = one_pass, f"one_pass={one_pass}"
+        if one_pass is None:
+            self.one_pass = on_cuda and fused
+            self.one_pass_reason = "faster on CUDA with fused layers, and not elsewhere"
+        self._one_pass_tried = False
+        self._lr_tensors = [torch.tensor(lr, dtype=torch.float32, device=self.device) for _ in range(2)]
+        adam = {"lr": lr, "betas": betas, "fused": True, "capturable": on_cuda}
         self.optimizer_g = torch.optim.Adam(generator.parameters(), **adam)
         self.optimizer_d = torch.optim.Adam(discriminator.parameters(), **adam)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
+        self._graph = StepGraph(self._step, self.device) if cuda_graph and on_cuda else None
 
     def __call__(self, real_images=None):
         """Update both networks once.
@@ -97,20 +120,26 @@ class TrainStep:
 
         Raises:
             ValueError: the images are not floating point, or there are none and no source either.
+            RuntimeError: `cuda_graph`, and the step is one that cannot be captured.
         """
         if real_images is None:
             if self.source is None:
                 raise ValueError("real_images are missing, and this TrainStep has no source to draw them from")
-            real_images = self.source.draw()
-        if not real_images.is_floating_point():
+        elif not real_images.is_floating_point():
             raise ValueError(f"real_images must be floating point, in [-1, 1]; got {real_images.dtype}")
+        if self._graph is None:
+            return self._step(real_images)
+        self._keep_lr()
+        return self._graph(real_images)
+
+    def _step(self, real_images):
+        real_images = self.source.draw() if real_images is None else real_images
         real_images = real_images.to(memory_format=torch.channels_last)
         latent = torch.randn(len(real_images), *self.latent_shape, device=self.device, dtype=self.dtype)
 
         with self._autocast():
             fake_images = self._g(latent)
-            real_logits = self._d(real_images)
-            fake_logits = self._d(fake_images.detach())
+        real_logits, fake_logits = self._discriminate(real_images, fake_images.detach())
         loss_d, d_real, d_fake = self._discriminator_loss(real_logits, fake_logits, return_means=True)
         self._update(self.optimizer_d, loss_d)
 
@@ -123,6 +152,24 @@ class TrainStep:
         losses = {"loss_d": loss_d, "loss_g": loss_g, "d_real": d_real, "d_fake": d_fake}
         return {name: value.detach() for name, value in losses.items()}
 
+    def _discriminate(self, real_images, fake_images):
+        """The discriminator's logits of both, in one pass or in two."""
+        if self.one_pass and not self._one_pass_tried:
+            self._try_one_pass(real_images, fake_images)
+        with self._autocast():
+            if not self.one_pass:
+                return self._d(real_images), self._d(fake_images)
+            with batch_groups(2):
+                logits = self._d(torch.cat([real_images.to(fake_images.dtype), fake_images]))
+            return logits.split(len(real_images))
+
+    def _try_one_pass(self, real_images, fake_images):
+        self._one_pass_tried = True
+        obstacle = one_pass_obstacle(self.discriminator, real_images, fake_images)
+        if obstacle is not None:
+            self.one_pass, self.one_pass_reason = False, obstacle
+            warnings.warn(f"the discriminator takes real and fake images in two passes: {obstacle}", stacklevel=2)
+
     def _update(self, optimizer, loss):
         optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
@@ -131,9 +178,38 @@ class TrainStep:
     def _autocast(self):
         return torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
 
+    @property
+    def lr(self):
+        """Adam's learning rate; a new one takes effect from the next step on, captured or not."""
+        return float(self.optimizer_g.param_groups[0]["lr"])
+
+    @lr.setter
+    def lr(self, lr):
+        _check_lr(lr)
+        for optimizer in (self.optimizer_g, self.optimizer_d):
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+
+    def _keep_lr(self):
+        """Move learning rates that somebody set, a scheduler say, into the tensors that a captured step reads."""
+        for optimizer, tensor in zip((self.optimizer_g, self.optimizer_d), self._lr_tensors, strict=True):
+            for group in optimizer.param_groups:
+                if group["lr"] is not tensor:
+                    tensor.copy_(torch.as_tensor(group["lr"]))
+                    group["lr"] = tensor
+
+    def forget_graph(self):
+        """Capture the step anew: after a change of the networks or optimizers in kind, which a replay would not see."""
+        if self._graph is not None:
+            self._graph.forget()
+
     def state_dict(self):
         """What ``load_state_dict`` needs to go on from here: the state of both networks, both Adams, the scaler."""
-        return {name: getattr(self, name).state_dict() for name in self._STATEFUL}
+        state = {name: getattr(self, name).state_dict() for name in self._STATEFUL}
+        for name in ("optimizer_g", "optimizer_d"):
+            groups = state[name]["param_groups"]
+            state[name]["param_groups"] = [{**group, "lr": float(group["lr"])} for group in groups]
+        return state
 
     def load_state_dict(self, state):
         """Go on from a ``state_dict()``; one that was saved on another device, or by unfused networks, will do.
@@ -150,8 +226,14 @@ class TrainStep:
                 self.scaler.load_state_dict(state["scaler"])
         except (KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise ValueError(f"this is no state of a TrainStep for these networks: {error!r}") from error
+        self.forget_graph()  # it writes to Adam's old averages
 
     _STATEFUL = ("generator", "discriminator", "optimizer_g", "optimizer_d", "scaler")
+
+
+def _check_lr(lr):
+    if not 0 < lr < math.inf:
+        raise ValueError(f"lr must be a positive number; got {lr!r}")
 
 
 def _latent_shape(latent_dim):

@@ -13,10 +13,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastgan.kernels import batch_norm, down, losses, statistics, up, weight_grad
+from fastgan.kernels import batch_norm, data, down, losses, running, statistics, up, weight_grad
 
 _TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
-_MODULES = (batch_norm, down, losses, statistics, up, weight_grad)
+_INTEGER_TYPES = {torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64"}
+_MODULES = (batch_norm, data, down, losses, running, statistics, up, weight_grad)
 
 
 def record(workload):
@@ -50,7 +51,7 @@ def compile_launch(kernel, args, options, capability):
         if value is None:
             constants[name], signature[name] = None, "constexpr"
         elif isinstance(value, torch.Tensor):
-            signature[name] = _TYPES[value.dtype]
+            signature[name] = (_TYPES | _INTEGER_TYPES)[value.dtype]
             attributes[(i,)] = [["tt.divisibility", 16]]
         elif isinstance(value, float):
             signature[name] = "fp32"
@@ -68,7 +69,7 @@ def compile_launch(kernel, args, options, capability):
 
 
 def workload(dtype, batch=8):
-    """Every kernel once: a DCGAN's middle layers, its image layer, both losses."""
+    """Every kernel once: a DCGAN's middle layers, its image layer, both losses, batches with and without mirroring."""
 
     def run():
         low = torch.empty(batch, 128, 8, 8, dtype=dtype).to(memory_format=torch.channels_last)
@@ -91,10 +92,16 @@ def workload(dtype, batch=8):
         batch_norm.normalize_activate(high, vector, vector, vector, vector, **act)
         batch_norm.batch_norm_grad(high, high, vector, vector, vector, vector, batch_statistics=True, **act)
         batch_norm.activation_input_grad(image, image, activation="tanh", slope=0.0)
-        tiles = statistics.TileStatistics.empty(300, 64, low.device)  # enough tiles to be merged in two stages
+        tiles = statistics.TileStatistics.empty(2, 300, 64, low.device)  # enough tiles to be merged in two stages
         statistics.merge_statistics(tiles, 1e-5)
+        running.update_running(vector, vector, torch.empty(2, 64), torch.empty(2, 64), 0.1)
         losses.bce(torch.empty(batch, dtype=dtype), torch.empty(batch, dtype=dtype), 1.0, 0.0)
         losses.bce(torch.empty(batch, dtype=dtype), None, 1.0, 0.0)
+
+        images, order = torch.empty(2 * batch, 32, 32, 3, dtype=torch.uint8), torch.empty(2 * batch, dtype=torch.int32)
+        drawn = torch.empty(data.programs(batch, images), dtype=torch.int32)
+        data.next_batch(images, order, None, drawn, batch, dtype)
+        data.next_batch(images, order, order.to(torch.uint8), drawn, batch, dtype)
 
     return run
 

@@ -20,6 +20,8 @@ KERNELS = {
     "batch_norm_input_grad_kernel",
     "activation_input_grad_kernel",
     "bce_kernel",
+    "update_running_kernel",
+    "next_batch_kernel",
 }
 
 

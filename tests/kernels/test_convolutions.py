@@ -140,10 +140,10 @@ def test_several_tiles_in_every_direction(transposed, device, monkeypatch):
 
     for module in (up, down, weight_grad):
         monkeypatch.setattr(module, "matrix_tile", lambda *_: launch.MatrixTile(16, 16, 16, 4, 2))
-    monkeypatch.setattr(statistics, "reduction_tile", lambda *_: (4, 8))
+    monkeypatch.setattr(statistics, "merge_tile", lambda *_: (4, 8))
     monkeypatch.setattr(batch_norm, "reduction_tile", lambda *_: (8, 8))
     monkeypatch.setattr(batch_norm, "rows_tile", lambda *_: (32, 8))
-    monkeypatch.setattr(batch_norm, "FEWEST_ROW_BLOCKS", 2)
+    monkeypatch.setattr(batch_norm, "MOST_ROW_PROGRAMS", 2)
     monkeypatch.setattr(weight_grad, "FEWEST_STEPS", 2)
     case = PLAIN._replace(transposed=transposed, in_channels=19)
     check(case, draw(case, 3, device))
@@ -213,6 +213,14 @@ def test_dcgan_layer_sizes(dtype, device):
         for transposed in (True, False):
             case = case._replace(transposed=transposed)
             check(case, draw(case, 32, device))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("transposed", (True, False))
+def test_tf32_where_torch_allows_it(transposed, device, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "tf32")
+    case = PLAIN._replace(in_channels=128, out_channels=64, size=(16, 16), transposed=transposed)
+    check(case, draw(case, 32, device))
 
 
 @pytest.mark.gpu

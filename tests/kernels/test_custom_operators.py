@@ -10,6 +10,7 @@ import fastgan
 from fastgan.ops.batch_norm import batch_norm_act, batch_norm_act_grad
 from fastgan.ops.convolution import activation_grad, conv, conv_statistics, conv_weight_grad
 from fastgan.ops.losses import bce
+from fastgan.ops.running import update_running
 
 pytestmark = pytest.mark.usefixtures("triton_backend")
 
@@ -30,9 +31,13 @@ def _operator_calls(device):
     return {
         "conv": (conv, (x, weight, vector, *plain, False, *where, [0, 0], "leaky_relu", 0.2)),
         "conv_transposed": (conv, (y, weight, None, *plain, True, [2, 2], [1, 1], [1, 1], "tanh", 0.0)),
-        "conv_statistics": (conv_statistics, (x, weight, vector, 1e-5, False, *where, [0, 0])),
+        "conv_statistics": (conv_statistics, (x, weight, vector, 1e-5, False, *where, [0, 0], 2)),
         "conv_weight_grad": (conv_weight_grad, (y.detach(), x.detach(), weight.detach(), *where)),
         "activation_grad": (activation_grad, (y.detach(), y.detach(), "sigmoid", 0.0)),
+        "update_running": (
+            update_running,
+            (constant.clone(), constant + 1, constant.new_ones(2, 4), constant.new_ones(2, 4), 0.1),
+        ),
         "batch_norm_act": (batch_norm_act, (y, constant, constant + 1, vector, None, True, "relu", 0.0)),
         "batch_norm_act_grad": (
             batch_norm_act_grad,

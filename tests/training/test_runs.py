@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fastgan import data
 from fastgan.training import new_run, read_checkpoint, resumed_run, train
 from fastgan.training.pictures import grid, sample
 
@@ -32,12 +33,15 @@ def test_a_run_writes_what_it_promises(tiny, tmp_path):
     assert [row["images"] for row in rows(out)] == [2048, 4096, 5120]
     for row in rows(out):
         assert list(row) == [
-            *("step", "epoch", "images", "loss_d", "loss_g", "d_real", "d_fake", "images_per_sec", "peak_memory_mb")
+            *("step", "epoch", "images", "loss_d", "loss_g", "d_real", "d_fake"),
+            *("images_per_sec", "data_wait_ms", "peak_memory_mb"),
         ]
         assert all(math.isfinite(value) for value in row.values())
+        assert row["data_wait_ms"] > 0  # on the host, reading always takes a moment
         assert 0 < row["d_real"] < 1 and 0 < row["d_fake"] < 1 and row["images_per_sec"] > 0
 
     config = json.loads((out / "config.json").read_text())
+    assert config["images_on"] == "host" and config["data_on"] == "auto"
     assert config["batch_size"] == 1024 and config["image_size"] == 8 and config["images"] == 2048
     assert sorted(path.name for path in (out / "samples").iterdir()) == ["step-000004.png", "step-000005.png"]
     assert Image.open(out / "samples" / "step-000005.png").size == (8 * 10 + 2, 8 * 10 + 2)
@@ -79,6 +83,63 @@ def test_stopping_at_30_and_resuming_to_60_equals_an_unbroken_run(tiny, tmp_path
     whole, broken = (read_checkpoint(tmp_path / name) for name in ("whole", "broken"))
     for name in ("generator", "discriminator", "optimizer_g", "optimizer_d", "rng", "fixed_latent"):
         torch.testing.assert_close(broken[name], whole[name], rtol=0, atol=0)
+
+
+@pytest.fixture
+def resident_on_the_cpu(monkeypatch):
+    """Lets data_on "auto" hold the images as on a GPU, by the reference path."""
+    monkeypatch.setattr("fastgan.data.why_not_resident", lambda dataset, device, share: None)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_where_the_images_are_does_not_change_the_training(tiny, tmp_path, resident_on_the_cpu, precision):
+    # 2,048 images in batches of 300 are six steps an epoch: the runs stop and change sides within epochs.
+    options = {"batch_size": 300, "flip": True, "precision": precision, "max_steps": 15, "log_every": 1}
+    for data_on in ("auto", "host"):
+        run = new_run(tiny(data_on=data_on, **options), tmp_path / data_on)
+        assert (run.resident is None) == (data_on == "host")
+        train(run)
+    assert losses(tmp_path / "auto") == losses(tmp_path / "host")
+    assert {row["data_wait_ms"] for row in rows(tmp_path / "auto")} == {0.0}
+    assert json.loads((tmp_path / "auto" / "config.json").read_text())["images_on"] == "gpu"
+
+    changing = {"out": tmp_path / "changing", "config": tiny(**{**options, "data_on": "host", "max_steps": 4})}
+    train(new_run(**changing))
+    for steps, data_on in ((8, "auto"), (15, "host")):
+        train(resumed_run(tmp_path / "changing", {"max_steps": steps, "data_on": data_on}))
+    assert losses(tmp_path / "changing") == losses(tmp_path / "auto")
+
+
+def test_mirroring_changes_the_training(tiny, tmp_path):
+    for flip in (False, True):
+        train(new_run(tiny(flip=flip, data_on="host"), tmp_path / str(flip)))
+    assert losses(tmp_path / "True") != losses(tmp_path / "False")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compile", [False, True])
+def test_on_a_gpu_the_images_may_be_on_either_side(tiny, tmp_path, compile):
+    options = {"batch_size": 300, "flip": True, "device": "cuda", "max_steps": 15, "log_every": 1, "compile": compile}
+    for data_on in ("auto", "gpu", "host"):
+        run = new_run(tiny(data_on=data_on, **options), tmp_path / data_on)
+        assert (run.resident is None) == (data_on == "host")
+        train(run)
+    assert losses(tmp_path / "auto") == losses(tmp_path / "gpu")
+    # Batches are equal to the bit; what stock layers do with them need not be.
+    host, gpu = (torch.tensor(losses(tmp_path / name)) for name in ("host", "gpu"))
+    torch.testing.assert_close(gpu, host, rtol=1e-2, atol=1e-2)
+
+
+def test_what_fits_on_the_gpu(tiny, tmp_path, monkeypatch):
+    dataset = new_run(tiny(), tmp_path).dataset
+    gpu = torch.device("cuda")
+    assert "needs CUDA" in data.why_not_resident(dataset, torch.device("cpu"))
+    taken = dataset.images.numel()
+    for free, reason in ((2 * taken, None), (2 * taken - 2, "free")):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 10 * free))
+        assert (data.why_not_resident(dataset, gpu) or "None").endswith(str(reason))
+        assert data.why_not_resident(dataset, gpu, share=1.0) is None
+    assert "'big' is too large" in data.why_not_resident(data.ImagesOnDemand("big", dataset), gpu)
 
 
 def test_the_way_it_is_recorded_does_not_change_the_training(tiny, tmp_path):

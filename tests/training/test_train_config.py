@@ -58,6 +58,7 @@ def test_only_what_is_given_is_parsed():
         ("beta1", 1.0),
         ("beta1", -0.1),
         ("precision", "fp8"),
+        ("data_on", "disk"),
         ("seed", -1),
         ("seed", 2**63),
         ("workers", -1),
@@ -79,13 +80,23 @@ def test_a_dictionary_makes_the_config_again():
         config_from_dict({"lr": 1e-3})
 
 
+def test_checkpoints_from_before_an_option_get_its_default():
+    values = dataclasses.asdict(TrainConfig(max_steps=7))
+    del values["flip"], values["data_on"]
+    assert config_from_dict(values) == TrainConfig(max_steps=7, flip=False, data_on="auto")
+    for wrong in ({**values, "mirror": True}, {name: value for name, value in values.items() if name != "nz"}):
+        with pytest.raises(ValueError, match="options"):
+            config_from_dict(wrong)
+
+
 def test_a_continued_run_may_change_how_but_not_what():
     config = TrainConfig(image_size=28, ngf=32, ndf=32, max_steps=30)
-    changed = continued(config, {"max_steps": 60, "epochs": 3, "device": "cpu", "fused": False, "lr": config.lr})
-    assert (changed.max_steps, changed.epochs, changed.fused) == (60, 3, False)
+    changed = continued(config, {"max_steps": 60, "epochs": 3, "device": "cpu", "fused": False, "data_on": "host"})
+    assert (changed.max_steps, changed.epochs, changed.fused, changed.data_on) == (60, 3, False, "host")
+    assert continued(config, {"lr": config.lr}) == config
     fixed = {
         **{"dataset": "fake", "image_size": 32, "batch_size": 8, "nz": 8, "ngf": 8, "ndf": 8},
-        **{"lr": 1e-3, "beta1": 0.9, "precision": "bf16", "seed": 1},
+        **{"lr": 1e-3, "beta1": 0.9, "precision": "bf16", "seed": 1, "flip": True},
     }
     for name, value in fixed.items():
         with pytest.raises(ValueError, match=name) as error:

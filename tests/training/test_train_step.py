@@ -264,3 +264,93 @@ def test_a_source_gives_the_images_that_are_not_given():
     torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=0)
     with pytest.raises(ValueError, match="no source"):
         TrainStep(*make_networks(), latent_dim=NZ)()
+
+
+def test_one_pass_equals_two_stock_passes_over_twenty_float64_steps():
+    """Losses, every parameter, every running statistic and the count of batches."""
+    ours, stock = make_networks(), make_networks()
+    step = TrainStep(*ours, latent_dim=NZ, lr=2e-3, fused=True, one_pass=True)
+    expected_step = TrainStep(*stock, latent_dim=NZ, lr=2e-3, fused=False)
+    batches = real_batches(20)
+    torch.manual_seed(2)
+    losses = [step(real) for real in batches]
+    torch.manual_seed(2)
+    expected = [expected_step(real) for real in batches]
+    assert step.one_pass and not expected_step.one_pass
+    torch.testing.assert_close(losses, expected, rtol=1e-7, atol=1e-9)
+    for mine, theirs in zip(ours, stock, strict=True):
+        torch.testing.assert_close(mine.state_dict(), theirs.state_dict(), rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(
+            [p.grad for p in mine.parameters()], [p.grad for p in theirs.parameters()], rtol=1e-6, atol=1e-8
+        )
+
+
+class _BatchMean(nn.Module):
+    def forward(self, x):
+        return x - x.mean(0, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    ("layers", "reason"),
+    [
+        ([nn.Conv2d(2, 4, 3), nn.Flatten(), nn.BatchNorm1d(4 * 14 * 14), nn.Linear(4 * 14 * 14, 1)], "unfused in 2"),
+        ([nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4, momentum=None), nn.Flatten(), nn.Linear(784, 1)], "momentum=None"),
+        ([nn.Conv2d(2, 4, 3), nn.Dropout(), nn.Flatten(), nn.Linear(784, 1)], "chance"),
+        ([nn.Conv2d(2, 4, 3), _BatchMean(), nn.Flatten(), nn.Linear(784, 1)], "share a batch"),
+        (
+            [nn.utils.parametrizations.spectral_norm(nn.Conv2d(2, 4, 3)), nn.Flatten(), nn.Linear(784, 1)],
+            "chance|leaves",
+        ),
+        ([nn.Conv2d(2, 1, 16), nn.Flatten(0), nn.Unflatten(0, (1, -1))], "first axis"),
+    ],
+    ids=("batch-norm-1d", "cumulative", "dropout", "batch-mean", "spectral-norm", "shape"),
+)
+def test_two_passes_where_one_would_not_be_exact(layers, reason):
+    torch.manual_seed(0)
+    layers = copy.deepcopy(layers)
+    discriminator = nn.Sequential(*layers).double()
+    generator, _ = make_networks()
+    step = TrainStep(generator, discriminator, latent_dim=NZ, one_pass=True)
+    before = copy.deepcopy(discriminator.state_dict()), torch.get_rng_state()
+    with pytest.warns(UserWarning, match=f"two passes.*({reason})"):
+        step._discriminate(*real_batches(2))
+    assert not step.one_pass and step.one_pass_reason in step.one_pass_reason
+    assert set(before[0]) == set(discriminator.state_dict())
+    step(real_batches(1)[0])
+
+
+def test_one_pass_is_tried_on_copies():
+    step = TrainStep(*make_networks(), latent_dim=NZ, one_pass=True)
+    before, rng = copy.deepcopy(step.discriminator.state_dict()), torch.get_rng_state()
+    real, fake = real_batches(2)
+    step._try_one_pass(real, fake)
+    assert step.one_pass and torch.equal(rng, torch.get_rng_state())
+    torch.testing.assert_close(before, step.discriminator.state_dict(), rtol=0, atol=0)
+
+
+def test_one_pass_is_off_where_it_is_not_faster():
+    step = TrainStep(*make_networks(), latent_dim=NZ)
+    assert not step.one_pass and "CPU" not in step.one_pass_reason and "CUDA" in step.one_pass_reason
+
+
+def test_learning_rates_can_change():
+    step = TrainStep(*make_networks(), latent_dim=NZ, lr=1e-3)
+    step(real_batches(1)[0])
+    step.lr = 0.0625
+    assert step.lr == 0.0625 and step.optimizer_d.param_groups[0]["lr"] == 0.0625
+    weight = next(step.generator.parameters())
+    before = weight.detach().clone()
+    step(real_batches(1)[0])
+    assert (weight - before).abs().max() > 0.03
+    with pytest.raises(ValueError, match="lr must be"):
+        step.lr = -1.0
+
+
+def test_a_cuda_graph_is_no_matter_without_cuda():
+    losses = []
+    for cuda_graph in (False, True):
+        step = TrainStep(*make_networks(), latent_dim=NZ, cuda_graph=cuda_graph)
+        torch.manual_seed(3)
+        losses.append([step(real) for real in real_batches(5)])
+        step.forget_graph()
+    torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=0)

@@ -1,0 +1,20 @@
+"""The running statistics of a BatchNorm in training, updated in place."""
+
+import torch
+from torch import Tensor
+
+
+@torch.library.custom_op("fastgan::update_running", mutates_args=("running_mean", "running_var"))
+def update_running(running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, momentum: float) -> None:
+    """running ← (1 − momentum)·running + momentum·batch for each of the batch's groups in turn; no gradients.
+
+    mean and the unbiased var are (groups, C) float32, as `conv_statistics` gives them.
+    """
+    from fastgan.kernels.running import update_running as kernel
+
+    kernel(running_mean, running_var, mean, var, momentum)
+
+
+@update_running.register_fake
+def _(running_mean, running_var, mean, var, momentum):
+    return None

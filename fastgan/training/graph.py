@@ -1,0 +1,73 @@
+"""A training step as one CUDA graph: hundreds of launches become one."""
+
+import torch
+
+WARMUP_STEPS = 3  # before the capture: compilation, cuDNN's choice of algorithms, the optimizers' state
+
+
+class StepGraph:
+    """Calls a step as it is a few times, then captures it and replays the capture.
+
+    Every call is a whole step of training, the first ones too. A capture repeats what was launched, not what Python
+    decided: whoever changes the networks or the optimizers in kind (not in value) starts again with `forget`.
+
+    Args:
+        step: function of a batch of images, or of None, that returns {name: 0-dim tensor}. Whatever it reads must stay
+            where it is in memory.
+        device: the CUDA device.
+    """
+
+    def __init__(self, step, device):
+        self._step, self._device = step, device
+        self.forget()
+
+    def forget(self):
+        """Drop the capture; the next calls warm up and capture anew."""
+        self._graph = self._images = self._losses = None
+        self._warmups = 0
+
+    @property
+    def captured(self):
+        return self._graph is not None
+
+    def __call__(self, images):
+        """One step. Images of another shape or dtype than the captured ones take the step as it is."""
+        if self._graph is None:
+            if self._warmups < WARMUP_STEPS:
+                self._warmups += 1
+                return self._aside(images)
+            self._capture(images)
+        if (images is None) != (self._images is None):
+            return self._step(images)
+        if images is not None:
+            if images.shape != self._images.shape or images.dtype != self._images.dtype:
+                return self._step(images)
+            self._images.copy_(images)
+        self._graph.replay()
+        # Copied, because the next replay writes to the same place.
+        return dict(zip(self._names, self._losses.clone().unbind(), strict=True))
+
+    def _aside(self, images):
+        """The step on a stream of its own, as capture wants its warm-up."""
+        stream, current = torch.cuda.Stream(self._device), torch.cuda.current_stream(self._device)
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            losses = self._step(images)
+        current.wait_stream(stream)
+        return losses
+
+    def _capture(self, images):
+        self._images = None if images is None else images.clone()
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize(self._device)
+        try:
+            # Other threads go on preparing batches meanwhile.
+            with torch.cuda.device(self._device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                losses = self._step(self._images)
+                self._losses = torch.stack(list(losses.values()))
+        except RuntimeError as error:
+            raise RuntimeError(
+                "the step cannot be captured in a CUDA graph: something in it waits for the GPU or depends on values "
+                "there (.item(), a data-dependent branch); cuda_graph=False trains it as it is"
+            ) from error
+        self._graph, self._names = graph, list(losses)
