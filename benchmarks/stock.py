@@ -152,9 +152,8 @@ class GraphedStep:
 
 def our_step(generator, discriminator, *, precision, fused, compile):
     """``fastgan.training.TrainStep``, in a CUDA graph where there is CUDA."""
-    graph = {"cuda_graph": True} if ON_GPU else {}
-    options = {"lr": LR, "betas": BETAS, "precision": precision, "fused": fused, "compile": compile}
-    return TrainStep(generator, discriminator, latent_dim=NZ, **options, **graph)
+    options = {"precision": precision, "fused": fused, "compile": compile, "cuda_graph": True}
+    return TrainStep(generator, discriminator, latent_dim=NZ, lr=LR, betas=BETAS, **options)
 
 
 def _losses(loss_d, loss_g, real_output, fake_output):
