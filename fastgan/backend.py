@@ -21,7 +21,8 @@ def _choice():
 
 
 @torch.compiler.assume_constant_result
-def _interpreted():
+def interpreted():
+    """Whether Triton runs kernels in its interpreter."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
 
 
@@ -45,7 +46,7 @@ def select(device, dtype):
     if choice == "triton":
         if not HAS_TRITON:
             raise ValueError("FASTGAN_BACKEND=triton, but the triton package is not installed")
-        if device.type != "cuda" and not _interpreted():
+        if device.type != "cuda" and not interpreted():
             raise ValueError(
                 f"FASTGAN_BACKEND=triton, but the tensors are on {device.type!r}: the kernels need a CUDA device, "
                 "or TRITON_INTERPRET=1 to run in the interpreter"
@@ -57,6 +58,11 @@ def select(device, dtype):
     if dtype not in KERNEL_DTYPES:
         return "reference", f"no kernels for {dtype}"
     return "triton", "FASTGAN_BACKEND=triton" if choice == "triton" else "the tensors are on CUDA"
+
+
+def forces_triton():
+    """Whether FASTGAN_BACKEND asks for our kernels even where cuDNN was measured to be faster."""
+    return _choice() == "triton"
 
 
 def matmul_precision(dtype):

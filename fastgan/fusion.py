@@ -297,11 +297,7 @@ def explain(model, *inputs):
     """
     _check_module(model)
     shapes = _shapes(model, inputs) if inputs else {}
-    groups = {}
-    for path, container in model.named_modules():
-        if _is_fused(container):
-            for group in _groups(container, _call_order(container)):
-                groups[".".join(filter(None, (path, group.names[0])))] = group
+    groups = _all_groups(model)
     rows = Explanation(type(model).__name__)
     for path, conv in model.named_modules():
         if not isinstance(conv, nn.modules.conv._ConvNd):
@@ -315,6 +311,21 @@ def explain(model, *inputs):
         reason = "; ".join(filter(None, (group.reason, reason)))
         rows.append(Row(path, group.pattern, shapes.get(path, ""), True, implementation, reason))
     return rows
+
+
+def _all_groups(model):
+    """{path of its first module: Group} of every chain that `fuse` took over."""
+    groups = {}
+    for path, container in model.named_modules():
+        if _is_fused(container):
+            for group in _groups(container, _call_order(container)):
+                groups[".".join(filter(None, (path, group.names[0])))] = group
+    return groups
+
+
+def fused_groups(model):
+    """{path of the convolution: Group} of everything in a fused `model` that runs as one operator."""
+    return {path: group for path, group in _all_groups(model).items() if group.fused}
 
 
 def _why_untouched(model, path):

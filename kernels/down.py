@@ -106,6 +106,7 @@ def down(
     slope=0.0,
     statistics=False,
     groups=1,
+    tile=None,
 ):
     """conv2d(high, weight) + bias, then an eval-mode BatchNorm and an activation.
 
@@ -116,6 +117,7 @@ def down(
         batch_norm: (mean, var, gamma, beta), each (A,) or None; no mean means no BatchNorm.
         statistics: also return the TileStatistics of the result,
         groups: with those of so many equal parts of the batch apart.
+        tile: a MatrixTile, or None for an untuned one.
 
     Returns:
         low (N, A, H, W) channels_last, or (low, TileStatistics).
@@ -123,7 +125,7 @@ def down(
     (n, b, ho, wo), a = high.shape, weight.shape[0]
     low = empty_nhwc((n, a, *out_size), high)
     rows = n // groups * out_size[0] * out_size[1]
-    tile = matrix_tile(rows, a, b, high.dtype)
+    tile = tile or matrix_tile(rows, a, b, high.dtype)
     row_tiles = triton.cdiv(rows, tile.block_m)
     tiles = TileStatistics.empty(groups, row_tiles, a, high.device) if statistics else (None, None, None)
     launch(

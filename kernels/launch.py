@@ -7,6 +7,7 @@ import torch
 import triton
 
 INT32_ELEMENTS = 2**31  # tensors of more elements need 64-bit offsets
+FEWEST_PROGRAMS = 1024  # a few for each multiprocessor of a large GPU
 
 
 def launch(kernel, grid, *args, device, num_warps=4, num_stages=2, **constexprs):
@@ -62,6 +63,23 @@ def merge_tile(parts, columns):
     """
     block_parts = _power_of_two(parts, 1, 512) if parts <= 512 else 64
     return block_parts, _power_of_two(columns, 1, max(16, 4096 // block_parts))
+
+
+def statistics_tile(rows, columns, groups):
+    """(block_rows, block_columns, blocks a program) to read `groups` matrices of (rows, columns) once.
+
+    8,192 elements at a time, 128 bytes and more of a row: that keeps enough loads in flight. Small matrices are cut
+    finer, so that every multiprocessor has work; of large ones a program takes several blocks, to leave few tiles.
+    """
+    block_columns = _power_of_two(columns, 1, 64)
+    block_rows = _power_of_two(rows, 1, 8192 // block_columns)
+    across = groups * triton.cdiv(columns, block_columns)
+    while block_rows > 16 and across * triton.cdiv(rows, block_rows) < FEWEST_PROGRAMS:
+        block_rows //= 2
+    blocks = 1
+    while across * triton.cdiv(rows, 2 * blocks * block_rows) >= 2 * FEWEST_PROGRAMS:
+        blocks *= 2
+    return block_rows, block_columns, min(blocks, 16)
 
 
 def needs_int64(*tensors):

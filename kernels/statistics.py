@@ -6,7 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fastgan.kernels.launch import launch, merge_tile
+from fastgan.kernels.launch import launch, merge_tile, needs_int64, statistics_tile
+from fastgan.kernels.pieces import channel_vector
 
 
 class TileStatistics(NamedTuple):
@@ -23,6 +24,85 @@ class TileStatistics(NamedTuple):
     def empty(cls, groups, tiles, channels, device):
         shapes = (groups, tiles), (groups, tiles, channels), (groups, tiles, channels)
         return cls(*(torch.empty(shape, dtype=torch.float32, device=device) for shape in shapes))
+
+
+@triton.jit
+def tile_statistics_kernel(
+    y_ptr,  # (groups · rows, C); changed in place where there is a bias
+    bias_ptr,  # (C,) or None
+    count_ptr,  # (groups, programs along rows)
+    mean_ptr,  # (groups, programs along rows, C)
+    m2_ptr,
+    rows,  # of one group: no tile holds rows of two
+    C,
+    INT64: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Each program takes BLOCKS blocks of rows; each is centred in registers and merged by Chan's rule."""
+    pid_r, group = tl.program_id(0), tl.program_id(2)
+    column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    column_ok = column < C
+    first = group * rows
+    if INT64:
+        first = group.to(tl.int64) * rows
+
+    count = 0.0
+    mean = tl.zeros((BLOCK_C,), tl.float32)
+    m2 = tl.zeros((BLOCK_C,), tl.float32)
+    for block in range(BLOCKS):
+        start = (pid_r * BLOCKS + block) * BLOCK_R
+        row = start + tl.arange(0, BLOCK_R)
+        ok = (row < rows)[:, None] & column_ok[None, :]
+        cell = (first + row)[:, None] * C + column[None, :]
+        y = tl.load(y_ptr + cell, mask=ok, other=0.0).to(tl.float32)
+        if bias_ptr is not None:
+            y = tl.where(ok, y + channel_vector(bias_ptr, column, column_ok, 0.0), 0.0)
+            tl.store(y_ptr + cell, y.to(y_ptr.dtype.element_ty), mask=ok)
+
+        block_count = tl.minimum(tl.maximum(rows - start, 0), BLOCK_R).to(tl.float32)
+        at_least_one = tl.maximum(block_count, 1.0)
+        rough = tl.sum(y, 0) / at_least_one
+        centred = tl.where(ok, y - rough[None, :], 0.0)
+        # The sum's own rounding error is what the centred values still average to.
+        rest = tl.sum(centred, 0) / at_least_one
+        block_m2 = tl.sum(centred * centred, 0) - block_count * rest * rest
+
+        total = count + block_count
+        offset = rough + rest - mean
+        share = block_count / tl.maximum(total, 1.0)
+        mean += offset * share
+        m2 += block_m2 + offset * offset * (count * share)
+        count = total
+
+    tile = group * tl.num_programs(0) + pid_r
+    tl.store(count_ptr + tile, count)
+    tl.store(mean_ptr + tile * C + column, mean, mask=column_ok)
+    tl.store(m2_ptr + tile * C + column, m2, mask=column_ok)
+
+
+def tile_statistics(y, bias=None, *, groups=1):
+    """The TileStatistics of y (N, C, H, W) channels_last, to which `bias` (C,), if any, is first added in place.
+
+    The batch consists of `groups` equal parts, whose statistics stay apart.
+    """
+    channels = y.shape[1]
+    rows = y.numel() // (groups * channels)
+    block_r, block_c, blocks = statistics_tile(rows, channels, groups)
+    programs = triton.cdiv(rows, block_r * blocks)
+    tiles = TileStatistics.empty(groups, programs, channels, y.device)
+    launch(
+        tile_statistics_kernel,
+        (programs, triton.cdiv(channels, block_c), groups),
+        *(y, bias, *tiles, rows, channels),
+        device=y.device,
+        INT64=needs_int64(y),
+        BLOCKS=blocks,
+        BLOCK_R=block_r,
+        BLOCK_C=block_c,
+    )
+    return tiles
 
 
 @triton.jit

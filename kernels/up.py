@@ -124,6 +124,7 @@ def up(
     slope=0.0,
     statistics=False,
     groups=1,
+    tile=None,
 ):
     """conv_transpose2d(low, weight) + bias, then an eval-mode BatchNorm and an activation.
 
@@ -134,6 +135,7 @@ def up(
         batch_norm: (mean, var, gamma, beta), each (B,) or None; no mean means no BatchNorm.
         statistics: also return the TileStatistics of the result,
         groups: with those of so many equal parts of the batch apart.
+        tile: a MatrixTile, or None for an untuned one.
 
     Returns:
         high (N, B, Ho, Wo) channels_last, or (high, TileStatistics).
@@ -142,7 +144,7 @@ def up(
     high = empty_nhwc((n, b, *out_size), low)
     phases = stride[0] * stride[1]
     rows = n // groups * triton.cdiv(out_size[0], stride[0]) * triton.cdiv(out_size[1], stride[1])
-    tile = matrix_tile(rows, b, a, low.dtype)
+    tile = tile or matrix_tile(rows, b, a, low.dtype)
     row_tiles = triton.cdiv(rows, tile.block_m)
     tiles = TileStatistics.empty(groups, row_tiles * phases, b, low.device) if statistics else (None, None, None)
     launch(

@@ -72,7 +72,7 @@ def weight_grad_kernel(
     )
 
 
-def weight_grad(low, high, weight, *, stride, padding, precision):
+def weight_grad(low, high, weight, *, stride, padding, precision, tile=None):
     """The gradient with respect to `weight`, in its dtype and memory layout.
 
     The sum over all positions is split among programs where the weight alone has too few tiles for a GPU; a second
@@ -82,10 +82,11 @@ def weight_grad(low, high, weight, *, stride, padding, precision):
         low: (N, A, H, W) channels_last.
         high: (N, B, Ho, Wo) channels_last.
         weight: (A, B, KH, KW), read for its shape, strides and dtype only.
+        tile: a MatrixTile, or None for an untuned one.
     """
     (n, a, h, w), (_, b, kh, kw) = low.shape, weight.shape
     grad = torch.empty_like(weight)
-    tile = matrix_tile(a, b, n * h * w, low.dtype)
+    tile = tile or matrix_tile(a, b, n * h * w, low.dtype)
     tiles = triton.cdiv(a, tile.block_m) * triton.cdiv(b, tile.block_n)
     blocks = triton.cdiv(n * h * w, tile.block_k)
     splits = max(1, min(WANTED_PROGRAMS // (tiles * kh * kw), blocks // FEWEST_STEPS))

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastgan.ops.convolution import channels_last
+from fastgan.ops.implementations import channels_last
 
 
 @torch.library.custom_op("fastgan::batch_norm_act", mutates_args=())

@@ -1,4 +1,4 @@
-"""Convolution and transposed convolution with bias, eval-mode BatchNorm and activation in the same kernel.
+"""Convolution and transposed convolution with bias, eval-mode BatchNorm and activation in one operator.
 
 `conv` gives the activated result, `conv_statistics` the plain result with its batch statistics for a BatchNorm that
 follows (see batch_norm.py). `transposed` chooses the direction; the input gradient of either is `conv` the other way.
@@ -9,12 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastgan.backend import matmul_precision
+from fastgan.ops.choice import choose, conv_problem, weight_grad_problem
 from fastgan.ops.geometry import conv_size, conv_transpose_size, lost_rows
-
-
-def channels_last(x):
-    return x.contiguous(memory_format=torch.channels_last)
+from fastgan.ops.implementations import channels_last, run_conv, run_conv_statistics, run_weight_grad
 
 
 def out_size(x, weight, transposed, stride, padding, output_padding):
@@ -22,17 +19,6 @@ def out_size(x, weight, transposed, stride, padding, output_padding):
     if transposed:
         return conv_transpose_size(x.shape[2:], weight.shape[2:], stride, padding, output_padding)
     return conv_size(x.shape[2:], weight.shape[2:], stride, padding)
-
-
-def _kernel(transposed):
-    # Imported when first run: the package must import where Triton is not installed.
-    if transposed:
-        from fastgan.kernels.up import up
-
-        return up
-    from fastgan.kernels.down import down
-
-    return down
 
 
 def _empty_result(x, weight, transposed, stride, padding, output_padding):
@@ -62,13 +48,17 @@ def conv(
 
     Differentiable in x, weight and bias where there is no BatchNorm. The result is channels_last.
     """
-    return _kernel(transposed)(
-        channels_last(x),
+    size = out_size(x, weight, transposed, stride, padding, output_padding)
+    plain = bias is None and mean is None and activation is None
+    problem = conv_problem(x, weight, transposed, stride, padding, size, then="" if plain else "epilogue")
+    return run_conv(
+        choose(problem, x.device),
+        x,
         weight,
-        out_size(x, weight, transposed, stride, padding, output_padding),
+        size,
+        transposed=transposed,
         stride=stride,
         padding=padding,
-        precision=matmul_precision(x.dtype),
         bias=bias,
         batch_norm=(mean, var, gamma, beta),
         eps=eps,
@@ -100,20 +90,10 @@ def conv_statistics(
     Only y is differentiable, and its gradient must come through `batch_norm_act(..., batch_statistics=True)`: it is
     then the whole gradient, the statistics' part included, and sums to zero over each channel, hence so does bias's.
     """
-    from fastgan.kernels.statistics import merge_statistics
-
-    y, tiles = _kernel(transposed)(
-        channels_last(x),
-        weight,
-        out_size(x, weight, transposed, stride, padding, output_padding),
-        stride=stride,
-        padding=padding,
-        precision=matmul_precision(x.dtype),
-        bias=bias,
-        statistics=True,
-        groups=groups,
-    )
-    return y, *merge_statistics(tiles, eps)
+    size = out_size(x, weight, transposed, stride, padding, output_padding)
+    problem = conv_problem(x, weight, transposed, stride, padding, size, then="statistics")
+    where = dict(transposed=transposed, stride=stride, padding=padding)
+    return run_conv_statistics(choose(problem, x.device), x, weight, size, **where, bias=bias, eps=eps, groups=groups)
 
 
 @conv_statistics.register_fake
@@ -127,16 +107,8 @@ def conv_weight_grad(
     low: Tensor, high: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]
 ) -> Tensor:
     """The gradient for `weight`; (low, high) are (dout, x) of a convolution and (x, dout) of a transposed one."""
-    from fastgan.kernels.weight_grad import weight_grad
-
-    return weight_grad(
-        channels_last(low),
-        channels_last(high),
-        weight,
-        stride=stride,
-        padding=padding,
-        precision=matmul_precision(low.dtype),
-    )
+    choice = choose(weight_grad_problem(low, high, weight, stride, padding), low.device)
+    return run_weight_grad(choice, low, high, weight, stride=stride, padding=padding)
 
 
 @conv_weight_grad.register_fake

@@ -1,0 +1,139 @@
+"""Which implementation computes a convolution: our Triton matrix kernel or cuDNN, shape by shape, as it was measured.
+
+The tables are `kernels/configs/<gpu>.json`, measured by `python -m fastgan.tune`; the user's own, in
+`$FASTGAN_CACHE`, `$XDG_CACHE_HOME/fastgan` or `~/.cache/fastgan`, wins over the one that is shipped. A batch that
+was not measured takes the choice of the nearest measured one of the same layer, if that is within a factor of two.
+For everything else cuDNN with our fused passes around it is the safe choice.
+"""
+
+import functools
+import os
+from importlib.resources import files
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from fastgan import backend
+from fastgan.ops.tables import Problem, read_table, slug
+
+FARTHEST_BATCH = 2  # the largest factor between a batch and the measured one whose choice it takes
+
+
+class Choice(NamedTuple):
+    """How a Problem is computed, and why."""
+
+    implementation: str  # "triton" or "cudnn"
+    tile: dict | None = None  # the matrix kernel's tile, as keyword arguments of MatrixTile; None for its default
+    why: str = ""
+
+
+def dtype_name(dtype):
+    """The name under which tables keep a dtype."""
+    if dtype == torch.float32 and backend.matmul_precision(dtype) == "tf32":
+        return "tf32"
+    return str(dtype).removeprefix("torch.")
+
+
+def conv_problem(x, weight, transposed, stride, padding, out_size, *, then=""):
+    """The Problem of conv(x, weight) with a result of `out_size`; then: "statistics", "epilogue" or ""."""
+    low, high = (x.shape[2:], out_size) if transposed else (out_size, x.shape[2:])
+    kind = ("up" if transposed else "down") + (then and "+" + then)
+    return _problem(kind, x, weight, low, high, stride, padding)
+
+
+def weight_grad_problem(low, high, weight, stride, padding):
+    return _problem("weight_grad", low, weight, low.shape[2:], high.shape[2:], stride, padding)
+
+
+def _problem(kind, x, weight, low, high, stride, padding):
+    a, b, *kernel = weight.shape
+    where = (tuple(kernel), tuple(stride), tuple(padding))
+    return Problem(kind, dtype_name(x.dtype), x.shape[0], tuple(low), tuple(high), a, b, *where)
+
+
+def choose(problem, device):
+    """The Choice for `problem` on `device`.
+
+    Measured ones come from the tables; FASTGAN_BACKEND=triton takes our kernels everywhere, and so do tensors that
+    are not on CUDA, where nothing but the kernels themselves is of interest. Meant to be called at every launch: after
+    the first call with a problem it costs a look into a dictionary.
+    """
+    if device.type != "cuda":
+        return _NOT_ON_CUDA
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return _choose(problem, index, backend.forces_triton())
+
+
+def forget():
+    """Read the tables anew at the next choice."""
+    _choose.cache_clear()
+    _tables.cache_clear()
+
+
+_NOT_ON_CUDA = Choice("triton", None, "the tensors are not on CUDA")
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose(problem, index, forced):
+    gpu = torch.cuda.get_device_name(index)
+    measured = find(_tables(gpu), problem)
+    if forced:
+        tile = measured.tile if measured is not None else None
+        return Choice("triton", tile, "FASTGAN_BACKEND=triton")
+    if measured is not None:
+        return Choice(measured.implementation, measured.tile, _why(measured, problem))
+    if _tables(gpu):
+        return Choice("cudnn", None, f"not in the table of {gpu}: cuDNN is the safe choice")
+    return Choice("cudnn", None, f"no table of {gpu} (python -m fastgan.tune measures one): cuDNN is the safe choice")
+
+
+def _why(measured, problem):
+    if measured.triton_us is None:
+        return f"cuDNN {measured.cudnn_us:.1f} µs, no right kernel of ours, at batch {measured.batch}"
+    at = f"at batch {measured.batch}" + (", the nearest measured" if measured.batch != problem.batch else "")
+    return f"ours {measured.triton_us:.1f} µs, cuDNN {measured.cudnn_us:.1f} µs {at}"
+
+
+def find(table, problem):
+    """The measurement that decides `problem`, or None.
+
+    That of the same layer at the same batch; else at the nearest batch, by their quotient and up to FARTHEST_BATCH (of
+    two as near the larger). A convolution with an epilogue that was not measured itself takes the choice that was
+    measured without one: our kernel has it free, and cuDNN stays the safe choice.
+    """
+    batches = table.get(problem.layer)
+    if batches is None:
+        if problem.kind.endswith("+epilogue"):
+            return find(table, problem._replace(kind=problem.operation))
+        return None
+    if problem.batch in batches:
+        return batches[problem.batch]
+
+    def distance(batch):
+        return max(batch, problem.batch) / min(batch, problem.batch), -batch
+
+    nearest = min(batches, key=distance)
+    return batches[nearest] if distance(nearest)[0] <= FARTHEST_BATCH else None
+
+
+def user_table_path(gpu):
+    """Where the user's own table of `gpu` is kept."""
+    folder = os.environ.get("FASTGAN_CACHE")
+    if not folder:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastgan"
+    return Path(folder) / f"{slug(gpu)}.json"
+
+
+def shipped_table_path(gpu):
+    return files("fastgan.kernels") / "configs" / f"{slug(gpu)}.json"
+
+
+@functools.cache
+def _tables(gpu):
+    """{layer: {batch: Measurement}}, the shipped table of `gpu` overlaid with the user's."""
+    merged = {}
+    for path in (shipped_table_path(gpu), user_table_path(gpu)):
+        for problem, measured in read_table(path, gpu).items():
+            merged.setdefault(problem.layer, {})[problem.batch] = measured
+    return merged

@@ -1,0 +1,112 @@
+"""The two ways to compute a convolution, forward and backward: our matrix kernels, or cuDNN with our passes around it.
+
+Every function takes the Choice between them first. Activations come and go in channels_last memory. The module imports
+the kernels when it first runs, because the package must import where Triton is not installed.
+
+cuDNN's weight gradient, and its transposed convolution, may add in an order that changes from run to run unless
+`torch.backends.cudnn.deterministic` is set; our kernels give the same bits every time.
+"""
+
+import torch
+
+from fastgan.backend import matmul_precision
+
+
+def channels_last(x):
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def run_conv(
+    choice,
+    x,
+    weight,
+    out_size,
+    *,
+    transposed,
+    stride,
+    padding,
+    bias=None,
+    batch_norm=(None, None, None, None),
+    eps=0.0,
+    activation=None,
+    slope=0.0,
+):
+    """act(BatchNorm(conv(x, weight) + bias)) with known statistics; see `fastgan.kernels.up` and `down`.
+
+    Args:
+        choice: see `fastgan.ops.choice`.
+        out_size: the (h, w) of the result.
+        batch_norm: (mean, var, gamma, beta), each (C,) or None; no mean means no BatchNorm.
+    """
+    epilogue = dict(bias=bias, batch_norm=batch_norm, eps=eps, activation=activation, slope=slope)
+    if choice.implementation == "triton":
+        return _matrix_kernel(choice, x, weight, out_size, transposed, stride, padding, **epilogue)
+    y = _cudnn(x, weight, out_size, transposed, stride, padding)
+    if bias is not None or batch_norm[0] is not None or activation is not None:
+        from fastgan.kernels.epilogue import conv_epilogue_
+
+        conv_epilogue_(y, **epilogue)
+    return y
+
+
+def run_conv_statistics(choice, x, weight, out_size, *, transposed, stride, padding, bias=None, eps=1e-5, groups=1):
+    """y = conv(x, weight) + bias with its batch statistics.
+
+    Returns:
+        y, and per group and channel (groups, C) in float32: mean, 1/sqrt(var + eps) and the unbiased variance.
+    """
+    from fastgan.kernels.statistics import merge_statistics, tile_statistics
+
+    if choice.implementation == "triton":
+        statistics = dict(statistics=True, groups=groups)
+        y, tiles = _matrix_kernel(choice, x, weight, out_size, transposed, stride, padding, bias=bias, **statistics)
+    else:
+        y = _cudnn(x, weight, out_size, transposed, stride, padding)
+        tiles = tile_statistics(y, bias, groups=groups)
+    return y, *merge_statistics(tiles, eps)
+
+
+def run_weight_grad(choice, low, high, weight, *, stride, padding):
+    """The gradient for `weight`, in its dtype and its memory layout; see `fastgan.kernels.weight_grad`."""
+    low, high = channels_last(low), channels_last(high)
+    if choice.implementation == "triton":
+        from fastgan.kernels.weight_grad import weight_grad
+
+        where = dict(stride=stride, padding=padding, precision=matmul_precision(low.dtype))
+        return weight_grad(low, high, weight, tile=_tile(choice), **where)
+    # That of a transposed convolution is the same with the ends exchanged, as ours is.
+    _, grad, _ = torch.ops.aten.convolution_backward(
+        low, high, weight, None, stride, padding, [1, 1], False, [0, 0], 1, [False, True, False]
+    )
+    # cuDNN has its own idea of the layout: contiguous for the (1, 512, 4, 4) weight of a discriminator's end.
+    out = torch.empty_like(weight)
+    return grad if grad.stride() == out.stride() else out.copy_(grad)
+
+
+def _matrix_kernel(choice, x, weight, out_size, transposed, stride, padding, **epilogue):
+    if transposed:
+        from fastgan.kernels.up import up as kernel
+    else:
+        from fastgan.kernels.down import down as kernel
+    where = dict(stride=stride, padding=padding, precision=matmul_precision(x.dtype), tile=_tile(choice))
+    return kernel(channels_last(x), weight, out_size, **where, **epilogue)
+
+
+def _tile(choice):
+    from fastgan.kernels.launch import MatrixTile
+
+    return None if choice.tile is None else MatrixTile(**choice.tile)
+
+
+def _cudnn(x, weight, out_size, transposed, stride, padding):
+    """aten's convolution without bias, in the strides of a channels_last tensor."""
+    x = channels_last(x)
+    extra = [0, 0]
+    if transposed:
+        sizes = zip(out_size, x.shape[2:], weight.shape[2:], stride, padding, strict=True)
+        extra = [out - ((n - 1) * s - 2 * p + k) for out, n, k, s, p in sizes]
+    y = torch.ops.aten.convolution(x, weight, None, stride, padding, [1, 1], transposed, extra, 1)
+    channels, (h, w) = y.shape[1], y.shape[2:]
+    strides = (h * w * channels, 1, w * channels, channels)
+    # Where a size is one, other strides count as channels_last too; the operators promise these.
+    return y if y.stride() == strides else channels_last(y).as_strided(y.shape, strides)

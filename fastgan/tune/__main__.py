@@ -1,0 +1,145 @@
+"""The command line of the tuner: `python -m fastgan.tune --help`."""
+
+import argparse
+import sys
+import time
+import warnings
+
+import torch
+
+from fastgan import backend
+from fastgan.ops import choice
+from fastgan.ops.tables import read_table, write_table
+from fastgan.tune.workloads import SHAPE_HELP, problems_of
+
+_MODELS, _BATCHES = ("dcgan28", "dcgan64", "dcgan128"), (64, 128, 256, 1024)
+_QUICK_MODELS, _QUICK_BATCHES = ("dcgan64",), (128, 1024)
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_EPILOG = f"""what to tune:
+  dcgan64               the DCGAN for images of 64×64, as scripts/train.py builds it; any of its image sizes
+  package.module:name   the model that calling `name` gives; --input says what it is called with
+  a shape               conv:… or convt:… (transposed), such as
+                        {SHAPE_HELP}
+
+The table is kept for this GPU in $FASTGAN_CACHE, $XDG_CACHE_HOME/fastgan or ~/.cache/fastgan, and wins over the one
+that comes with fastgan. What was measured before with the same versions stays in it.
+"""
+
+
+def main(arguments=None):
+    """Tune, print and write a table; returns the exit status: 0, 1 if a kernel was wrong or failed, 2 if impossible."""
+    options = _parser().parse_args(arguments)
+    try:
+        problems = problems_of(
+            options.what or (_QUICK_MODELS if options.quick else _MODELS),
+            options.batch or (_QUICK_BATCHES if options.quick else _BATCHES),
+            [_DTYPES[name] for name in options.dtype or ("bf16",)],
+            options.input,
+        )
+    except ValueError as error:
+        return _refuse(error)
+    if not torch.cuda.is_available():
+        return _refuse("tuning measures a CUDA GPU, and torch sees none here")
+    if not backend.HAS_TRITON:
+        return _refuse("the triton package is not installed")
+    if backend.interpreted():
+        return _refuse("TRITON_INTERPRET is set: the interpreter's kernels are not the GPU's")
+
+    from fastgan.tune.session import tune
+
+    gpu = torch.cuda.get_device_name()
+    versions = _versions()
+    path = options.out or choice.user_table_path(gpu)
+    print(f"{len(problems)} convolutions on {gpu}, {', '.join(f'{k} {v}' for k, v in versions.items())}", flush=True)
+    began = time.perf_counter()
+    measured, failures = tune(problems, report=_line, save=_saver(path, gpu, versions), processes=options.jobs)
+    _summary(measured, failures, path, time.perf_counter() - began)
+    return 1 if failures else 0
+
+
+def _parser():
+    parser = argparse.ArgumentParser(
+        prog="python -m fastgan.tune",
+        description="Measure on this GPU, for each convolution and direction, our Triton kernels in several tiles "
+        "against cuDNN, and keep which is the faster.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("what", nargs="*", help=f"models and shapes, see below (default: {' '.join(_MODELS)})")
+    parser.add_argument(
+        "--batch",
+        type=_counts,
+        help="batch sizes, 64,128 (default: 64,128,256,1024; discriminators also at twice each)",
+    )
+    parser.add_argument("--dtype", type=_dtypes, help="bf16, fp16, fp32 or several, bf16,fp16 (default: bf16)")
+    parser.add_argument("--input", type=_counts, metavar="C,H,W", help="one input of a model given as module:name")
+    parser.add_argument("--quick", action="store_true", help="only 64×64 images and batches of 128 and 1024")
+    parser.add_argument("--out", metavar="FILE", help="write the table here, not to the user's cache")
+    parser.add_argument("--jobs", type=int, help="processes that compile (default: the number of cores, less one)")
+    return parser
+
+
+def _counts(text):
+    try:
+        counts = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        counts = ()
+    if not counts or min(counts) < 1:
+        raise argparse.ArgumentTypeError(f"must be positive integers with commas between them; got {text!r}")
+    return counts
+
+
+def _dtypes(text):
+    names = text.split(",")
+    if not set(names) <= set(_DTYPES):
+        raise argparse.ArgumentTypeError(f"must be of {', '.join(_DTYPES)}, with commas between them; got {text!r}")
+    return names
+
+
+def _refuse(why):
+    print(f"fastgan.tune: {why}", file=sys.stderr)
+    return 2
+
+
+def _versions():
+    import triton
+
+    return {"torch": torch.__version__, "triton": triton.__version__, "cudnn": str(torch.backends.cudnn.version())}
+
+
+def _saver(path, gpu, versions):
+    """A function that writes measurements to `path`, with those that are there already from the same versions."""
+    from pathlib import Path
+
+    path = Path(path)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        before = read_table(path, gpu, versions)
+    for warning in caught:
+        print(f"{warning.message}; it is replaced", file=sys.stderr)
+    return lambda measured: write_table(path, gpu, versions, {**before, **measured})
+
+
+def _line(problem, result, seconds):
+    """Print what came of one Problem."""
+    head = f"{seconds:6.1f} s  {problem.shape:<40} {problem.kind:<15} {problem.dtype} {problem.batch:>5}"
+    if result.measurement is None:
+        print(f"{head}  not measured: {result.failure}", flush=True)
+        return
+    implementation, tile, ours, cudnn, _ = result.measurement
+    ours, tile = ("-", "") if ours is None else (f"{ours:.1f}", "×".join(map(str, tile.values())))
+    print(f"{head}  ours {ours:>8} µs  cuDNN {cudnn:>8.1f} µs  {implementation:<6} {tile}", flush=True)
+    for candidate in result.candidates:
+        if candidate.failure:
+            print(f"{'':10}{'×'.join(map(str, candidate.tile))}: {candidate.failure}", flush=True)
+
+
+def _summary(measured, failures, path, seconds):
+    won = sum(m.implementation == "triton" for m in measured.values())
+    print(f"{len(measured)} measured in {seconds:.0f} s: our kernel is the faster in {won}; written to {path}")
+    if failures:
+        print(f"{failures} candidates or convolutions failed, see above; none of them is ever chosen")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

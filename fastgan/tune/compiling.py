@@ -1,0 +1,93 @@
+"""Compiling the kernels of all candidates beforehand, in as many processes as there are cores.
+
+The processes need no GPU: Triton's cache on disk takes the kernels from them to the process that starts them.
+"""
+
+import os
+from concurrent.futures import Future, ProcessPoolExecutor
+from multiprocessing import get_context
+
+import torch
+
+from fastgan.kernels.offline import compile_launch, compiling_for, record
+from fastgan.ops.choice import Choice
+from fastgan.tune.workloads import operands, run
+
+
+def launches(problem, choice):
+    """The Launches of one run of a Problem; its tensors have no data."""
+    tensors = operands(problem, torch.device("meta"))
+    return record(lambda: run(problem, choice, tensors))
+
+
+class Compiler:
+    """Compiles in the background; use it in a `with` statement.
+
+    Args:
+        capability: of the GPU, 90 for sm_90.
+        processes: how many; the cores that this process may use, but one, by default.
+    """
+
+    def __init__(self, capability, processes=None):
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        self._pool = ProcessPoolExecutor(
+            processes or max(1, cores - 1),
+            mp_context=get_context("spawn"),  # a fork of a process that uses CUDA cannot be relied on
+            initializer=_prepare,
+            initargs=(capability,),
+        )
+        self._started = {}  # key of a Launch → Future
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def __len__(self):
+        """How many different kernels were asked for."""
+        return len(self._started)
+
+    def start(self, problem, tile):
+        """Begin to compile what a Problem starts with our kernel in this tile: the list of its Futures."""
+        return self._start_all(problem, Choice("triton", tile._asdict()))
+
+    def start_cudnn(self, problem):
+        """The same for the passes around cuDNN."""
+        return self._start_all(problem, Choice("cudnn"))
+
+    def _start_all(self, problem, choice):
+        try:
+            return [self._start(launch) for launch in launches(problem, choice)]
+        except Exception as error:  # a launcher that refuses a tile: a candidate that failed
+            failed = Future()
+            failed.set_result(_said(error))
+            return [failed]
+
+    def _start(self, launch):
+        if launch.key not in self._started:
+            self._started[launch.key] = self._pool.submit(_compile, launch)
+        return self._started[launch.key]
+
+
+def _prepare(capability):
+    """Make this process one that compiles for a GPU which it never touches."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    torch.set_num_threads(1)
+    compiling = compiling_for(capability)
+    compiling.__enter__()  # for as long as the process lives
+    globals()["_compiling"] = compiling
+
+
+def _compile(launch):
+    """None, or what went wrong."""
+    try:
+        compile_launch(launch)
+    except Exception as error:
+        return _said(error)
+    return None
+
+
+def _said(error):
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"[:200]
