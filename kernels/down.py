@@ -116,7 +116,7 @@ def down_kernel(
     if count_ptr is not None:
         count = tl.minimum(rows - pid_m * BLOCK_M, BLOCK_M).to(tl.float32)
         tile = group * (tl.num_programs(0) // column_tiles) + pid_m
-        store_tile_statistics(acc, row_ok, count, tile, column, column_ok, A, count_ptr, tile_mean_ptr, tile_m2_ptr)
+        store_tile_statistics(acc, row_ok, count, tile, column, column_ok, A, A, count_ptr, tile_mean_ptr, tile_m2_ptr)
 
 
 def down(
@@ -154,7 +154,7 @@ def down(
     weight = channels_last(weight)
     low = empty_nhwc((n, a, *out_size), high)
     rows = n // groups * out_size[0] * out_size[1]
-    tile = tile or matrix_tile(rows, a, kh * kw * b, high.dtype)
+    tile = tile or matrix_tile(rows, a, kh * kw * b, high.dtype, groups)
     row_tiles = triton.cdiv(rows, tile.block_m)
     tiles = TileStatistics.empty(groups, row_tiles, a, high.device) if statistics else (None, None, None)
     launch(

@@ -30,45 +30,56 @@ class MatrixTile(NamedTuple):
         return {key.upper() if key.startswith("block") else key: value for key, value in self._asdict().items()}
 
 
-# What a tuner tries. Each compiles for sm_90 without spilling registers in every kernel, statistics included, and fits
-# its shared memory (tests/kernels/test_tiles.py).
-TILES_16BIT = [
-    MatrixTile(128, 128, 64, 4, 3),
-    MatrixTile(128, 128, 64, 4, 4),
-    MatrixTile(128, 128, 64, 8, 3),
-    MatrixTile(128, 128, 64, 8, 4),
-    MatrixTile(128, 64, 64, 4, 3),
-    MatrixTile(128, 64, 64, 4, 4),
-    MatrixTile(64, 128, 64, 4, 3),
-    MatrixTile(64, 128, 64, 4, 4),
-    MatrixTile(256, 128, 64, 8, 3),
-    MatrixTile(256, 128, 64, 8, 4),
-    MatrixTile(128, 256, 64, 8, 3),
-    MatrixTile(128, 256, 64, 8, 4),
-    MatrixTile(256, 64, 64, 8, 3),
-    MatrixTile(256, 64, 64, 8, 4),
-    MatrixTile(128, 64, 128, 4, 3),
-    MatrixTile(64, 64, 64, 4, 4),
-    MatrixTile(64, 64, 128, 4, 3),
-    MatrixTile(64, 32, 64, 4, 4),
-]
-TILES_32BIT = [
-    MatrixTile(128, 128, 32, 8, 3),
-    MatrixTile(128, 128, 32, 8, 4),
-    MatrixTile(128, 64, 32, 4, 3),
-    MatrixTile(128, 64, 32, 8, 3),
-    MatrixTile(64, 128, 32, 4, 3),
-    MatrixTile(64, 64, 32, 4, 3),
-    MatrixTile(64, 64, 32, 4, 4),
-]
+# What a tuner may try, by the operands' bytes an element. Each fits in Hopper's shared memory and spills no registers
+# in any of the matrix kernels, statistics included (tests/kernels/test_compile.py).
+TILES = {
+    2: (
+        MatrixTile(128, 128, 64, 4, 3),
+        MatrixTile(128, 128, 64, 4, 4),
+        MatrixTile(128, 128, 64, 8, 3),
+        MatrixTile(256, 128, 64, 8, 3),
+        MatrixTile(256, 128, 64, 8, 4),
+        MatrixTile(128, 256, 64, 8, 3),
+        MatrixTile(128, 256, 64, 8, 4),
+        MatrixTile(256, 64, 64, 4, 3),
+        MatrixTile(256, 64, 64, 8, 3),
+        MatrixTile(128, 64, 64, 4, 3),
+        MatrixTile(128, 64, 64, 4, 4),
+        MatrixTile(64, 128, 64, 4, 3),
+        MatrixTile(64, 128, 64, 4, 4),
+        MatrixTile(64, 64, 64, 4, 4),
+        MatrixTile(64, 64, 128, 4, 3),
+        MatrixTile(64, 32, 64, 4, 4),
+        MatrixTile(16, 16, 128, 4, 4),
+    ),
+    4: (
+        MatrixTile(128, 128, 32, 8, 3),
+        MatrixTile(128, 64, 32, 4, 3),
+        MatrixTile(128, 64, 32, 8, 3),
+        MatrixTile(64, 128, 32, 4, 3),
+        MatrixTile(64, 64, 32, 4, 3),
+        MatrixTile(64, 64, 32, 4, 4),
+        MatrixTile(16, 16, 64, 4, 4),
+    ),
+}
+FEWEST_PROGRAMS = 100  # what should run side by side on a large GPU before a program takes more
 
 
-def matrix_tile(rows, columns, depth, dtype):
-    """An untuned tile for a (rows × depth) · (depth × columns) product; 16 is the least that matrix units take."""
+def matrix_tile(rows, columns, depth, dtype, copies=1):
+    """An untuned tile for a (rows × depth) · (depth × columns) product; 16 is the least that matrix units take.
+
+    Args:
+        copies: how many such products run side by side.
+    """
     half = dtype.itemsize == 2
     block_m = power_of_two(rows, 16, 128)
     block_n = power_of_two(columns, 16, 128)
     block_k = power_of_two(depth, 16, 64 if half else 32)
+    # Hopper's matrix units take 64 rows at least; a handful of columns is bound by memory, not by them.
+    fewest_rows = 64 if block_n >= 64 else 16
+    wanted = FEWEST_PROGRAMS / (copies * triton.cdiv(columns, block_n))
+    while block_m > fewest_rows and triton.cdiv(rows, block_m) < wanted:
+        block_m //= 2
     # Float32 operands pass through registers to be rounded to TF32: they need more threads.
     return MatrixTile(block_m, block_n, block_k, 8 if not half and block_m * block_n >= 128 * 128 else 4, 3)
 

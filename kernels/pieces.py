@@ -151,17 +151,32 @@ def conv_epilogue(
 
 
 @triton.jit
-def store_tile_statistics(acc, row_ok, count, tile, columns, column_ok, CHANNELS, count_ptr, mean_ptr, m2_ptr):
+def store_tile_statistics(
+    acc,
+    row_ok,
+    count,
+    tile,
+    columns,
+    column_ok,
+    COLUMNS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    count_ptr,
+    mean_ptr,
+    m2_ptr,
+):
     """Write a tile's count, mean and centred sum of squares per channel while it is still in registers.
 
-    Rows past the end are masked before each sum; merge_statistics puts the tiles together.
+    Rows past the end are masked before each sum; merge_statistics puts the tiles together. Where several columns are of
+    one channel (COLUMNS is a multiple of CHANNELS), each is a tile of its own to that.
     """
-    # count: (tiles,), mean, m2: (tiles, CHANNELS)
+    # count: (tiles,), mean, m2: (tiles, COLUMNS)
     rows = tl.maximum(count, 1.0)
     rough = tl.sum(tl.where(row_ok[:, None], acc, 0.0), 0) / rows
     centred = tl.where(row_ok[:, None], acc - rough[None, :], 0.0)
     # The sum's own rounding error is what the centred values still average to.
     rest = tl.sum(centred, 0) / rows
-    tl.store(mean_ptr + tile * CHANNELS + columns, rough + rest, mask=column_ok)
-    tl.store(m2_ptr + tile * CHANNELS + columns, tl.sum(centred * centred, 0) - rows * rest * rest, mask=column_ok)
-    tl.store(count_ptr + tile, count)
+    tl.store(mean_ptr + tile * COLUMNS + columns, rough + rest, mask=column_ok)
+    tl.store(m2_ptr + tile * COLUMNS + columns, tl.sum(centred * centred, 0) - rows * rest * rest, mask=column_ok)
+    parts: tl.constexpr = COLUMNS // CHANNELS
+    for part in range(parts):
+        tl.store(count_ptr + tile * parts + part, count)

@@ -48,6 +48,7 @@ def up_kernel(
     W: tl.constexpr,
     HO: tl.constexpr,
     WO: tl.constexpr,
+    CHANNELS: tl.constexpr,  # of bias and so on: B, or a divisor of it where B holds an image's positions too
     ACTIVATION: tl.constexpr,
     SLOPE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -114,7 +115,7 @@ def up_kernel(
         gamma_ptr,
         beta_ptr,
         eps,
-        column,
+        column % CHANNELS,
         column_ok,
         ACTIVATION,
         SLOPE,
@@ -128,7 +129,9 @@ def up_kernel(
     if count_ptr is not None:
         count = tl.minimum(tl.maximum(rows - pid_m * BLOCK_M, 0), BLOCK_M).to(tl.float32)
         tile = (group * phases + phase) * (tl.num_programs(0) // (phases * column_tiles)) + pid_m
-        store_tile_statistics(acc, row_ok, count, tile, column, column_ok, B, count_ptr, tile_mean_ptr, tile_m2_ptr)
+        store_tile_statistics(
+            acc, row_ok, count, tile, column, column_ok, B, CHANNELS, count_ptr, tile_mean_ptr, tile_m2_ptr
+        )
 
 
 def up(
@@ -162,19 +165,27 @@ def up(
     Returns:
         high (N, B, Ho, Wo) channels_last, or (high, TileStatistics).
     """
-    (n, a, _, _), b = low.shape, weight.shape[1]
+    (n, a, *low_size), (_, channels, kh, kw) = low.shape, weight.shape
     weight = channels_last(weight)
-    high = empty_nhwc((n, b, *out_size), low)
+    result = high = empty_nhwc((n, channels, *out_size), low)
+    if low_size == [1, 1] and tuple(padding) == (0, 0) and tuple(out_size) == (kh, kw):
+        # Each image is the product of one vector and the whole weight, whose memory is that matrix as it stands:
+        # every element of the image is a column of its own.
+        weight, high = as_columns(weight), as_columns(high)
+        stride = (1, 1)
+    columns = weight.shape[1]
     phases = stride[0] * stride[1]
-    rows = n // groups * triton.cdiv(out_size[0], stride[0]) * triton.cdiv(out_size[1], stride[1])
-    tile = tile or matrix_tile(rows, b, a, low.dtype)
+    rows = n // groups * triton.cdiv(high.shape[2], stride[0]) * triton.cdiv(high.shape[3], stride[1])
+    tile = tile or matrix_tile(rows, columns, a, low.dtype, groups * phases)
     row_tiles = triton.cdiv(rows, tile.block_m)
-    tiles = TileStatistics.empty(groups, row_tiles * phases, b, low.device) if statistics else (None, None, None)
+    count = row_tiles * phases * (columns // channels)
+    tiles = TileStatistics.empty(groups, count, channels, low.device) if statistics else (None, None, None)
     launch(
         up_kernel,
-        (phases * triton.cdiv(b, tile.block_n) * row_tiles, groups),
+        (phases * triton.cdiv(columns, tile.block_n) * row_tiles, groups),
         *(low, weight, high, bias, *batch_norm, *tiles, eps, n // groups),
         device=low.device,
+        CHANNELS=channels,
         ACTIVATION=activation,
         SLOPE=slope,
         PRECISION=precision,
@@ -182,4 +193,9 @@ def up(
         **geometry(low, weight, high, stride, padding),
         **tile.options(),
     )
-    return (high, tiles) if statistics else high
+    return (result, tiles) if statistics else result
+
+
+def as_columns(tensor):
+    """(N, C, H, W) in channels_last memory seen as (N, H·W·C, 1, 1)."""
+    return tensor.permute(0, 2, 3, 1).reshape(len(tensor), -1, 1, 1)

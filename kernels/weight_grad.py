@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastgan.kernels.launch import geometry, launch, matrix_tile, needs_int64
+from fastgan.kernels.launch import FEWEST_PROGRAMS, geometry, launch, matrix_tile, needs_int64
 from fastgan.kernels.pieces import NOWHERE, load_block, round_to_tf32
 from fastgan.kernels.statistics import sum_rows
 
@@ -105,7 +105,7 @@ def weight_grad(low, high, weight, *, stride, padding, precision, tile=None):
     """
     (n, a, h, w), (_, b, kh, kw) = low.shape, weight.shape
     grad = torch.empty_like(weight)
-    tile = tile or matrix_tile(a, kh * kw * b, n * h * w, low.dtype)
+    tile = tile or matrix_tile(a, kh * kw * b, n * h * w, low.dtype, copies=FEWEST_PROGRAMS)
     tiles = triton.cdiv(a, tile.block_m) * triton.cdiv(kh * kw * b, tile.block_n)
     blocks = triton.cdiv(n * h * w, tile.block_k)
     splits = max(1, min(WANTED_OUTPUTS // (tiles * tile.block_m * tile.block_n), blocks // FEWEST_STEPS))
