@@ -44,7 +44,7 @@ def test_equals_stock(case, device):
 def test_statistics_of_several_tiles_and_blocks(transposed, bias, groups, device, monkeypatch):
     """Tiles and blocks end inside the matrix, none holds rows of two groups, and they merge to the batch's numbers."""
     monkeypatch.setattr(statistics, "statistics_tile", lambda *_: (4, 8, 2))
-    monkeypatch.setattr(statistics, "reduction_tile", lambda *_: (4, 8))
+    monkeypatch.setattr(statistics, "merge_tile", lambda *_: (4, 8))
     case = PLAIN._replace(transposed=transposed, bias=bias)
     x, weight, b, *_ = draw(case, 4, device)
     b = None if b is None else b + 100.0
