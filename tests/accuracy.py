@@ -9,7 +9,7 @@ def error(actual, reference):
 
 
 def assert_as_accurate_as_stock(name, ours, stock, reference, computed_in=None):
-    """error(ours) ≤ 2 · error(stock) + a few units in the last place; NaN never passes.
+    """error(ours) ≤ 2 · error(stock) + 16 units in the last place of the largest value; NaN never passes.
 
     Args:
         ours, stock: results in the precision under test.
@@ -18,7 +18,7 @@ def assert_as_accurate_as_stock(name, ours, stock, reference, computed_in=None):
             a few numbers, so one rounding of that is allowed as well.
     """
     assert ours.shape == reference.shape, f"{name}: shape {tuple(ours.shape)}, not {tuple(reference.shape)}"
-    allowed = 2 * error(stock, reference) + 4 * torch.finfo(ours.dtype).eps
+    allowed = 2 * error(stock, reference) + 16 * torch.finfo(ours.dtype).eps
     if computed_in is not None:
         allowed += torch.finfo(computed_in).eps / 2
     assert error(ours, reference) <= allowed, f"{name}: error {error(ours, reference):.2e}, allowed {allowed:.2e}"
