@@ -87,7 +87,7 @@ def workload(dtype, batch=8):
         weight_grad.weight_grad(low, high, weight, **where)
 
         # The generator's first layer: one position, a plain product.
-        latent, first = torch.empty(batch, 100, 1, 1, dtype=dtype), torch.empty(100, 64, 4, 4, dtype=dtype)
+        latent, first = torch.empty(8 * batch, 100, 1, 1, dtype=dtype), torch.empty(100, 64, 4, 4, dtype=dtype)
         up.up(latent, first, (4, 4), stride=(1, 1), padding=(0, 0), precision="tf32", statistics=True)
 
         # The generator's last layer and the discriminator's first: three channels, an activation, no statistics.
