@@ -11,7 +11,6 @@ from fastgan.kernels.launch import channels_last, empty_nhwc, geometry, launch, 
 from fastgan.kernels.pieces import (
     NOWHERE,
     conv_epilogue,
-    finish_accumulator,
     load_block,
     multiply_add,
     new_accumulator,
@@ -72,7 +71,8 @@ def down_kernel(
     base_h = tl.where(row_ok, base_h, NOWHERE)
     weight_column_ok = None if A % BLOCK_N == 0 else column_ok
 
-    acc = new_accumulator(BLOCK_M, BLOCK_N)
+    transposed: tl.constexpr = BLOCK_N >= 64 and high_ptr.dtype.element_ty.primitive_bitwidth == 16
+    acc = new_accumulator(BLOCK_M, BLOCK_N, transposed)
     for step in range((depth + BLOCK_K - 1) // BLOCK_K):
         if B % BLOCK_K == 0:  # all of a step's products are of one tap
             tap, b = step // (B // BLOCK_K), step % (B // BLOCK_K) * BLOCK_K
@@ -92,10 +92,10 @@ def down_kernel(
             high_step = k // (KW * B) * (WO * B) + k % (KW * B)
             y = tl.load(high_ptr + high_offset[:, None] + high_step[None, :], mask=inside, other=0.0)
             w = load_block(weight_ptr + step * BLOCK_K + weight_offset, k_ok, weight_column_ok)
-        acc = multiply_add(acc, y, w, PRECISION)
+        acc = multiply_add(acc, y, w, PRECISION, transposed)
 
     acc = conv_epilogue(
-        finish_accumulator(acc, BLOCK_N),
+        tl.trans(acc) if transposed else acc,
         bias_ptr,
         mean_ptr,
         var_ptr,
@@ -145,7 +145,7 @@ def down(
         batch_norm: (mean, var, gamma, beta), each (A,) or None; no mean means no BatchNorm.
         statistics: also return the TileStatistics of the result,
         groups: with those of so many equal parts of the batch apart.
-        tile: the MatrixTile to use; None chooses by size.
+        tile: a MatrixTile, or None for an untuned one.
 
     Returns:
         low (N, A, H, W) channels_last, or (low, TileStatistics).

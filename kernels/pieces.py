@@ -30,25 +30,14 @@ def round_to_tf32(x):
 
 
 @triton.jit
-def multiply_add(acc, x, y, PRECISION: tl.constexpr):
-    """acc + x · y in float32, where acc is that sum or its transpose, as new_accumulator chose."""
-    if PRECISION == "tf32" and x.dtype == tl.float32:
-        x, y = round_to_tf32(x), round_to_tf32(y)
-    if y.shape[1] >= 64:
-        acc = tl.dot(tl.trans(y), tl.trans(x), acc, input_precision=PRECISION)
-    else:
-        acc = tl.dot(x, y, acc, input_precision=PRECISION)
-    return acc
+def new_accumulator(ROWS: tl.constexpr, COLUMNS: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """Zeros for a (ROWS, COLUMNS) sum, or for its transpose.
 
-
-@triton.jit
-def new_accumulator(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Zeros for a (ROWS, COLUMNS) sum: transposed wherever the matrix units of Hopper take it (64 columns and more).
-
-    Their results lie with few of their first dimension and many of their second in each thread. With the rows second,
-    sums over rows are made in registers, and a column's bias, mean and so on are few values to keep.
+    Hopper's matrix units leave a thread few of their result's first dimension and many of its second. With the rows
+    second, sums over rows are made in registers, and a column's bias, mean and so on are few values to keep. That takes
+    64 columns at least, and 16-bit operands, which may lie either way in shared memory.
     """
-    if COLUMNS >= 64:
+    if TRANSPOSED:
         acc = tl.zeros((COLUMNS, ROWS), tl.float32)
     else:
         acc = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -56,10 +45,14 @@ def new_accumulator(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def finish_accumulator(acc, COLUMNS: tl.constexpr):
-    """The (ROWS, COLUMNS) sum."""
-    if COLUMNS >= 64:
-        acc = tl.trans(acc)
+def multiply_add(acc, x, y, PRECISION: tl.constexpr, TRANSPOSED: tl.constexpr = False):
+    """acc + x · y in float32, where TRANSPOSED says that acc is that sum's transpose."""
+    if PRECISION == "tf32" and x.dtype == tl.float32:
+        x, y = round_to_tf32(x), round_to_tf32(y)
+    if TRANSPOSED:
+        acc = tl.dot(tl.trans(y), tl.trans(x), acc, input_precision=PRECISION)
+    else:
+        acc = tl.dot(x, y, acc, input_precision=PRECISION)
     return acc
 
 

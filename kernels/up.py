@@ -9,10 +9,10 @@ import triton
 import triton.language as tl
 
 from fastgan.kernels.launch import channels_last, empty_nhwc, geometry, launch, matrix_tile, needs_int64
+from fastgan.kernels.narrow import is_narrow, up_narrow
 from fastgan.kernels.pieces import (
     NOWHERE,
     conv_epilogue,
-    finish_accumulator,
     load_block,
     multiply_add,
     new_accumulator,
@@ -94,7 +94,8 @@ def up_kernel(
     weight_column_ok = None if B % BLOCK_N == 0 else column_ok
 
     # One loop over channels and taps: a loop for each tap would fill and drain the pipeline again.
-    acc = new_accumulator(BLOCK_M, BLOCK_N)
+    transposed: tl.constexpr = BLOCK_N >= 64 and low_ptr.dtype.element_ty.primitive_bitwidth == 16
+    acc = new_accumulator(BLOCK_M, BLOCK_N, transposed)
     for step in range(taps * ((A + BLOCK_K - 1) // BLOCK_K)):
         a, tap = step // taps * BLOCK_K, step % taps
         step_h, step_w = tap // taps_w, tap % taps_w
@@ -105,10 +106,10 @@ def up_kernel(
         weight_step = (a * KH + residue_h + step_h * SH) * (KW * B) + (residue_w + step_w * SW) * B
         x = load_block(low_ptr + low_step + low_offset, inside, a_ok)
         w = load_block(weight_ptr + weight_step + weight_offset, a_ok, weight_column_ok)
-        acc = multiply_add(acc, x, w, PRECISION)
+        acc = multiply_add(acc, x, w, PRECISION, transposed)
 
     acc = conv_epilogue(
-        finish_accumulator(acc, BLOCK_N),
+        tl.trans(acc) if transposed else acc,
         bias_ptr,
         mean_ptr,
         var_ptr,
@@ -160,7 +161,7 @@ def up(
         batch_norm: (mean, var, gamma, beta), each (B,) or None; no mean means no BatchNorm.
         statistics: also return the TileStatistics of the result,
         groups: with those of so many equal parts of the batch apart.
-        tile: the MatrixTile to use; None chooses by size.
+        tile: a MatrixTile, or None for an untuned one.
 
     Returns:
         high (N, B, Ho, Wo) channels_last, or (high, TileStatistics).
@@ -173,6 +174,10 @@ def up(
         # every element of the image is a column of its own.
         weight, high = as_columns(weight), as_columns(high)
         stride = (1, 1)
+    elif not statistics and is_narrow(weight, stride):
+        epilogue = dict(bias=bias, batch_norm=batch_norm, eps=eps, activation=activation, slope=slope)
+        up_narrow(low, weight, high, stride=stride, padding=padding, precision=precision, tile=tile, **epilogue)
+        return result
     columns = weight.shape[1]
     phases = stride[0] * stride[1]
     rows = n // groups * triton.cdiv(high.shape[2], stride[0]) * triton.cdiv(high.shape[3], stride[1])

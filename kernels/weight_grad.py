@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from fastgan.kernels.launch import FEWEST_PROGRAMS, geometry, launch, matrix_tile, needs_int64
-from fastgan.kernels.pieces import NOWHERE, load_block, round_to_tf32
+from fastgan.kernels.pieces import NOWHERE, load_block, multiply_add
 from fastgan.kernels.statistics import sum_rows
 
 # Two programs of 128 × 128 on each multiprocessor of a large GPU: all run at once, and their sums fit its L2 cache.
@@ -66,22 +66,34 @@ def weight_grad_kernel(
         shift_h = tl.where(column < patch, tap_h - PH, NOWHERE)[None, :]
         shift_w = (tap_w - PW)[None, :]
 
+    # Where blocks of rows and the image divide each other, a row's position is the block's plus one that never changes.
+    aligned: tl.constexpr = (H * W % BLOCK_K == 0 or BLOCK_K % (H * W) == 0) and (W % BLOCK_K == 0 or BLOCK_K % W == 0)
+    lane = tl.arange(0, BLOCK_K)
+    low_offset = (lane * A)[None, :] + a[:, None]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for step in range(steps):
-        row = (split * steps + step) * BLOCK_K + tl.arange(0, BLOCK_K)
-        row_ok = row < rows
-        n, base_h, base_w = row // (H * W), row % (H * W) // W * SH, row % W * SW
-        low_row = row
+        start = (split * steps + step) * BLOCK_K
+        row_ok = lane < rows - start
+        if aligned:
+            block, row = start, lane
+        else:
+            block, row = start * 0, start + lane
+        h, w = row % (H * W) // W * SH, row % W * SW
+        high_offset = ((row // (H * W) * HO + h - PH) * WO + w - PW) * B
+        block_n, block_h, block_w = block // (H * W), block % (H * W) // W * SH, block % W * SW
         if INT64:
-            n, low_row = n.to(tl.int64), row.to(tl.int64)
-        high_row = ((n * HO + base_h - PH) * WO + base_w - PW) * B
-        high_h, high_w = base_h[:, None] + shift_h, base_w[:, None] + shift_w
+            block_n, start = block_n.to(tl.int64), start.to(tl.int64)
+            high_offset = (((row // (H * W)).to(tl.int64) * HO + h - PH) * WO + w - PW) * B
+        block_offset = ((block_n * HO + block_h) * WO + block_w) * B
+        high_h, high_w = h[:, None] + (block_h + shift_h), w[:, None] + (block_w + shift_w)
         inside = row_ok[:, None] & (high_h >= 0) & (high_h < HO) & (high_w >= 0) & (high_w < WO)
-        x = load_block(low_ptr + (low_row * A)[None, :] + a[:, None], a_ok, row_ok)
-        y = tl.load(high_ptr + high_row[:, None] + high_column[None, :], mask=inside, other=0.0)
-        if PRECISION == "tf32" and x.dtype == tl.float32:
-            x, y = round_to_tf32(x), round_to_tf32(y)
-        acc = tl.dot(x, y, acc, input_precision=PRECISION)
+        x = load_block(low_ptr + start * A + low_offset, a_ok, row_ok)
+        y = tl.load(
+            high_ptr + block_offset + (high_offset[:, None] + high_column[None, :]),
+            mask=inside,
+            other=0.0,
+        )
+        acc = multiply_add(acc, x, y, PRECISION)
 
     offset = tap_h * stride_wh + tap_w * stride_ww + b * stride_wb
     tl.store(
@@ -101,7 +113,7 @@ def weight_grad(low, high, weight, *, stride, padding, precision, tile=None):
         low: (N, A, H, W) channels_last.
         high: (N, B, Ho, Wo) channels_last.
         weight: (A, B, KH, KW), read for its shape, strides and dtype only.
-        tile: the MatrixTile to use; None chooses by size.
+        tile: a MatrixTile, or None for an untuned one.
     """
     (n, a, h, w), (_, b, kh, kw) = low.shape, weight.shape
     grad = torch.empty_like(weight)
