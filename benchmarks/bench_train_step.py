@@ -9,12 +9,11 @@ import statistics
 import pytest
 import torch
 
-from benchmarks.stock import VARIANTS, WARM_UP, ExampleStep, Setting, precision_of
+from benchmarks.stock import BATCHES, IMAGE_SIZES, VARIANTS, WARM_UP, ExampleStep, Setting, precision_of
 from benchmarks.timing import ON_GPU, PeakMemory, clock, describe, fixed, forget, measure
 
 pytestmark = pytest.mark.benchmark(group="train step", timer=clock)
 
-IMAGE_SIZES, BATCHES = (28, 64, 128), (64, 128, 256, 1024)
 FULL = [Setting(size, batch) for size in IMAGE_SIZES for batch in BATCHES]
 SHORT = [Setting(64, 128), Setting(64, 1024)]
 CPU = [Setting(28, 32), Setting(64, 16)]  # the default run on digits, and the example DCGAN

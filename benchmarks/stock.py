@@ -15,6 +15,8 @@ from benchmarks.timing import DEVICE, DTYPES, ON_GPU, graphed
 from fastgan.models import Discriminator, Generator
 from fastgan.training import TrainStep
 
+# What a table of training steps on a GPU holds when it is complete, with GPU_VARIANTS below.
+IMAGE_SIZES, BATCHES = (28, 64, 128), (64, 128, 256, 1024)
 NZ, LR, BETAS = 100, 2e-4, (0.5, 0.999)
 # Enough for torch.compile, cuDNN's choice of algorithms and the state of Adam to be there.
 WARM_UP = 8 if ON_GPU else 3
