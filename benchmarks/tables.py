@@ -74,10 +74,10 @@ def _train_steps(run):
             rows += [_step_row(run, entry, together) for entry in together]
         head = "batch | variant | images/s | ms a step | against best stock | against eager-fp32 | "
         parts.append(_table(head + "of arithmetic floor | of traffic floor | memory | of best stock's memory", rows))
-    if any(e.get("eager_images_per_sec") for e in entries):
+    if not run.on_gpu:
         parts.append(
-            "Ratios are of steps that ran in turn with eager ones of the same precision, so that both saw the same "
-            "machine; images/s of different rows need not have."
+            "Ratios are medians over pairs of steps, one of them eager in the same precision, that ran one after the "
+            "other, so that both saw the same machine; images/s of different rows need not have."
         )
     missing = _unmeasured(run, entries)
     if missing:
@@ -87,7 +87,9 @@ def _train_steps(run):
 
 def _step_row(run, entry, together):
     best = best_stock(entry, together)
-    example = next((e for e in together if e["variant"] == "eager-fp32"), None)
+    # Steps of two precisions did not run in turn on a CPU.
+    comparable = together if run.on_gpu else [e for e in together if e["dtype"] == entry["dtype"]]
+    example = next((e for e in comparable if e["variant"] == "eager-fp32"), None)
     arithmetic, traffic = floors(run, entry)
     return [
         entry["batch"],
@@ -95,9 +97,7 @@ def _step_row(run, entry, together):
         _number(entry["images_per_sec"]),
         _number(entry["batch"] / entry["images_per_sec"] * 1e3),
         _ratio(relative_speed(entry), best and relative_speed(best)),
-        "–"
-        if entry.get("eager_images_per_sec")
-        else _ratio(entry["images_per_sec"], example and example["images_per_sec"]),
+        _ratio(relative_speed(entry), example and relative_speed(example)),
         _percent(arithmetic),
         _percent(traffic),
         _number(entry.get("peak_memory_mb")),
@@ -119,11 +119,10 @@ def best_stock(entry, together):
 
 
 def relative_speed(entry):
-    """images/s; where an eager step ran in turn with it, against that one's, so 1.0 for eager itself then."""
-    beside = entry.get("eager_images_per_sec")
-    if beside:
-        return entry["images_per_sec"] / beside
-    return 1.0 if entry["device"].startswith("CPU") else entry["images_per_sec"]
+    """images/s; on a CPU, where an eager step ran in turn with every other one, in units of that one's."""
+    if not entry["device"].startswith("CPU"):
+        return entry["images_per_sec"]
+    return entry.get("against_eager", 1.0)
 
 
 def floors(run, entry):

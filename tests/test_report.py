@@ -159,13 +159,13 @@ def test_on_a_cpu_ratios_are_of_steps_that_ran_in_turn(write):
     machine = {"device": "CPU, 4 threads", "dtype": "float32"}
     steps = [
         step("eager-fp32", 100.0, **machine),
-        step("compile-fp32", 90.0, eager_images_per_sec=60.0, **machine),
-        step("fused-fp32", 120.0, eager_images_per_sec=50.0, **machine),
+        step("compile-fp32", 90.0, against_eager=1.5, **machine),
+        step("fused-fp32", 120.0, against_eager=2.4, **machine),
     ]
     assert run(write("b.json", content(*steps))) == 0
     page = Path("RESULTS.md").read_text()
     assert "No GPU has been measured yet" in page
-    assert cells(page, 128, "fused-fp32")[4] == "1.60"  # (120 / 50) / (90 / 60)
+    assert cells(page, 128, "fused-fp32")[4] == "1.60"  # 2.4 / 1.5
     assert cells(page, 128, "eager-fp32")[4] == "0.67"
     assert not list(Path("benchmarks/results").glob("*.png"))  # one batch makes no line
 
