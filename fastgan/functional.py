@@ -107,14 +107,17 @@ def conv2d_bn_act(
     )
 
 
-def conv_bn_act(x, weight, *tensors, **options):
-    """Both of them in one: `transposed` says which, and strides and paddings are pairs."""
+def conv_bn_act(x, weight, *tensors, weight_copy=None, **options):
+    """Both of them in one: `transposed` says which, and strides and paddings are pairs.
+
+    `weight_copy` holds the weight's values in the dtype that is computed in, or None: see `fastgan.weight_copies`.
+    """
     check_conv_bn_act(x, weight, *tensors, **options)
     implementation, _ = backend.select(x.device, _compute_dtype(x))
     # An empty batch has nothing to launch; stock knows what to say of it.
     if implementation == "reference" or x.numel() == 0:
         return _conv_bn_act_reference(x, weight, *tensors, **options)
-    return _conv_bn_act_fused(x, weight, *tensors, **options)
+    return _conv_bn_act_fused(x, weight, *tensors, weight_copy=weight_copy, **options)
 
 
 def has_kernels_for(x):
@@ -195,28 +198,31 @@ def _conv_bn_act_fused(
     activation,
     negative_slope,
     batch_groups,
+    weight_copy,
 ):
-    dtype = _compute_dtype(x)
-    x, weight = x.to(dtype), weight.to(dtype)
-    bias = None if bias is None else bias.to(dtype)
+    # The operators take the weight and the vectors as they are: mixed precision casts no more than it must.
+    x = x.to(_compute_dtype(x))
+    if weight_copy is not None and weight_copy.dtype != x.dtype:
+        weight_copy = None
+    weights = (weight, weight_copy)
     where = (transposed, stride, padding, output_padding)
     act = (activation, negative_slope)
     if all(tensor is None for tensor in (gamma, beta, running_mean, running_var)):
-        return convolution.conv(x, weight, bias, None, None, None, None, 0.0, *where, *act)
+        return convolution.conv(x, *weights, bias, None, None, None, None, 0.0, *where, *act)
     if training:
-        y, mean, invstd, var = convolution.conv_statistics(x, weight, bias, eps, *where, batch_groups)
+        y, mean, invstd, var = convolution.conv_statistics(x, *weights, bias, eps, *where, batch_groups)
         if running_mean is not None:
             _update_running(running_mean, running_var, mean, var, momentum)
         return batch_norm.batch_norm_act(y, mean, invstd, gamma, beta, True, *act)
     needs_grad = torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (x, weight, bias, gamma, beta)
+        tensor is not None and tensor.requires_grad for tensor in (x, *weights, bias, gamma, beta)
     )
     if needs_grad:
         # γ's gradient needs the result of the convolution, so it is kept.
-        y = convolution.conv(x, weight, bias, None, None, None, None, 0.0, *where, None, 0.0)
+        y = convolution.conv(x, *weights, bias, None, None, None, None, 0.0, *where, None, 0.0)
         mean, invstd = running_mean.float(), (running_var.float() + eps).rsqrt()
         return batch_norm.batch_norm_act(y, mean, invstd, gamma, beta, False, *act)
-    return convolution.conv(x, weight, bias, running_mean, running_var, gamma, beta, eps, *where, *act)
+    return convolution.conv(x, *weights, bias, running_mean, running_var, gamma, beta, eps, *where, *act)
 
 
 def _update_running(running_mean, running_var, mean, var, momentum):

@@ -18,6 +18,7 @@ from fastgan import backend
 from fastgan import functional as fused
 from fastgan.batch_groups import current_groups
 from fastgan.patterns import has_hooks, match
+from fastgan.weight_copies import weight_copy
 
 
 def fuse(model):
@@ -67,15 +68,6 @@ def _check_module(model):
 def _is_fused(container):
     forward = container.__dict__.get("forward")
     return isinstance(forward, functools.partial) and forward.func is _forward_in_groups
-
-
-def fused_modules(model):
-    """The modules inside `model` that run as parts of fused operators."""
-    for container in model.modules():
-        if _is_fused(container):
-            for group in _groups(container, _call_order(container)):
-                if group.fused:
-                    yield from group.modules
 
 
 class _ChildrenAsLeaves(fx.Tracer):
@@ -209,6 +201,7 @@ def _run_operator(group, x):
         output_padding=conv.output_padding,
         activation=group.activation,
         negative_slope=_negative_slope(group),
+        weight_copy=weight_copy(conv),
         **options,
     )
 

@@ -1,17 +1,28 @@
-"""high → low: the forward of a convolution, and the input gradient of a transposed convolution."""
+"""high → low: the forward of a convolution, and the input gradient of a transposed convolution.
+
+The sum goes over KH·KW·B products in the order of weight's memory, (KH, KW, B); in the image, too, the KW·B products of
+one row of taps stand side by side.
+"""
 
 import triton
 import triton.language as tl
 
-from fastgan.kernels.launch import empty_nhwc, geometry, launch, matrix_tile, needs_int64
-from fastgan.kernels.pieces import conv_epilogue, store_tile_statistics
+from fastgan.kernels.launch import channels_last, empty_nhwc, geometry, launch, matrix_tile, needs_int64
+from fastgan.kernels.pieces import (
+    NOWHERE,
+    conv_epilogue,
+    load_block,
+    multiply_add,
+    new_accumulator,
+    store_tile_statistics,
+)
 from fastgan.kernels.statistics import TileStatistics
 
 
 @triton.jit
 def down_kernel(
-    high_ptr,  # (N, Ho, Wo, B)
-    weight_ptr,  # (A, B, KH, KW) by strides
+    high_ptr,  # (N, HO, WO, B)
+    weight_ptr,  # (A, KH, KW, B)
     low_ptr,  # (N, H, W, A)
     bias_ptr,  # (A,) or None
     mean_ptr,  # (A,) or None: the statistics of an eval-mode BatchNorm, and its parameters
@@ -23,14 +34,6 @@ def down_kernel(
     tile_m2_ptr,
     eps,
     N,  # images of one group: no tile holds rows of two
-    H,
-    W,
-    Ho,
-    Wo,
-    stride_wa,
-    stride_wb,
-    stride_wh,
-    stride_ww,
     A: tl.constexpr,
     B: tl.constexpr,
     KH: tl.constexpr,
@@ -39,6 +42,10 @@ def down_kernel(
     SW: tl.constexpr,
     PH: tl.constexpr,
     PW: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    HO: tl.constexpr,
+    WO: tl.constexpr,
     ACTIVATION: tl.constexpr,
     SLOPE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -49,37 +56,58 @@ def down_kernel(
 ):
     column_tiles: tl.constexpr = (A + BLOCK_N - 1) // BLOCK_N
     pid_n, pid_m = tl.program_id(0) % column_tiles, tl.program_id(0) // column_tiles
-    group, rows = tl.program_id(1), N * H * W
+    group, rows = tl.program_id(1), N * (H * W)
     row = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     column = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     row_ok, column_ok = row < rows, column < A
-    n, out_h, out_w = group * N + row // (H * W), row % (H * W) // W, row % W
+    n, base_h, base_w = group * N + row // (H * W), row % (H * W) // W * SH - PH, row % W * SW - PW
     if INT64:
         n = n.to(tl.int64)
 
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for tap_h in range(KH):
-        for tap_w in range(KW):
-            in_h, in_w = out_h * SH - PH + tap_h, out_w * SW - PW + tap_w
-            inside = row_ok & (in_h >= 0) & (in_h < Ho) & (in_w >= 0) & (in_w < Wo)
-            high_row = ((n * Ho + in_h) * Wo + in_w) * B
-            weight_tap = tap_h * stride_wh + tap_w * stride_ww
-            for k in range(0, B, BLOCK_K):
-                b = k + tl.arange(0, BLOCK_K)
-                y = tl.load(
-                    high_ptr + high_row[:, None] + b[None, :], mask=inside[:, None] & (b < B)[None, :], other=0.0
-                )
-                w = tl.load(
-                    weight_ptr + weight_tap + b[:, None] * stride_wb + column[None, :] * stride_wa,
-                    mask=(b < B)[:, None] & column_ok[None, :],
-                    other=0.0,
-                )
-                acc = tl.dot(y, w, acc, input_precision=PRECISION)
+    depth: tl.constexpr = KH * KW * B
+    lane = tl.arange(0, BLOCK_K)
+    high_offset = ((n * HO + base_h) * WO + base_w) * B
+    weight_offset = lane[:, None] + (column * depth)[None, :]
+    base_h = tl.where(row_ok, base_h, NOWHERE)
+    weight_column_ok = None if A % BLOCK_N == 0 else column_ok
+
+    transposed: tl.constexpr = BLOCK_N >= 64 and high_ptr.dtype.element_ty.primitive_bitwidth == 16
+    acc = new_accumulator(BLOCK_M, BLOCK_N, transposed)
+    for step in range((depth + BLOCK_K - 1) // BLOCK_K):
+        if B % BLOCK_K == 0:  # all of a step's products are of one tap
+            tap, b = step // (B // BLOCK_K), step % (B // BLOCK_K) * BLOCK_K
+            tap_h, tap_w = tap // KW, tap % KW
+            in_h, in_w = base_h + tap_h, base_w + tap_w
+            inside = (in_h >= 0) & (in_h < HO) & (in_w >= 0) & (in_w < WO)
+            high_step = (tap_h * WO + tap_w) * B + b
+            y = load_block(high_ptr + high_step + (high_offset[:, None] + lane[None, :]), inside, None)
+            w = load_block(weight_ptr + step * BLOCK_K + weight_offset, None, weight_column_ok)
+        else:
+            k = step * BLOCK_K + lane
+            k_ok = None if depth % BLOCK_K == 0 else k < depth
+            in_h, in_w = base_h[:, None] + (k // (KW * B))[None, :], base_w[:, None] + (k // B % KW)[None, :]
+            inside = (in_h >= 0) & (in_h < HO) & (in_w >= 0) & (in_w < WO)
+            if depth % BLOCK_K != 0:
+                inside = inside & k_ok[None, :]
+            high_step = k // (KW * B) * (WO * B) + k % (KW * B)
+            y = tl.load(high_ptr + high_offset[:, None] + high_step[None, :], mask=inside, other=0.0)
+            w = load_block(weight_ptr + step * BLOCK_K + weight_offset, k_ok, weight_column_ok)
+        acc = multiply_add(acc, y, w, PRECISION, transposed)
 
     acc = conv_epilogue(
-        acc, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, column, column_ok, ACTIVATION, SLOPE
+        tl.trans(acc) if transposed else acc,
+        bias_ptr,
+        mean_ptr,
+        var_ptr,
+        gamma_ptr,
+        beta_ptr,
+        eps,
+        column,
+        column_ok,
+        ACTIVATION,
+        SLOPE,
     )
-    low = ((n * H + out_h) * W + out_w) * A
+    low = (n * (H * W) + row % (H * W)) * A
     tl.store(
         low_ptr + low[:, None] + column[None, :],
         acc.to(low_ptr.dtype.element_ty),
@@ -88,7 +116,7 @@ def down_kernel(
     if count_ptr is not None:
         count = tl.minimum(rows - pid_m * BLOCK_M, BLOCK_M).to(tl.float32)
         tile = group * (tl.num_programs(0) // column_tiles) + pid_m
-        store_tile_statistics(acc, row_ok, count, tile, column, column_ok, A, count_ptr, tile_mean_ptr, tile_m2_ptr)
+        store_tile_statistics(acc, row_ok, count, tile, column, column_ok, A, A, count_ptr, tile_mean_ptr, tile_m2_ptr)
 
 
 def down(
@@ -112,7 +140,7 @@ def down(
 
     Args:
         high: (N, B, Ho, Wo) channels_last.
-        weight: (A, B, KH, KW), same dtype.
+        weight: (A, B, KH, KW), same dtype; copied where it is not channels_last.
         out_size: (H, W).
         batch_norm: (mean, var, gamma, beta), each (A,) or None; no mean means no BatchNorm.
         statistics: also return the TileStatistics of the result,
@@ -122,23 +150,23 @@ def down(
     Returns:
         low (N, A, H, W) channels_last, or (low, TileStatistics).
     """
-    (n, b, ho, wo), a = high.shape, weight.shape[0]
+    n, (a, b, kh, kw) = high.shape[0], weight.shape
+    weight = channels_last(weight)
     low = empty_nhwc((n, a, *out_size), high)
     rows = n // groups * out_size[0] * out_size[1]
-    tile = tile or matrix_tile(rows, a, b, high.dtype)
+    tile = tile or matrix_tile(rows, a, kh * kw * b, high.dtype, groups)
     row_tiles = triton.cdiv(rows, tile.block_m)
     tiles = TileStatistics.empty(groups, row_tiles, a, high.device) if statistics else (None, None, None)
     launch(
         down_kernel,
         (triton.cdiv(a, tile.block_n) * row_tiles, groups),
-        *(high, weight, low, bias, *batch_norm, *tiles, eps),
-        *(n // groups, *out_size, ho, wo, *weight.stride()),
+        *(high, weight, low, bias, *batch_norm, *tiles, eps, n // groups),
         device=high.device,
         ACTIVATION=activation,
         SLOPE=slope,
         PRECISION=precision,
         INT64=needs_int64(low, high),
-        **geometry(weight, stride, padding),
+        **geometry(low, weight, high, stride, padding),
         **tile.options(),
     )
     return (low, tiles) if statistics else low

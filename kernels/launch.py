@@ -7,7 +7,7 @@ import torch
 import triton
 
 INT32_ELEMENTS = 2**31  # tensors of more elements need 64-bit offsets
-FEWEST_PROGRAMS = 1024  # a few for each multiprocessor of a large GPU
+FEWEST_READERS = 1024  # programs that only read: a few for each multiprocessor of a large GPU
 
 
 def launch(kernel, grid, *args, device, num_warps=4, num_stages=2, **constexprs):
@@ -31,29 +31,77 @@ class MatrixTile(NamedTuple):
         return {key.upper() if key.startswith("block") else key: value for key, value in self._asdict().items()}
 
 
-def matrix_tile(rows, columns, depth, dtype):
-    """An untuned tile for a (rows × depth) · (depth × columns) product; 16 is the least that matrix units take."""
-    block_m = _power_of_two(rows, 16, 128)
-    block_n = _power_of_two(columns, 16, 128)
-    block_k = _power_of_two(depth, 16, 64 if dtype.itemsize == 2 else 32)
-    return MatrixTile(block_m, block_n, block_k, num_warps=8 if block_m * block_n >= 128 * 128 else 4, num_stages=3)
+# What a tuner may try, by the operands' bytes an element. Each fits in Hopper's shared memory and spills no registers
+# in any of the matrix kernels, statistics included (tests/kernels/test_compile.py).
+TILES = {
+    2: (
+        MatrixTile(128, 128, 64, 4, 3),
+        MatrixTile(128, 128, 64, 4, 4),
+        MatrixTile(128, 128, 64, 8, 3),
+        MatrixTile(256, 128, 64, 8, 3),
+        MatrixTile(256, 128, 64, 8, 4),
+        MatrixTile(128, 256, 64, 8, 3),
+        MatrixTile(128, 256, 64, 8, 4),
+        MatrixTile(256, 64, 64, 4, 3),
+        MatrixTile(256, 64, 64, 8, 3),
+        MatrixTile(128, 64, 64, 4, 3),
+        MatrixTile(128, 64, 64, 4, 4),
+        MatrixTile(64, 128, 64, 4, 3),
+        MatrixTile(64, 128, 64, 4, 4),
+        MatrixTile(64, 64, 64, 4, 4),
+        MatrixTile(64, 64, 128, 4, 3),
+        MatrixTile(64, 32, 64, 4, 4),
+        MatrixTile(16, 16, 128, 4, 4),
+    ),
+    4: (
+        MatrixTile(128, 128, 32, 8, 3),
+        MatrixTile(128, 64, 32, 4, 3),
+        MatrixTile(128, 64, 32, 8, 3),
+        MatrixTile(64, 128, 32, 4, 3),
+        MatrixTile(64, 64, 32, 4, 3),
+        MatrixTile(64, 64, 32, 4, 4),
+        MatrixTile(16, 16, 64, 4, 4),
+    ),
+}
+FEWEST_PROGRAMS = 100  # what should run side by side on a large GPU before a program takes more
 
 
-def geometry(weight, stride, padding):
-    """The compile-time constants that all three matrix kernels take."""
+def matrix_tile(rows, columns, depth, dtype, copies=1):
+    """An untuned tile for a (rows × depth) · (depth × columns) product; 16 is the least that matrix units take.
+
+    Args:
+        copies: how many such products run side by side.
+    """
+    half = dtype.itemsize == 2
+    block_m = power_of_two(rows, 16, 128)
+    block_n = power_of_two(columns, 16, 128)
+    block_k = power_of_two(depth, 16, 64 if half else 32)
+    # Hopper's matrix units take 64 rows at least; a handful of columns is bound by memory, not by them.
+    fewest_rows = 64 if block_n >= 64 else 16
+    wanted = FEWEST_PROGRAMS / (copies * triton.cdiv(columns, block_n))
+    while block_m > fewest_rows and triton.cdiv(rows, block_m) < wanted:
+        block_m //= 2
+    # Float32 operands pass through registers to be rounded to TF32: they need more threads.
+    return MatrixTile(block_m, block_n, block_k, 8 if not half and block_m * block_n >= 128 * 128 else 4, 3)
+
+
+def geometry(low, weight, high, stride, padding):
+    """The compile-time constants that all three matrix kernels take: with the sizes among them, the many divisions
+    that find an image and a position from a row are multiplications, and shifts where sizes are powers of two."""
     a, b, kh, kw = weight.shape
-    return dict(A=a, B=b, KH=kh, KW=kw, SH=stride[0], SW=stride[1], PH=padding[0], PW=padding[1])
+    sizes = dict(H=low.shape[2], W=low.shape[3], HO=high.shape[2], WO=high.shape[3])
+    return dict(A=a, B=b, KH=kh, KW=kw, SH=stride[0], SW=stride[1], PH=padding[0], PW=padding[1], **sizes)
 
 
 def rows_tile(rows, columns):
     """(block_rows, block_columns) for passes over a (rows, columns) matrix: some 4,096 elements a program."""
-    block_columns = _power_of_two(columns, 1, 128)
-    return _power_of_two(rows, 1, 4096 // block_columns), block_columns
+    block_columns = power_of_two(columns, 1, 128)
+    return power_of_two(rows, 1, 4096 // block_columns), block_columns
 
 
 def reduction_tile(rows, columns):
     """(block_rows, block_columns) for sums over many rows of activations."""
-    return _power_of_two(rows, 1, 128), _power_of_two(columns, 1, 64)
+    return power_of_two(rows, 1, 128), power_of_two(columns, 1, 64)
 
 
 def merge_tile(parts, columns):
@@ -61,8 +109,8 @@ def merge_tile(parts, columns):
 
     Up to 512 parts at once, by narrow programs: that takes less than a second launch.
     """
-    block_parts = _power_of_two(parts, 1, 512) if parts <= 512 else 64
-    return block_parts, _power_of_two(columns, 1, max(16, 4096 // block_parts))
+    block_parts = power_of_two(parts, 1, 512) if parts <= 512 else 64
+    return block_parts, power_of_two(columns, 1, max(16, 4096 // block_parts))
 
 
 def statistics_tile(rows, columns, groups):
@@ -71,13 +119,13 @@ def statistics_tile(rows, columns, groups):
     8,192 elements at a time, 128 bytes and more of a row: that keeps enough loads in flight. Small matrices are cut
     finer, so that every multiprocessor has work; of large ones a program takes several blocks, to leave few tiles.
     """
-    block_columns = _power_of_two(columns, 1, 64)
-    block_rows = _power_of_two(rows, 1, 8192 // block_columns)
+    block_columns = power_of_two(columns, 1, 64)
+    block_rows = power_of_two(rows, 1, 8192 // block_columns)
     across = groups * triton.cdiv(columns, block_columns)
-    while block_rows > 16 and across * triton.cdiv(rows, block_rows) < FEWEST_PROGRAMS:
+    while block_rows > 16 and across * triton.cdiv(rows, block_rows) < FEWEST_READERS:
         block_rows //= 2
     blocks = 1
-    while across * triton.cdiv(rows, 2 * blocks * block_rows) >= 2 * FEWEST_PROGRAMS:
+    while across * triton.cdiv(rows, 2 * blocks * block_rows) >= 2 * FEWEST_READERS:
         blocks *= 2
     return block_rows, block_columns, min(blocks, 16)
 
@@ -87,10 +135,16 @@ def needs_int64(*tensors):
     return any(tensor.numel() >= INT32_ELEMENTS for tensor in tensors)
 
 
-def _power_of_two(n, least, most):
+def power_of_two(n, least, most):
+    """The power of two at or above n, within bounds."""
     return min(max(triton.next_power_of_2(n), least), most)
 
 
 def empty_nhwc(shape, like):
     """An unwritten (N, C, H, W) tensor in channels_last memory, with the dtype and device of `like`."""
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def channels_last(tensor):
+    """The tensor in channels_last memory: for a weight, (A, KH, KW, B), where each tap's matrix is as it stands."""
+    return tensor.contiguous(memory_format=torch.channels_last)

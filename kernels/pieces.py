@@ -3,6 +3,58 @@
 import triton
 import triton.language as tl
 
+NOWHERE = tl.constexpr(-(2**30))  # a position that lies outside of every image, whatever tap is added to it
+
+
+@triton.jit
+def load_block(pointers, row_ok, column_ok):
+    """A (rows, columns) block, zero where a row or a column is not there; None: all of them are."""
+    if row_ok is None:
+        if column_ok is None:
+            block = tl.load(pointers)
+        else:
+            block = tl.load(pointers, mask=column_ok[None, :], other=0.0)
+    elif column_ok is None:
+        block = tl.load(pointers, mask=row_ok[:, None], other=0.0)
+    else:
+        block = tl.load(pointers, mask=row_ok[:, None] & column_ok[None, :], other=0.0)
+    return block
+
+
+@triton.jit
+def round_to_tf32(x):
+    """The nearest TF32 value: tensor cores drop the 13 low bits of a float32, and that bias would add up."""
+    bits = x.to(tl.int32, bitcast=True)
+    rounded = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return tl.where(tl.abs(x) < float("inf"), rounded, x)  # NaN and infinity stay what they are
+
+
+@triton.jit
+def new_accumulator(ROWS: tl.constexpr, COLUMNS: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """Zeros for a (ROWS, COLUMNS) sum, or for its transpose.
+
+    Hopper's matrix units leave a thread few of their result's first dimension and many of its second. With the rows
+    second, sums over rows are made in registers, and a column's bias, mean and so on are few values to keep. That takes
+    64 columns at least, and 16-bit operands, which may lie either way in shared memory.
+    """
+    if TRANSPOSED:
+        acc = tl.zeros((COLUMNS, ROWS), tl.float32)
+    else:
+        acc = tl.zeros((ROWS, COLUMNS), tl.float32)
+    return acc
+
+
+@triton.jit
+def multiply_add(acc, x, y, PRECISION: tl.constexpr, TRANSPOSED: tl.constexpr = False):
+    """acc + x · y in float32, where TRANSPOSED says that acc is that sum's transpose."""
+    if PRECISION == "tf32" and x.dtype == tl.float32:
+        x, y = round_to_tf32(x), round_to_tf32(y)
+    if TRANSPOSED:
+        acc = tl.dot(tl.trans(y), tl.trans(x), acc, input_precision=PRECISION)
+    else:
+        acc = tl.dot(x, y, acc, input_precision=PRECISION)
+    return acc
+
 
 @triton.jit
 def tanh(z):
@@ -92,17 +144,32 @@ def conv_epilogue(
 
 
 @triton.jit
-def store_tile_statistics(acc, row_ok, count, tile, columns, column_ok, CHANNELS, count_ptr, mean_ptr, m2_ptr):
+def store_tile_statistics(
+    acc,
+    row_ok,
+    count,
+    tile,
+    columns,
+    column_ok,
+    COLUMNS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    count_ptr,
+    mean_ptr,
+    m2_ptr,
+):
     """Write a tile's count, mean and centred sum of squares per channel while it is still in registers.
 
-    Rows past the end are masked before each sum; merge_statistics puts the tiles together.
+    Rows past the end are masked before each sum; merge_statistics puts the tiles together. Where several columns are of
+    one channel (COLUMNS is a multiple of CHANNELS), each is a tile of its own to that.
     """
-    # count: (tiles,), mean, m2: (tiles, CHANNELS)
+    # count: (tiles,), mean, m2: (tiles, COLUMNS)
     rows = tl.maximum(count, 1.0)
     rough = tl.sum(tl.where(row_ok[:, None], acc, 0.0), 0) / rows
     centred = tl.where(row_ok[:, None], acc - rough[None, :], 0.0)
     # The sum's own rounding error is what the centred values still average to.
     rest = tl.sum(centred, 0) / rows
-    tl.store(mean_ptr + tile * CHANNELS + columns, rough + rest, mask=column_ok)
-    tl.store(m2_ptr + tile * CHANNELS + columns, tl.sum(centred * centred, 0) - rows * rest * rest, mask=column_ok)
-    tl.store(count_ptr + tile, count)
+    tl.store(mean_ptr + tile * COLUMNS + columns, rough + rest, mask=column_ok)
+    tl.store(m2_ptr + tile * COLUMNS + columns, tl.sum(centred * centred, 0) - rows * rest * rest, mask=column_ok)
+    parts: tl.constexpr = COLUMNS // CHANNELS
+    for part in range(parts):
+        tl.store(count_ptr + tile * parts + part, count)

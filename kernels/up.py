@@ -8,16 +8,24 @@ convolution, called a phase, and no product with an inserted zero is ever made.
 import triton
 import triton.language as tl
 
-from fastgan.kernels.launch import empty_nhwc, geometry, launch, matrix_tile, needs_int64
-from fastgan.kernels.pieces import conv_epilogue, store_tile_statistics
+from fastgan.kernels.launch import channels_last, empty_nhwc, geometry, launch, matrix_tile, needs_int64
+from fastgan.kernels.narrow import is_narrow, up_narrow
+from fastgan.kernels.pieces import (
+    NOWHERE,
+    conv_epilogue,
+    load_block,
+    multiply_add,
+    new_accumulator,
+    store_tile_statistics,
+)
 from fastgan.kernels.statistics import TileStatistics
 
 
 @triton.jit
 def up_kernel(
     low_ptr,  # (N, H, W, A)
-    weight_ptr,  # (A, B, KH, KW) by strides
-    high_ptr,  # (N, Ho, Wo, B)
+    weight_ptr,  # (A, KH, KW, B)
+    high_ptr,  # (N, HO, WO, B)
     bias_ptr,  # (B,) or None
     mean_ptr,  # (B,) or None: the statistics of an eval-mode BatchNorm, and its parameters
     var_ptr,
@@ -28,14 +36,6 @@ def up_kernel(
     tile_m2_ptr,
     eps,
     N,  # images of one group: no tile holds rows of two
-    H,
-    W,
-    Ho,
-    Wo,
-    stride_wa,
-    stride_wb,
-    stride_wh,
-    stride_ww,
     A: tl.constexpr,
     B: tl.constexpr,
     KH: tl.constexpr,
@@ -44,6 +44,11 @@ def up_kernel(
     SW: tl.constexpr,
     PH: tl.constexpr,
     PW: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    HO: tl.constexpr,
+    WO: tl.constexpr,
+    CHANNELS: tl.constexpr,  # of bias and so on: B, or a divisor of it where B holds an image's positions too
     ACTIVATION: tl.constexpr,
     SLOPE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -52,14 +57,19 @@ def up_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    # The phases and column tiles of the same rows run side by side, so that they share the rows in L2.
+    phases: tl.constexpr = SH * SW
     column_tiles: tl.constexpr = (B + BLOCK_N - 1) // BLOCK_N
-    pid_n, pid_m = tl.program_id(0) % column_tiles, tl.program_id(0) // column_tiles
-    phase, group = tl.program_id(1), tl.program_id(2)
+    phase = tl.program_id(0) % phases
+    pid_n = tl.program_id(0) // phases % column_tiles
+    pid_m, group = tl.program_id(0) // (phases * column_tiles), tl.program_id(1)
     # The first output position of this phase, and how many positions it has along each axis. A small output can
     # leave a phase empty: its rows are then all masked, and `maximum` keeps the divisions defined.
     residue_h, residue_w = phase // SW, phase % SW
     first_h, first_w = (residue_h + PH * (SH - 1)) % SH, (residue_w + PW * (SW - 1)) % SW
-    count_h, count_w = (Ho - first_h + SH - 1) // SH, (Wo - first_w + SW - 1) // SW
+    count_h, count_w = HO // SH, WO // SW
+    if HO % SH != 0 or WO % SW != 0:  # some phases have a position more
+        count_h, count_w = (HO - first_h + SH - 1) // SH, (WO - first_w + SW - 1) // SW
     rows = N * count_h * count_w
     per_row, per_image = tl.maximum(count_w, 1), tl.maximum(count_h * count_w, 1)
 
@@ -72,32 +82,46 @@ def up_kernel(
     if INT64:
         n = n.to(tl.int64)
 
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for step_h in range((KH + SH - 1) // SH):
-        for step_w in range((KW + SW - 1) // SW):
-            tap_h, tap_w = residue_h + step_h * SH, residue_w + step_w * SW
-            in_h, in_w = (out_h + PH) // SH - step_h, (out_w + PW) // SW - step_w
-            inside = row_ok & (in_h >= 0) & (in_h < H) & (in_w >= 0) & (in_w < W)
-            # A phase with fewer taps than the most spends its last step on no channels at all.
-            channels = tl.where((tap_h < KH) & (tap_w < KW), A, 0)
-            low_row = ((n * H + in_h) * W + in_w) * A
-            weight_tap = tap_h * stride_wh + tap_w * stride_ww
-            for k in range(0, A, BLOCK_K):
-                a = k + tl.arange(0, BLOCK_K)
-                x = tl.load(
-                    low_ptr + low_row[:, None] + a[None, :], mask=inside[:, None] & (a < channels)[None, :], other=0.0
-                )
-                w = tl.load(
-                    weight_ptr + weight_tap + a[:, None] * stride_wa + column[None, :] * stride_wb,
-                    mask=(a < channels)[:, None] & column_ok[None, :],
-                    other=0.0,
-                )
-                acc = tl.dot(x, w, acc, input_precision=PRECISION)
+    taps_h, taps_w = KH // SH, KW // SW
+    if KH % SH != 0 or KW % SW != 0:  # some phases have a tap more
+        taps_h, taps_w = (KH - residue_h + SH - 1) // SH, (KW - residue_w + SW - 1) // SW
+    taps = taps_h * taps_w
+    base_h, base_w = (out_h + PH) // SH, (out_w + PW) // SW
+    lane = tl.arange(0, BLOCK_K)
+    low_offset = (((n * H + base_h) * W + base_w) * A)[:, None] + lane[None, :]
+    weight_offset = (lane * (KH * KW * B))[:, None] + column[None, :]
+    base_h = tl.where(row_ok, base_h, NOWHERE)
+    weight_column_ok = None if B % BLOCK_N == 0 else column_ok
+
+    # One loop over channels and taps: a loop for each tap would fill and drain the pipeline again.
+    transposed: tl.constexpr = BLOCK_N >= 64 and low_ptr.dtype.element_ty.primitive_bitwidth == 16
+    acc = new_accumulator(BLOCK_M, BLOCK_N, transposed)
+    for step in range(taps * ((A + BLOCK_K - 1) // BLOCK_K)):
+        a, tap = step // taps * BLOCK_K, step % taps
+        step_h, step_w = tap // taps_w, tap % taps_w
+        in_h, in_w = base_h - step_h, base_w - step_w
+        inside = (in_h >= 0) & (in_h < H) & (in_w >= 0) & (in_w < W)
+        a_ok = None if A % BLOCK_K == 0 else lane < A - a
+        low_step = a - (step_h * W + step_w) * A
+        weight_step = (a * KH + residue_h + step_h * SH) * (KW * B) + (residue_w + step_w * SW) * B
+        x = load_block(low_ptr + low_step + low_offset, inside, a_ok)
+        w = load_block(weight_ptr + weight_step + weight_offset, a_ok, weight_column_ok)
+        acc = multiply_add(acc, x, w, PRECISION, transposed)
 
     acc = conv_epilogue(
-        acc, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, column, column_ok, ACTIVATION, SLOPE
+        tl.trans(acc) if transposed else acc,
+        bias_ptr,
+        mean_ptr,
+        var_ptr,
+        gamma_ptr,
+        beta_ptr,
+        eps,
+        column % CHANNELS,
+        column_ok,
+        ACTIVATION,
+        SLOPE,
     )
-    high = ((n * Ho + out_h) * Wo + out_w) * B
+    high = ((n * HO + out_h) * WO + out_w) * B
     tl.store(
         high_ptr + high[:, None] + column[None, :],
         acc.to(high_ptr.dtype.element_ty),
@@ -105,8 +129,10 @@ def up_kernel(
     )
     if count_ptr is not None:
         count = tl.minimum(tl.maximum(rows - pid_m * BLOCK_M, 0), BLOCK_M).to(tl.float32)
-        tile = (group * tl.num_programs(1) + phase) * (tl.num_programs(0) // column_tiles) + pid_m
-        store_tile_statistics(acc, row_ok, count, tile, column, column_ok, B, count_ptr, tile_mean_ptr, tile_m2_ptr)
+        tile = (group * phases + phase) * (tl.num_programs(0) // (phases * column_tiles)) + pid_m
+        store_tile_statistics(
+            acc, row_ok, count, tile, column, column_ok, B, CHANNELS, count_ptr, tile_mean_ptr, tile_m2_ptr
+        )
 
 
 def up(
@@ -130,7 +156,7 @@ def up(
 
     Args:
         low: (N, A, H, W) channels_last.
-        weight: (A, B, KH, KW), same dtype.
+        weight: (A, B, KH, KW), same dtype; copied where it is not channels_last.
         out_size: (Ho, Wo).
         batch_norm: (mean, var, gamma, beta), each (B,) or None; no mean means no BatchNorm.
         statistics: also return the TileStatistics of the result,
@@ -140,24 +166,41 @@ def up(
     Returns:
         high (N, B, Ho, Wo) channels_last, or (high, TileStatistics).
     """
-    (n, a, h, w), b = low.shape, weight.shape[1]
-    high = empty_nhwc((n, b, *out_size), low)
+    (n, a, *low_size), (_, channels, kh, kw) = low.shape, weight.shape
+    weight = channels_last(weight)
+    result = high = empty_nhwc((n, channels, *out_size), low)
+    if low_size == [1, 1] and tuple(padding) == (0, 0) and tuple(out_size) == (kh, kw):
+        # Each image is the product of one vector and the whole weight, whose memory is that matrix as it stands:
+        # every element of the image is a column of its own.
+        weight, high = as_columns(weight), as_columns(high)
+        stride = (1, 1)
+    elif not statistics and is_narrow(weight, stride):
+        epilogue = dict(bias=bias, batch_norm=batch_norm, eps=eps, activation=activation, slope=slope)
+        up_narrow(low, weight, high, stride=stride, padding=padding, precision=precision, tile=tile, **epilogue)
+        return result
+    columns = weight.shape[1]
     phases = stride[0] * stride[1]
-    rows = n // groups * triton.cdiv(out_size[0], stride[0]) * triton.cdiv(out_size[1], stride[1])
-    tile = tile or matrix_tile(rows, b, a, low.dtype)
+    rows = n // groups * triton.cdiv(high.shape[2], stride[0]) * triton.cdiv(high.shape[3], stride[1])
+    tile = tile or matrix_tile(rows, columns, a, low.dtype, groups * phases)
     row_tiles = triton.cdiv(rows, tile.block_m)
-    tiles = TileStatistics.empty(groups, row_tiles * phases, b, low.device) if statistics else (None, None, None)
+    count = row_tiles * phases * (columns // channels)
+    tiles = TileStatistics.empty(groups, count, channels, low.device) if statistics else (None, None, None)
     launch(
         up_kernel,
-        (triton.cdiv(b, tile.block_n) * row_tiles, phases, groups),
-        *(low, weight, high, bias, *batch_norm, *tiles, eps),
-        *(n // groups, h, w, *out_size, *weight.stride()),
+        (phases * triton.cdiv(columns, tile.block_n) * row_tiles, groups),
+        *(low, weight, high, bias, *batch_norm, *tiles, eps, n // groups),
         device=low.device,
+        CHANNELS=channels,
         ACTIVATION=activation,
         SLOPE=slope,
         PRECISION=precision,
         INT64=needs_int64(low, high),
-        **geometry(weight, stride, padding),
+        **geometry(low, weight, high, stride, padding),
         **tile.options(),
     )
-    return (high, tiles) if statistics else high
+    return (result, tiles) if statistics else result
+
+
+def as_columns(tensor):
+    """(N, C, H, W) in channels_last memory seen as (N, H·W·C, 1, 1)."""
+    return tensor.permute(0, 2, 3, 1).reshape(len(tensor), -1, 1, 1)

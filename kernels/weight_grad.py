@@ -1,26 +1,28 @@
-"""The weight's gradient of a convolution (low is the output's gradient) and of a transposed one (low is the input)."""
+"""The weight's gradient of a convolution (low is the output's gradient) and of a transposed one (low is the input).
+
+It is the product of low's transpose (A, rows) with the (rows, KH·KW·B) patches of high, whose columns stand in the
+order of a channels_last weight; the patches are gathered as they are needed, never written down.
+"""
 
 import torch
 import triton
 import triton.language as tl
 
-from fastgan.kernels.launch import geometry, launch, matrix_tile, needs_int64
+from fastgan.kernels.launch import FEWEST_PROGRAMS, geometry, launch, matrix_tile, needs_int64
+from fastgan.kernels.pieces import NOWHERE, load_block, multiply_add
 from fastgan.kernels.statistics import sum_rows
 
-WANTED_PROGRAMS = 512  # a few for each multiprocessor of a large GPU
+# Two programs of 128 × 128 on each multiprocessor of a large GPU: all run at once, and their sums fit its L2 cache.
+WANTED_OUTPUTS = 2 * 132 * 128 * 128
 FEWEST_STEPS = 4  # a program with fewer steps than this costs more in partial sums than it gains
 
 
 @triton.jit
 def weight_grad_kernel(
     low_ptr,  # (N, H, W, A)
-    high_ptr,  # (N, Ho, Wo, B)
+    high_ptr,  # (N, HO, WO, B)
     grad_ptr,  # (splits, *weight): weight's (A, B, KH, KW) by strides
     N,
-    H,
-    W,
-    Ho,
-    Wo,
     steps,  # blocks of rows for each program
     stride_split,
     stride_wa,
@@ -35,40 +37,69 @@ def weight_grad_kernel(
     SW: tl.constexpr,
     PH: tl.constexpr,
     PW: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    HO: tl.constexpr,
+    WO: tl.constexpr,
     PRECISION: tl.constexpr,
     INT64: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    column_tiles: tl.constexpr = (B + BLOCK_N - 1) // BLOCK_N
-    pid_n, pid_m = tl.program_id(0) % column_tiles, tl.program_id(0) // column_tiles
-    tap, split = tl.program_id(1), tl.program_id(2)
-    tap_h, tap_w = tap // KW, tap % KW
+    # The tiles of the same rows run side by side, so that they share the rows in L2.
+    patch: tl.constexpr = KH * KW * B
+    column_tiles: tl.constexpr = (patch + BLOCK_N - 1) // BLOCK_N
+    row_tiles: tl.constexpr = (A + BLOCK_M - 1) // BLOCK_M
+    pid_n = tl.program_id(0) % column_tiles
+    pid_m = tl.program_id(0) // column_tiles % row_tiles
+    split = tl.program_id(0) // (column_tiles * row_tiles)
     a = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    b = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    rows = N * H * W
+    a_ok = None if A % BLOCK_M == 0 else a < A
+    column = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    tap_h, tap_w, b = column // (KW * B), column // B % KW, column % B
+    high_column = tap_h * (WO * B) + column % (KW * B)
+    rows = N * (H * W)
+    if B % BLOCK_N == 0:  # all columns of the tile are of one tap
+        shift_h, shift_w = pid_n * BLOCK_N // (KW * B) - PH, pid_n * BLOCK_N // B % KW - PW
+    else:  # a column past the end reads nowhere, like a position outside of the image
+        shift_h = tl.where(column < patch, tap_h - PH, NOWHERE)[None, :]
+        shift_w = (tap_w - PW)[None, :]
 
+    # Where blocks of rows and the image divide each other, a row's position is the block's plus one that never changes.
+    aligned: tl.constexpr = (H * W % BLOCK_K == 0 or BLOCK_K % (H * W) == 0) and (W % BLOCK_K == 0 or BLOCK_K % W == 0)
+    lane = tl.arange(0, BLOCK_K)
+    low_offset = (lane * A)[None, :] + a[:, None]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for step in range(steps):
-        row = (split * steps + step) * BLOCK_K + tl.arange(0, BLOCK_K)
-        row_ok = row < rows
-        n, low_h, low_w = row // (H * W), row % (H * W) // W, row % W
+        start = (split * steps + step) * BLOCK_K
+        row_ok = lane < rows - start
+        if aligned:
+            block, row = start, lane
+        else:
+            block, row = start * 0, start + lane
+        h, w = row % (H * W) // W * SH, row % W * SW
+        high_offset = ((row // (H * W) * HO + h - PH) * WO + w - PW) * B
+        block_n, block_h, block_w = block // (H * W), block % (H * W) // W * SH, block % W * SW
         if INT64:
-            n = n.to(tl.int64)
-        high_h, high_w = low_h * SH - PH + tap_h, low_w * SW - PW + tap_w
-        inside = row_ok & (high_h >= 0) & (high_h < Ho) & (high_w >= 0) & (high_w < Wo)
-        low_row = ((n * H + low_h) * W + low_w) * A
-        high_row = ((n * Ho + high_h) * Wo + high_w) * B
-        x = tl.load(low_ptr + low_row[None, :] + a[:, None], mask=row_ok[None, :] & (a < A)[:, None], other=0.0)
-        y = tl.load(high_ptr + high_row[:, None] + b[None, :], mask=inside[:, None] & (b < B)[None, :], other=0.0)
-        acc = tl.dot(x, y, acc, input_precision=PRECISION)
+            block_n, start = block_n.to(tl.int64), start.to(tl.int64)
+            high_offset = (((row // (H * W)).to(tl.int64) * HO + h - PH) * WO + w - PW) * B
+        block_offset = ((block_n * HO + block_h) * WO + block_w) * B
+        high_h, high_w = h[:, None] + (block_h + shift_h), w[:, None] + (block_w + shift_w)
+        inside = row_ok[:, None] & (high_h >= 0) & (high_h < HO) & (high_w >= 0) & (high_w < WO)
+        x = load_block(low_ptr + start * A + low_offset, a_ok, row_ok)
+        y = tl.load(
+            high_ptr + block_offset + (high_offset[:, None] + high_column[None, :]),
+            mask=inside,
+            other=0.0,
+        )
+        acc = multiply_add(acc, x, y, PRECISION)
 
-    offset = split * stride_split + tap_h * stride_wh + tap_w * stride_ww
+    offset = tap_h * stride_wh + tap_w * stride_ww + b * stride_wb
     tl.store(
-        grad_ptr + offset + a[:, None] * stride_wa + b[None, :] * stride_wb,
+        grad_ptr + split * stride_split + a[:, None] * stride_wa + offset[None, :],
         acc.to(grad_ptr.dtype.element_ty),
-        mask=(a < A)[:, None] & (b < B)[None, :],
+        mask=(a < A)[:, None] & (column < patch)[None, :],
     )
 
 
@@ -86,21 +117,20 @@ def weight_grad(low, high, weight, *, stride, padding, precision, tile=None):
     """
     (n, a, h, w), (_, b, kh, kw) = low.shape, weight.shape
     grad = torch.empty_like(weight)
-    tile = tile or matrix_tile(a, b, n * h * w, low.dtype)
-    tiles = triton.cdiv(a, tile.block_m) * triton.cdiv(b, tile.block_n)
+    tile = tile or matrix_tile(a, kh * kw * b, n * h * w, low.dtype, copies=FEWEST_PROGRAMS)
+    tiles = triton.cdiv(a, tile.block_m) * triton.cdiv(kh * kw * b, tile.block_n)
     blocks = triton.cdiv(n * h * w, tile.block_k)
-    splits = max(1, min(WANTED_PROGRAMS // (tiles * kh * kw), blocks // FEWEST_STEPS))
+    splits = max(1, min(WANTED_OUTPUTS // (tiles * tile.block_m * tile.block_n), blocks // FEWEST_STEPS))
     steps = triton.cdiv(blocks, splits)
     parts = grad if splits == 1 else torch.empty((1, splits, grad.numel()), dtype=torch.float32, device=grad.device)
     launch(
         weight_grad_kernel,
-        (tiles, kh * kw, splits),
-        *(low, high, parts),
-        *(n, h, w, *high.shape[2:], steps, grad.numel(), *grad.stride()),
+        (tiles * splits,),
+        *(low, high, parts, n, steps, grad.numel(), *grad.stride()),
         device=low.device,
         PRECISION=precision,
         INT64=needs_int64(low, high),
-        **geometry(weight, stride, padding),
+        **geometry(low, weight, high, stride, padding),
         **tile.options(),
     )
     if splits > 1:

@@ -16,11 +16,16 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
-@pytest.fixture(autouse=HAS_GPU)
-def ieee_float32(monkeypatch):
-    """Float32 means float32: cuDNN takes TF32 by its default, but only for some sizes."""
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "ieee")
+@pytest.fixture(autouse=True)
+def ieee_float32():
+    """Float32 means float32: cuDNN takes TF32 by its default, but only for some sizes, and a CPU never does."""
+    settings = (torch.backends.cudnn.conv, torch.backends.cuda.matmul) if HAS_GPU else (torch.backends.cudnn.conv,)
+    before = [setting.fp32_precision for setting in settings]
+    for setting in settings:
+        setting.fp32_precision = "ieee"
+    yield
+    for setting, precision in zip(settings, before, strict=True):
+        setting.fp32_precision = precision
 
 
 @pytest.fixture

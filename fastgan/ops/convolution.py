@@ -2,6 +2,10 @@
 
 `conv` gives the activated result, `conv_statistics` the plain result with its batch statistics for a BatchNorm that
 follows (see batch_norm.py). `transposed` chooses the direction; the input gradient of either is `conv` the other way.
+
+The weight may have another dtype than x: float32 parameters under mixed precision. `weight_copy`, if given, holds the
+same values in the dtype of x (somebody keeps them, to save a cast at each use), and the weight's gradient comes out in
+the weight's own dtype, never rounded to x's.
 """
 
 from collections.abc import Sequence
@@ -27,10 +31,15 @@ def _empty_result(x, weight, transposed, stride, padding, output_padding):
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
+def _in_dtype_of(x, weight, copy):
+    return weight.to(x.dtype) if copy is None else copy
+
+
 @torch.library.custom_op("fastgan::conv", mutates_args=())
 def conv(
     x: Tensor,
     weight: Tensor,
+    weight_copy: Tensor | None,
     bias: Tensor | None,
     mean: Tensor | None,
     var: Tensor | None,
@@ -54,7 +63,7 @@ def conv(
     return run_conv(
         choose(problem, x.device),
         x,
-        weight,
+        _in_dtype_of(x, weight, weight_copy),
         size,
         transposed=transposed,
         stride=stride,
@@ -68,7 +77,23 @@ def conv(
 
 
 @conv.register_fake
-def _(x, weight, bias, mean, var, gamma, beta, eps, transposed, stride, padding, output_padding, activation, slope):
+def _(
+    x,
+    weight,
+    weight_copy,
+    bias,
+    mean,
+    var,
+    gamma,
+    beta,
+    eps,
+    transposed,
+    stride,
+    padding,
+    output_padding,
+    activation,
+    slope,
+):
     return _empty_result(x, weight, transposed, stride, padding, output_padding)
 
 
@@ -76,6 +101,7 @@ def _(x, weight, bias, mean, var, gamma, beta, eps, transposed, stride, padding,
 def conv_statistics(
     x: Tensor,
     weight: Tensor,
+    weight_copy: Tensor | None,
     bias: Tensor | None,
     eps: float,
     transposed: bool,
@@ -93,11 +119,12 @@ def conv_statistics(
     size = out_size(x, weight, transposed, stride, padding, output_padding)
     problem = conv_problem(x, weight, transposed, stride, padding, size, then="statistics")
     where = dict(transposed=transposed, stride=stride, padding=padding)
+    weight = _in_dtype_of(x, weight, weight_copy)
     return run_conv_statistics(choose(problem, x.device), x, weight, size, **where, bias=bias, eps=eps, groups=groups)
 
 
 @conv_statistics.register_fake
-def _(x, weight, bias, eps, transposed, stride, padding, output_padding, groups):
+def _(x, weight, weight_copy, bias, eps, transposed, stride, padding, output_padding, groups):
     y = _empty_result(x, weight, transposed, stride, padding, output_padding)
     return y, *(x.new_empty((groups, y.shape[1]), dtype=torch.float32) for _ in range(3))
 
@@ -129,13 +156,14 @@ def _(grad, out, activation, slope):
     return torch.empty_like(out, memory_format=torch.channels_last)
 
 
-def _linear_backward(ctx, x, weight, dy):
+def _linear_backward(ctx, x, weight, weight_copy, dy):
     """(dx, dweight) of y = conv(x, weight), each None where it is not wanted."""
     transposed, stride, padding = ctx.transposed, ctx.stride, ctx.padding
     dx = dweight = None
     if ctx.needs_input_grad[0]:
         extra = [0, 0] if transposed else lost_rows(x.shape[2:], weight.shape[2:], stride, padding)
-        dx = conv(dy, weight, None, None, None, None, None, 0.0, not transposed, stride, padding, extra, None, 0.0)
+        plain = (None, None, None, None, None, 0.0)
+        dx = conv(dy, weight, weight_copy, *plain, not transposed, stride, padding, extra, None, 0.0)
     if ctx.needs_input_grad[1]:
         low, high = (x, dy) if transposed else (dy, x)
         dweight = conv_weight_grad(low, high, weight, stride, padding)
@@ -143,39 +171,41 @@ def _linear_backward(ctx, x, weight, dy):
 
 
 def _save_conv(ctx, inputs, output):
-    x, weight, _, mean, *_, transposed, stride, padding, _, activation, slope = inputs
+    x, weight, weight_copy, bias, mean, *_, transposed, stride, padding, _, activation, slope = inputs
     ctx.with_batch_norm = mean is not None
     ctx.transposed, ctx.stride, ctx.padding = transposed, stride, padding
     ctx.activation, ctx.slope = activation, slope
     # A linear result is not needed again; every activation's derivative can be told from its output.
-    ctx.save_for_backward(x, weight, output if activation else None)
+    ctx.save_for_backward(x, weight, weight_copy, output if activation else None)
+    ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _conv_backward(ctx, dout):
     if ctx.with_batch_norm:
         raise RuntimeError("fastgan::conv with an eval-mode BatchNorm inside has no gradient: use batch_norm_act")
-    x, weight, out = ctx.saved_tensors
+    x, weight, weight_copy, out = ctx.saved_tensors
     dy = activation_grad(dout, out, ctx.activation, ctx.slope) if ctx.activation else dout
-    dx, dweight = _linear_backward(ctx, x, weight, dy)
-    dbias = dy.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None
-    return dx, dweight, dbias, *[None] * 11
+    dx, dweight = _linear_backward(ctx, x, weight, weight_copy, dy)
+    dbias = dy.sum((0, 2, 3)).to(ctx.bias_dtype) if ctx.needs_input_grad[3] else None
+    return dx, dweight, None, dbias, *[None] * 11
 
 
 conv.register_autograd(_conv_backward, setup_context=_save_conv)
 
 
 def _save_conv_statistics(ctx, inputs, output):
-    x, weight, bias, _, transposed, stride, padding, *_ = inputs
+    x, weight, weight_copy, bias, _, transposed, stride, padding, *_ = inputs
     ctx.transposed, ctx.stride, ctx.padding = transposed, stride, padding
-    ctx.save_for_backward(x, weight, bias)
+    ctx.save_for_backward(x, weight, weight_copy, bias)
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # or zeros are written for the statistics, which have no gradients
 
 
 def _conv_statistics_backward(ctx, dy, *_):
-    x, weight, bias = ctx.saved_tensors
-    dx, dweight = _linear_backward(ctx, x, weight, dy)
-    dbias = torch.zeros_like(bias) if ctx.needs_input_grad[2] else None
-    return dx, dweight, dbias, *[None] * 6
+    x, weight, weight_copy, bias = ctx.saved_tensors
+    dx, dweight = _linear_backward(ctx, x, weight, weight_copy, dy)
+    dbias = torch.zeros_like(bias) if ctx.needs_input_grad[3] else None
+    return dx, dweight, None, dbias, *[None] * 6
 
 
 conv_statistics.register_autograd(_conv_statistics_backward, setup_context=_save_conv_statistics)

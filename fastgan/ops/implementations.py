@@ -75,12 +75,14 @@ def run_weight_grad(choice, low, high, weight, *, stride, padding):
         where = dict(stride=stride, padding=padding, precision=matmul_precision(low.dtype))
         return weight_grad(low, high, weight, tile=_tile(choice), **where)
     # That of a transposed convolution is the same with the ends exchanged, as ours is.
+    # Of the weight it reads the shape, and wants the dtype of the others.
+    like = weight if weight.dtype == low.dtype else torch.empty_like(weight, dtype=low.dtype)
     _, grad, _ = torch.ops.aten.convolution_backward(
-        low, high, weight, None, stride, padding, [1, 1], False, [0, 0], 1, [False, True, False]
+        low, high, like, None, stride, padding, [1, 1], False, [0, 0], 1, [False, True, False]
     )
     # cuDNN has its own idea of the layout: contiguous for the (1, 512, 4, 4) weight of a discriminator's end.
     out = torch.empty_like(weight)
-    return grad if grad.stride() == out.stride() else out.copy_(grad)
+    return grad if grad.dtype == out.dtype and grad.stride() == out.stride() else out.copy_(grad)
 
 
 def _matrix_kernel(choice, x, weight, out_size, transposed, stride, padding, **epilogue):

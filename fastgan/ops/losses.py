@@ -31,6 +31,7 @@ def _save(ctx, inputs, output):
     ctx.dtypes = real.dtype, None if fake is None else fake.dtype
     ctx.save_for_backward(*output[1:])
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # or zeros are written for the gradients' gradients
 
 
 def _backward(ctx, dsums, *_):

@@ -49,9 +49,9 @@ def _close(ours, theirs):
 
 def _stock_batch_norms(model):
     """BatchNorms that are called by themselves, which a hook shows on a fused model only for those left out."""
-    from fastgan.fusion import fused_modules
+    from fastgan.fusion import fused_groups
 
-    fused = set(map(id, fused_modules(model)))
+    fused = {id(module) for group in fused_groups(model).values() for module in group.modules}
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and id(module) not in fused:
             yield name, module

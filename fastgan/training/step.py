@@ -12,6 +12,7 @@ from fastgan.training.devices import check_precision
 from fastgan.training.graph import StepGraph
 from fastgan.training.one_pass import one_pass_obstacle
 from fastgan.training.weights import load_weights
+from fastgan.weight_copies import WeightCopies
 
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -95,6 +96,10 @@ class TrainStep:
             self._d = torch.compile(discriminator, fullgraph=True, dynamic=False)
 
         on_cuda = self.device.type == "cuda"
+        self._copies_g, self._copies_d = (
+            WeightCopies(_fused_convolutions(network) if on_cuda and self.autocast_dtype else (), self.autocast_dtype)
+            for network in (generator, discriminator)
+        )
         self.one_pass, self.one_pass_reason = one_pass, f"one_pass={one_pass}"
         if one_pass is None:
             self.one_pass = on_cuda and fused
@@ -127,6 +132,10 @@ class TrainStep:
                 raise ValueError("real_images are missing, and this TrainStep has no source to draw them from")
         elif not real_images.is_floating_point():
             raise ValueError(f"real_images must be floating point, in [-1, 1]; got {real_images.dtype}")
+        with self._copies_g.in_use(), self._copies_d.in_use():
+            return self._run(real_images)
+
+    def _run(self, real_images):
         if self._graph is None:
             return self._step(real_images)
         self._keep_lr()
@@ -135,6 +144,8 @@ class TrainStep:
     def _step(self, real_images):
         real_images = self.source.draw() if real_images is None else real_images
         real_images = real_images.to(memory_format=torch.channels_last)
+        self._copies_g.refresh()
+        self._copies_d.refresh()
         latent = torch.randn(len(real_images), *self.latent_shape, device=self.device, dtype=self.dtype)
 
         with self._autocast():
@@ -142,6 +153,7 @@ class TrainStep:
         real_logits, fake_logits = self._discriminate(real_images, fake_images.detach())
         loss_d, d_real, d_fake = self._discriminator_loss(real_logits, fake_logits, return_means=True)
         self._update(self.optimizer_d, loss_d)
+        self._copies_d.refresh()
 
         with _frozen(self.discriminator), self._autocast():
             fake_logits = self._d(fake_images)
@@ -229,6 +241,12 @@ class TrainStep:
         self.forget_graph()  # it writes to Adam's old averages
 
     _STATEFUL = ("generator", "discriminator", "optimizer_g", "optimizer_d", "scaler")
+
+
+def _fused_convolutions(network):
+    from fastgan.fusion import fused_groups
+
+    return [group.modules[0] for group in fused_groups(network).values()]
 
 
 def _check_lr(lr):

@@ -1,23 +1,29 @@
 """Compile every kernel for a GPU that need not be there: `python tests/kernels/compile_kernels.py 90 80`.
 
+With `--tiles bfloat16` it is the matrix kernels in every tile that a tuner may choose.
+
 Runs the operators on small CPU tensors with `launch` replaced, so what is compiled is what they would start, with the
-argument types and compile-time constants that they would pass. Prints one JSON line a kernel: its name, target, dtype
-and the matrix instructions in its PTX.
+argument types and compile-time constants that they would pass. Prints one JSON line a kernel: its name, target, dtype,
+tile, the matrix instructions and the widths of asynchronous copies in its PTX, registers, stack and shared memory.
 """
 
 import json
+import re
+import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastgan.kernels import batch_norm, data, down, losses, running, statistics, up, weight_grad
+from fastgan.kernels import batch_norm, data, down, launch, losses, narrow, running, statistics, up, weight_grad
 
 _TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 _INTEGER_TYPES = {torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64"}
-_MODULES = (batch_norm, data, down, losses, running, statistics, up, weight_grad)
+_MODULES = (batch_norm, data, down, losses, narrow, running, statistics, up, weight_grad)
 
 
 def record(workload):
@@ -80,6 +86,10 @@ def workload(dtype, batch=8):
         down.down(high, weight, (8, 8), statistics=True, **where)
         weight_grad.weight_grad(low, high, weight, **where)
 
+        # The generator's first layer: one position, a plain product.
+        latent, first = torch.empty(8 * batch, 100, 1, 1, dtype=dtype), torch.empty(100, 64, 4, 4, dtype=dtype)
+        up.up(latent, first, (4, 4), stride=(1, 1), padding=(0, 0), precision="tf32", statistics=True)
+
         # The generator's last layer and the discriminator's first: three channels, an activation, no statistics.
         image = torch.empty(batch, 3, 32, 32, dtype=dtype).to(memory_format=torch.channels_last)
         to_image = torch.empty(64, 3, 4, 4, dtype=dtype)
@@ -106,27 +116,59 @@ def workload(dtype, batch=8):
     return run
 
 
-def main(capabilities):
-    for dtype in _TYPES:
-        launches = record(workload(dtype))
-        for capability in capabilities:
-            for kernel, args, options in launches:
-                compiled = compile_launch(kernel, args, options, capability)
-                ptx = compiled.asm["ptx"]
-                matrix = sorted({word for word in ("wgmma.mma_async", "mma.sync") if word in ptx})
-                print(
-                    json.dumps(
-                        dict(
-                            kernel=kernel.__name__,
-                            target=f"sm_{capability}",
-                            dtype=str(dtype).removeprefix("torch."),
-                            matrix_instructions=matrix,
-                            cubin_bytes=len(compiled.asm["cubin"]),
-                        )
-                    ),
-                    flush=True,
-                )
+def every_tile(dtype):
+    """The matrix kernels at a middle layer's sizes, with statistics, in each tile; and an image's kernel."""
+
+    def run():
+        low, high = (torch.empty(64, 256, size, size, dtype=dtype, device="meta") for size in (8, 16))
+        weight = torch.empty(256, 256, 4, 4, dtype=dtype, device="meta")
+        low, high, weight = (tensor.to(memory_format=torch.channels_last) for tensor in (low, high, weight))
+        for tile in launch.TILES[dtype.itemsize]:
+            where = dict(stride=(2, 2), padding=(1, 1), precision="tf32", tile=tile)
+            up.up(low, weight, (16, 16), statistics=True, **where)
+            down.down(high, weight, (8, 8), statistics=True, **where)
+            weight_grad.weight_grad(low, high, weight, **where)
+        for tile in narrow.TILES[dtype.itemsize]:
+            up.up(low, weight[:, :3], (16, 16), activation="tanh", **dict(where, tile=tile))
+
+    return [one for one in record(run) if one[0].__name__ != "sum_rows_kernel"]
+
+
+def report(kernel, args, options, capability):
+    compiled = compile_launch(kernel, args, options, capability)
+    ptx = compiled.asm["ptx"]
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
+    registers, stack = (int(re.search(rf"{name}:(\d+)", usage).group(1)) for name in ("REG", "STACK"))
+    keys = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
+    return dict(
+        kernel=kernel.__name__,
+        target=f"sm_{capability}",
+        tile=[options.get(key) for key in keys],
+        matrix_instructions=sorted({word for word in ("wgmma.mma_async", "mma.sync") if word in ptx}),
+        copy_bytes=sorted({int(size, 16) for size in re.findall(r"cp\.async\.c\S+ [^;]*?, (0x\w+)", ptx)}),
+        registers=registers,
+        stack_bytes=stack,
+        shared_bytes=compiled.metadata.shared,
+        cubin_bytes=len(compiled.asm["cubin"]),
+    )
+
+
+def main(arguments):
+    dtypes, launches_of = list(_TYPES), lambda dtype: record(workload(dtype))
+    if "--tiles" in arguments:
+        at = arguments.index("--tiles")
+        dtypes, launches_of = [getattr(torch, arguments[at + 1])], every_tile
+        arguments = arguments[:at]
+    for dtype in dtypes:
+        for kernel, args, options in launches_of(dtype):
+            for capability in arguments:
+                row = report(kernel, args, options, int(capability))
+                print(json.dumps(dict(row, dtype=str(dtype).removeprefix("torch."))), flush=True)
 
 
 if __name__ == "__main__":
-    main([int(argument) for argument in sys.argv[1:]])
+    main(sys.argv[1:])

@@ -39,7 +39,7 @@ def test_tiles_end_with_their_group(device, monkeypatch, triton_backend, poisone
     """Groups that are no multiple of any tile, and statistics that are merged in stages."""
     from fastgan.kernels import batch_norm, down, launch, statistics
 
-    monkeypatch.setattr(down, "matrix_tile", lambda *_: launch.MatrixTile(16, 16, 16, 4, 2))
+    monkeypatch.setattr(down, "matrix_tile", lambda *_, **__: launch.MatrixTile(16, 16, 16, 4, 2))
     monkeypatch.setattr(statistics, "merge_tile", lambda *_: (2, 8))
     monkeypatch.setattr(batch_norm, "reduction_tile", lambda *_: (8, 8))
     monkeypatch.setattr(batch_norm, "rows_tile", lambda *_: (32, 8))

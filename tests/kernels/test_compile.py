@@ -11,6 +11,7 @@ import pytest
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
 KERNELS = {
     "up_kernel",
+    "up_narrow_kernel",
     "down_kernel",
     "weight_grad_kernel",
     "sum_rows_kernel",
@@ -24,20 +25,35 @@ KERNELS = {
     "next_batch_kernel",
 }
 
+MATRIX_KERNELS = ("up_kernel", "up_narrow_kernel", "down_kernel", "weight_grad_kernel")
+
+
+def compiled(*arguments):
+    # Another process: in this one the interpreter has taken the place of the compiler.
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, str(SCRIPT), *arguments], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
 
 @pytest.mark.parametrize("capability, instruction", ((80, "mma.sync"), (90, "wgmma.mma_async")))
 def test_compiles(capability, instruction):
-    # Another process: in this one the interpreter has taken the place of the compiler.
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), str(capability)], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    rows = compiled(str(capability))
     for dtype in ("float32", "float16", "bfloat16"):
-        compiled = [row for row in rows if row["dtype"] == dtype]
-        assert {row["kernel"] for row in compiled} == KERNELS
-        assert all(row["cubin_bytes"] > 0 for row in compiled)
-        matrix = [row for row in compiled if row["kernel"] in ("up_kernel", "down_kernel", "weight_grad_kernel")]
+        found = [row for row in rows if row["dtype"] == dtype]
+        assert {row["kernel"] for row in found} == KERNELS
+        assert all(row["cubin_bytes"] > 0 for row in found)
+        matrix = [row for row in found if row["kernel"] in MATRIX_KERNELS]
         # Tensor cores: on Hopper only tiles of 64 rows and more take wgmma, and these all have them.
         assert all(instruction in row["matrix_instructions"] for row in matrix), matrix
+
+
+@pytest.mark.parametrize("dtype", ("bfloat16", "float32"))
+def test_every_tile_fits_hopper(dtype):
+    for row in compiled("90", "--tiles", dtype):
+        assert row["stack_bytes"] == 0, row  # no spilled registers
+        assert row["shared_bytes"] <= 227 * 1024, row
+        if row["kernel"] != "up_narrow_kernel":
+            assert row["copy_bytes"] == [16], row
+        if row["tile"][0] != 16:  # fewer rows than the matrix units of Hopper take
+            assert row["matrix_instructions"] == ["wgmma.mma_async"], row

@@ -29,9 +29,9 @@ def _operator_calls(device):
     where = ([1, 1], [1, 1])
     plain = (None, None, None, None, 0.0)
     return {
-        "conv": (conv, (x, weight, vector, *plain, False, *where, [0, 0], "leaky_relu", 0.2)),
-        "conv_transposed": (conv, (y, weight, None, *plain, True, [2, 2], [1, 1], [1, 1], "tanh", 0.0)),
-        "conv_statistics": (conv_statistics, (x, weight, vector, 1e-5, False, *where, [0, 0], 2)),
+        "conv": (conv, (x, weight, None, vector, *plain, False, *where, [0, 0], "leaky_relu", 0.2)),
+        "conv_transposed": (conv, (y, weight, None, None, *plain, True, [2, 2], [1, 1], [1, 1], "tanh", 0.0)),
+        "conv_statistics": (conv_statistics, (x, weight, None, vector, 1e-5, False, *where, [0, 0], 2)),
         "conv_weight_grad": (conv_weight_grad, (y.detach(), x.detach(), weight.detach(), *where)),
         "activation_grad": (activation_grad, (y.detach(), y.detach(), "sigmoid", 0.0)),
         "update_running": (
@@ -102,6 +102,27 @@ def test_autocast(device):
 def test_eval_mode_batch_norm_inside_the_kernel_refuses_a_gradient(device):
     x, weight, vector = _operands(device)
     statistics = (vector.detach(),) * 4
-    out = conv(x, weight, None, *statistics, 1e-5, False, [1, 1], [1, 1], [0, 0], None, 0.0)
+    out = conv(x, weight, None, None, *statistics, 1e-5, False, [1, 1], [1, 1], [0, 0], None, 0.0)
     with pytest.raises(RuntimeError, match="batch_norm_act"):
         out.sum().backward()
+
+
+@pytest.mark.parametrize("operator", ("conv", "conv_statistics"))
+def test_float32_weights_of_half_precision_inputs(operator, device):
+    """The same result as with a weight of the input's dtype, and a gradient that is not rounded to it."""
+    x, weight, _ = _operands(device)
+    x, results = x.detach().half(), []
+    half = weight.detach().half()
+    for parameter, kept in ((half.clone(), None), (half.float(), None), (half.float(), half)):
+        parameter.requires_grad_()
+        if operator == "conv":
+            y = conv(x, parameter, kept, *[None] * 5, 0.0, False, [1, 1], [1, 1], [0, 0], "relu", 0.0)
+        else:
+            y = conv_statistics(x, parameter, kept, None, 1e-5, False, [1, 1], [1, 1], [0, 0], 1)[0]
+        y.backward(torch.cos(torch.arange(y.numel(), device=device)).view_as(y).half())
+        assert parameter.grad.dtype == parameter.dtype
+        results.append((y.detach(), parameter.grad))
+    (y, grad), *others = results
+    for other_y, other_grad in others:
+        assert torch.equal(y, other_y) and torch.equal(grad, other_grad.half())
+        assert not torch.equal(other_grad, grad.float())

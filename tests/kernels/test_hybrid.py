@@ -44,12 +44,12 @@ def test_equals_stock(case, device):
 def test_statistics_of_several_tiles_and_blocks(transposed, bias, groups, device, monkeypatch):
     """Tiles and blocks end inside the matrix, none holds rows of two groups, and they merge to the batch's numbers."""
     monkeypatch.setattr(statistics, "statistics_tile", lambda *_: (4, 8, 2))
-    monkeypatch.setattr(statistics, "reduction_tile", lambda *_: (4, 8))
+    monkeypatch.setattr(statistics, "merge_tile", lambda *_: (4, 8))
     case = PLAIN._replace(transposed=transposed, bias=bias)
     x, weight, b, *_ = draw(case, 4, device)
     b = None if b is None else b + 100.0
     where = (case.transposed, [2, 2], [1, 1], [0, 0])
-    y, mean, invstd, var = conv_statistics(x, weight, b, 1e-3, *where, groups)
+    y, mean, invstd, var = conv_statistics(x, weight, None, b, 1e-3, *where, groups)
     stock = (F.conv_transpose2d if transposed else F.conv2d)(x, weight, b, 2, 1)
     torch.testing.assert_close(y, stock)
     parts = stock.double().view(groups, -1, *stock.shape[1:])
@@ -98,7 +98,7 @@ def test_results_have_the_strides_that_were_promised(shape, memory, device):
     weight = torch.randn(shape, device=device).to(memory_format=memory)
     for height in (shape[2], 7):
         x = torch.randn(2, shape[1], height, height, device=device)
-        plain = (None, None, None, None, None, 0.0)
+        plain = (None, None, None, None, None, None, 0.0)
         y = conv(x, weight, *plain, False, [1, 1], [0, 0], [0, 0], None, 0.0)
         back = conv(y, weight, *plain, True, [1, 1], [0, 0], [0, 0], None, 0.0)
         for result in (y, back):

@@ -1,0 +1,44 @@
+"""Weights in the dtype that the kernels compute in, cast once for each update and not at each use."""
+
+from contextlib import contextmanager
+
+import torch
+
+_NAME = "_fastgan_weight_copy"
+
+
+class WeightCopies:
+    """Copies of the weights of some convolutions, for mixed precision: within `in_use` fused modules read them.
+
+    Whoever holds them calls `refresh` after each change of the weights.
+
+    Args:
+        convolutions: modules with a parameter `weight`; those that compute theirs (parametrizations) are left out.
+        dtype: of the copies.
+    """
+
+    def __init__(self, convolutions, dtype):
+        self._modules = [module for module in convolutions if "weight" in module._parameters]
+        self._weights = [module.weight.detach() for module in self._modules]
+        self._copies = [torch.empty_like(weight, dtype=dtype) for weight in self._weights]
+
+    def refresh(self):
+        """Cast all weights, in one launch or few."""
+        if self._copies:
+            torch._foreach_copy_(self._copies, self._weights)
+
+    @contextmanager
+    def in_use(self):
+        """The copies are attributes of the modules only in here: outside of it nobody keeps them up to date."""
+        for module, copy in zip(self._modules, self._copies, strict=True):
+            module.__dict__[_NAME] = copy
+        try:
+            yield
+        finally:
+            for module in self._modules:
+                del module.__dict__[_NAME]
+
+
+def weight_copy(module):
+    """The copy of a convolution's weight that is in use, or None."""
+    return getattr(module, _NAME, None)

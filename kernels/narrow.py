@@ -1,0 +1,187 @@
+"""low → high where high has few channels: the layer that makes an image, and the gradient that reaches one.
+
+As a matrix product for each phase (up.py) such a layer would read low once for every tap, to fill a few of the matrix
+unit's columns. Here a program reads a patch of low once and multiplies it by all taps: column (t, c) is the t-th tap
+of output c = (phase, channel). What belongs to the neighbour at a distance of one position is then picked up from the
+neighbour's row of the product, and the taps are summed.
+"""
+
+import math
+
+import triton
+import triton.language as tl
+
+from fastgan.kernels.launch import MatrixTile, geometry, launch, needs_int64, power_of_two
+from fastgan.kernels.pieces import conv_epilogue, load_block, multiply_add
+
+# What a tuner may try, as `launch.TILES`; block_n is the kernel's own affair.
+TILES = {
+    2: (MatrixTile(256, 16, 64, 8, 1), MatrixTile(128, 16, 64, 4, 1), MatrixTile(128, 16, 64, 8, 1)),
+    4: (MatrixTile(256, 16, 32, 8, 1), MatrixTile(128, 16, 32, 4, 1), MatrixTile(128, 16, 32, 8, 1)),
+}
+MOST_CHANNELS = 8
+MOST_COLUMNS = 128
+
+
+@triton.jit
+def up_narrow_kernel(
+    low_ptr,  # (N, H, W, A)
+    weight_ptr,  # (A, KH, KW, B)
+    high_ptr,  # (N, HO, WO, B)
+    bias_ptr,  # (B,) or None
+    mean_ptr,  # (B,) or None: the statistics of an eval-mode BatchNorm, and its parameters
+    var_ptr,
+    gamma_ptr,
+    beta_ptr,
+    eps,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    SH: tl.constexpr,
+    SW: tl.constexpr,
+    PH: tl.constexpr,
+    PW: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    HO: tl.constexpr,
+    WO: tl.constexpr,
+    PATCH_H: tl.constexpr,  # positions of a patch, and how many of them at its edges only serve their neighbours
+    PATCH_W: tl.constexpr,
+    BEFORE_H: tl.constexpr,
+    BEFORE_W: tl.constexpr,
+    AFTER_H: tl.constexpr,
+    AFTER_W: tl.constexpr,
+    STEPS_H: tl.constexpr,  # powers of two that hold all taps of an output, and all outputs of a position
+    STEPS_W: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    SLOPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INT64: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    # Position q makes the outputs q·stride + phase.
+    count_h: tl.constexpr = (HO + SH - 1) // SH
+    count_w: tl.constexpr = (WO + SW - 1) // SW
+    inner_h: tl.constexpr = PATCH_H - BEFORE_H - AFTER_H
+    inner_w: tl.constexpr = PATCH_W - BEFORE_W - AFTER_W
+    patches_h: tl.constexpr = (count_h + inner_h - 1) // inner_h
+    patches_w: tl.constexpr = (count_w + inner_w - 1) // inner_w
+    patch = tl.program_id(0) % (patches_h * patches_w)
+    n = tl.program_id(0) // (patches_h * patches_w)
+    if INT64:
+        n = n.to(tl.int64)
+    row = tl.arange(0, PATCH_H * PATCH_W)
+    row_h, row_w = row // PATCH_W - BEFORE_H, row % PATCH_W - BEFORE_W
+    h, w = patch // patches_w * inner_h + row_h, patch % patches_w * inner_w + row_w
+
+    # Column (step_h, step_w, c): as in up.py, tap residue + stride·step of phase c's outputs reads position
+    # q + carry − step, where carry = (phase + padding) div stride.
+    column = tl.arange(0, STEPS_H * STEPS_W * OUTPUTS)
+    c = column % OUTPUTS
+    phase_h, phase_w = c // (SW * B), c // B % SW
+    tap_h = (phase_h + PH) % SH + column // (STEPS_W * OUTPUTS) * SH
+    tap_w = (phase_w + PW) % SW + column // OUTPUTS % STEPS_W * SW
+    column_ok = (c < SH * SW * B) & (tap_h < KH) & (tap_w < KW)
+
+    inside = (h >= 0) & (h < H) & (w >= 0) & (w < W)
+    lane = tl.arange(0, BLOCK_K)
+    low_offset = (((n * H + h) * W + w) * A)[:, None] + lane[None, :]
+    weight_offset = (lane * (KH * KW * B))[:, None] + ((tap_h * KW + tap_w) * B + c % B)[None, :]
+    products = tl.zeros((PATCH_H * PATCH_W, STEPS_H * STEPS_W * OUTPUTS), tl.float32)
+    for a in range(0, A, BLOCK_K):
+        a_ok = None if A % BLOCK_K == 0 else lane < A - a
+        x = load_block(low_ptr + a + low_offset, inside, a_ok)
+        y = load_block(weight_ptr + a * (KH * KW * B) + weight_offset, a_ok, column_ok)
+        products = multiply_add(products, x, y, PRECISION)
+
+    # Sum over the steps along the width, then over those along the height, each read from the position it belongs to.
+    # A neighbour outside of the patch is outside of the image too, or the position only serves others.
+    c = tl.arange(0, STEPS_W * OUTPUTS)
+    carry_w = (c % OUTPUTS // B % SW + PW) // SW
+    source = tl.arange(0, PATCH_W)[:, None] + (carry_w - c // OUTPUTS)[None, :]
+    source = tl.broadcast_to(source[None, :, None, :], (PATCH_H, PATCH_W, STEPS_H, STEPS_W * OUTPUTS))
+    source = tl.reshape(source, (PATCH_H, PATCH_W, STEPS_H * STEPS_W * OUTPUTS))
+    there = (source >= 0) & (source < PATCH_W)
+    products = tl.reshape(products, (PATCH_H, PATCH_W, STEPS_H * STEPS_W * OUTPUTS))
+    products = tl.where(there, tl.gather(products, tl.where(there, source, 0), 1), 0.0)
+    out = tl.sum(tl.reshape(products, (PATCH_H * PATCH_W * STEPS_H, STEPS_W, OUTPUTS)), 1)
+
+    c = tl.arange(0, STEPS_H * OUTPUTS)
+    carry_h = (c % OUTPUTS // (SW * B) + PH) // SH
+    source = tl.arange(0, PATCH_H)[:, None] + (carry_h - c // OUTPUTS)[None, :]
+    source = tl.broadcast_to(source[:, None, :], (PATCH_H, PATCH_W, STEPS_H * OUTPUTS))
+    there = (source >= 0) & (source < PATCH_H)
+    out = tl.reshape(out, (PATCH_H, PATCH_W, STEPS_H * OUTPUTS))
+    out = tl.where(there, tl.gather(out, tl.where(there, source, 0), 0), 0.0)
+    out = tl.sum(tl.reshape(out, (PATCH_H * PATCH_W, STEPS_H, OUTPUTS)), 1)
+
+    c = tl.arange(0, OUTPUTS)
+    c_ok = c < SH * SW * B
+    out = conv_epilogue(out, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, c % B, c_ok, ACTIVATION, SLOPE)
+    out_h, out_w = h[:, None] * SH + (c // (SW * B))[None, :], w[:, None] * SW + (c // B % SW)[None, :]
+    own = (row_h >= 0) & (row_h < inner_h) & (row_w >= 0) & (row_w < inner_w)
+    tl.store(
+        high_ptr + ((n * HO + out_h) * WO + out_w) * B + (c % B)[None, :],
+        out.to(high_ptr.dtype.element_ty),
+        mask=own[:, None] & c_ok[None, :] & (out_h < HO) & (out_w < WO),
+    )
+
+
+def is_narrow(weight, stride):
+    """Whether all taps of all outputs of a position are few enough columns for one program."""
+    return weight.shape[1] <= MOST_CHANNELS and math.prod(_columns(weight, stride).values()) <= MOST_COLUMNS
+
+
+def up_narrow(low, weight, high, *, stride, padding, precision, bias, batch_norm, eps, activation, slope, tile=None):
+    """up() into `high`, for layers that are narrow; of `tile`, block_m, block_k, warps and stages count."""
+    tile = tile or MatrixTile(256, 0, power_of_two(low.shape[1], 16, 64 if low.dtype.itemsize == 2 else 32), 8, 1)
+    patch, programs = _patch(tile.block_m, low.shape, high.shape, weight.shape[2:], stride, padding)
+    launch(
+        up_narrow_kernel,
+        (programs,),
+        *(low, weight, high, bias, *batch_norm, eps),
+        device=low.device,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        ACTIVATION=activation,
+        SLOPE=slope,
+        PRECISION=precision,
+        INT64=needs_int64(low, high),
+        BLOCK_K=tile.block_k,
+        **patch,
+        **_columns(weight, stride),
+        **geometry(low, weight, high, stride, padding),
+    )
+
+
+def _columns(weight, stride):
+    """The powers of two that hold the taps of an output along each axis, and the outputs of a position."""
+    (_, b, kh, kw), (sh, sw) = weight.shape, stride
+    steps_h, steps_w = (triton.next_power_of_2(triton.cdiv(k, s)) for k, s in ((kh, sh), (kw, sw)))
+    outputs = max(triton.next_power_of_2(sh * sw * b), 16 // (steps_h * steps_w))  # the least that matrix units take
+    return dict(STEPS_H=steps_h, STEPS_W=steps_w, OUTPUTS=outputs)
+
+
+def _patch(rows, low_shape, high_shape, kernel, stride, padding):
+    """The patch of `rows` positions that reads the least of low: ({its constants}, how many there are)."""
+    best = None
+    for width in (2**i for i in range(rows.bit_length())):
+        sizes, patches, names = (rows // width, width), low_shape[0], {}
+        for axis, name in enumerate("HW"):
+            k, s, p, size = kernel[axis], stride[axis], padding[axis], sizes[axis]
+            count = triton.cdiv(high_shape[2 + axis], s)
+            before, after = (k - 1 - p) // s, (p + s - 1) // s  # how far an output reaches back and ahead
+            before, after = max(before, 0), max(after, 0)
+            if size >= max(count, low_shape[2 + axis]):  # the whole image: beyond it there is nothing to read
+                before = after = 0
+            inner = size - before - after
+            if inner <= 0:
+                break
+            patches *= triton.cdiv(count, inner)
+            names.update({f"PATCH_{name}": size, f"BEFORE_{name}": before, f"AFTER_{name}": after})
+        else:
+            if best is None or patches <= best[1]:  # of equals, the widest: its memory lies together
+                best = names, patches
+    return best or _patch(2 * rows, low_shape, high_shape, kernel, stride, padding)

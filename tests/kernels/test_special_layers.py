@@ -1,0 +1,95 @@
+"""Layers at the ends of a GAN, which take ways of their own, and how float32 becomes TF32."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fastgan.kernels.down import down
+from fastgan.kernels.launch import MatrixTile
+from fastgan.kernels.narrow import TILES, is_narrow
+from fastgan.kernels.statistics import merge_statistics
+from fastgan.kernels.up import up
+from fastgan.kernels.weight_grad import weight_grad
+from tests.accuracy import assert_as_accurate_as_stock
+from tests.conftest import HAS_GPU
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16) if HAS_GPU else (torch.float32, torch.float16)
+
+# A, B, low size, kernel, stride, padding, output_padding: images of 1 to 8 channels, whole and in several patches
+IMAGES = (
+    (64, 3, (32, 32), 4, 2, 1, 0),
+    (20, 1, (8, 8), 4, 2, 1, 0),
+    (9, 3, (5, 7), 4, 2, 1, 0),
+    (5, 1, (4, 5), 5, 2, 2, 1),
+    (16, 3, (6, 6), 3, 1, 1, 0),
+    (6, 2, (3, 4), 2, 2, 0, 0),
+    (4, 1, (20, 40), 7, 1, 3, 0),
+    (3, 1, (6, 6), 1, 2, 0, 1),
+    (7, 4, (6, 5), 3, 3, 1, 2),
+    (4, 8, (4, 4), 3, 2, 2, 0),
+)
+
+
+def draw(dtype, device, *shapes):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(*shape, generator=generator).to(device, dtype) for shape in shapes]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", IMAGES, ids=str)
+def test_image_layers(case, dtype, device):
+    a, b, size, kernel, stride, padding, extra = case
+    x, weight, bias = draw(dtype, device, (2, a, *size), (a, b, kernel, kernel), (b,))
+    x, weight = x.contiguous(memory_format=torch.channels_last), weight / (a * kernel**2) ** 0.5
+    assert is_narrow(weight, (stride, stride))
+
+    def stock(x, weight, bias):
+        return torch.tanh(F.conv_transpose2d(x, weight, bias, stride, padding, extra))
+
+    plain, exact = stock(x, weight, bias), stock(x.double(), weight.double(), bias.double())
+    where = dict(stride=(stride, stride), padding=(padding, padding), precision="ieee")
+    for tile in (None, MatrixTile(64, 16, 16, 4, 2), *(TILES[dtype.itemsize] if HAS_GPU else ())):
+        out = up(x, weight, plain.shape[2:], bias=bias, activation="tanh", tile=tile, **where)
+        assert_as_accurate_as_stock(str(tile), out, plain, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("groups", (1, 2))
+@pytest.mark.parametrize("a, b, kernel", ((10, 5, (4, 4)), (1, 20, (4, 4)), (18, 3, (3, 5))), ids=str)
+def test_one_position(a, b, kernel, groups, dtype, device):
+    """(N, A, 1, 1) ↔ (N, B, *kernel): a generator's first layer and a discriminator's last, in all three directions."""
+    latent, image, weight, bias = draw(dtype, device, (6, a, 1, 1), (6, b, *kernel), (a, b, *kernel), (b,))
+    weight = weight / b**0.5
+    where = dict(stride=(1, 1), padding=(0, 0), precision="ieee")
+    out, tiles = up(latent, weight, kernel, bias=bias, statistics=True, groups=groups, **where)
+    exact = F.conv_transpose2d(latent.double(), weight.double(), bias.double())
+    assert_as_accurate_as_stock("up", out, F.conv_transpose2d(latent, weight, bias), exact)
+    mean, _, variance = merge_statistics(tiles, 1e-5)
+    for group, part in enumerate(exact.chunk(groups)):
+        torch.testing.assert_close(mean[group].double(), part.mean((0, 2, 3)), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(variance[group].double(), part.var((0, 2, 3)), rtol=1e-5, atol=1e-5)
+
+    image = image.contiguous(memory_format=torch.channels_last)
+    exact = F.conv2d(image.double(), weight.double())
+    assert_as_accurate_as_stock("down", down(image, weight, (1, 1), **where), F.conv2d(image, weight), exact)
+
+    grad = weight_grad(latent, image, weight, **where)
+    exact = torch.einsum("na,nbhw->abhw", latent[..., 0, 0].double(), image.double())
+    stock = torch.einsum("na,nbhw->abhw", latent[..., 0, 0], image)
+    assert_as_accurate_as_stock("weight_grad", grad, stock, exact)
+    assert grad.stride() == weight.stride()
+
+
+def test_tf32_is_rounded_to_nearest(device):
+    """Products with one are the operands as the matrix units take them."""
+    x, one = draw(torch.float32, device, (16, 16, 1, 1))[0], torch.eye(16, device=device).view(16, 16, 1, 1)
+    x[0, :4, 0, 0] = torch.tensor([1 + 2**-11, -1 - 3 * 2**-12, 3.4e38, 2.0**-100])
+    bits = x.view(torch.int32)
+    nearest = ((bits + 0x1000) & -0x2000).view(torch.float32)
+    out = up(x, one, (1, 1), stride=(1, 1), padding=(0, 0), precision="tf32")
+    torch.testing.assert_close(out, nearest, rtol=0, atol=0)
+    x[0, 0], x[1, 1] = float("nan"), float("inf")
+    out = up(x, one, (1, 1), stride=(1, 1), padding=(0, 0), precision="tf32")
+    assert out[0].isnan().all() and out[1].isnan().any()  # 0 · inf is NaN too
+    assert torch.equal(out[2:], nearest[2:])

@@ -1,0 +1,62 @@
+"""Every tile that a tuner may choose gives the right numbers in every matrix kernel."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fastgan.kernels.down import down
+from fastgan.kernels.launch import TILES
+from fastgan.kernels.statistics import merge_statistics
+from fastgan.kernels.up import up
+from fastgan.kernels.weight_grad import weight_grad
+from tests.accuracy import assert_as_accurate_as_stock
+from tests.conftest import HAS_GPU
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16) if HAS_GPU else (torch.float32, torch.float16)
+CASES = [(dtype, tile) for dtype in DTYPES for tile in TILES[dtype.itemsize]]
+if not HAS_GPU:  # warps and stages mean nothing to the interpreter
+    CASES = list({(dtype, tile[:3]): (dtype, tile) for dtype, tile in CASES}.values())
+# (A, B, low size): whole blocks only, and blocks that end before the tile does. The interpreter takes small ones.
+SIZES = ((512, 256, 8), (256, 64, 16), (72, 200, 9)) if HAS_GPU else ((128, 64, 2), (40, 24, 3))
+
+
+def check(name, actual, compute, tensors):
+    stock, exact = compute(*tensors), compute(*(tensor.double() for tensor in tensors))
+    assert_as_accurate_as_stock(name, actual, stock, exact)
+
+
+@pytest.mark.parametrize("dtype, tile", CASES, ids=lambda value: str(value).removeprefix("torch.").replace(" ", ""))
+def test_every_tile(dtype, tile, device):
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape, scale=1.0):
+        tensor = (torch.randn(*shape, generator=generator) * scale).to(device, dtype)
+        return tensor.to(memory_format=torch.channels_last)
+
+    batch = 24 if HAS_GPU else 2
+    where = dict(stride=(2, 2), padding=(1, 1))
+    ours = dict(where, precision="ieee", tile=tile)
+    for a, b, size in SIZES:
+        low, high = normal(batch, a, size, size), normal(batch, b, 2 * size, 2 * size)
+        weight = normal(a, b, 4, 4, scale=(16 * max(a, b)) ** -0.5)
+
+        def up_mean(x, w, where=where):
+            return F.conv_transpose2d(x, w, **where).mean((0, 2, 3))
+
+        def down_mean(y, w, where=where):
+            return F.conv2d(y, w, **where).mean((0, 2, 3))
+
+        actual, tiles = up(low, weight, (2 * size, 2 * size), statistics=True, **ours)
+        check("up", actual, lambda x, w: F.conv_transpose2d(x, w, **where), (low, weight))
+        check("mean of up", merge_statistics(tiles, 1e-5)[0].view(-1), up_mean, (low.float(), weight.float()))
+
+        actual, tiles = down(high, weight, (size, size), statistics=True, **ours)
+        check("down", actual, lambda y, w: F.conv2d(y, w, **where), (high, weight))
+        check("mean of down", merge_statistics(tiles, 1e-5)[0].view(-1), down_mean, (high.float(), weight.float()))
+
+        def stock_weight_grad(x, y, w, where=where):
+            return torch.nn.grad.conv2d_weight(y, w.shape, x, **where)
+
+        check("weight_grad", weight_grad(low, high, weight, **ours), stock_weight_grad, (low, high, weight))
