@@ -9,12 +9,11 @@ import statistics
 import pytest
 import torch
 
-from benchmarks.stock import VARIANTS, WARM_UP, ExampleStep, Setting, precision_of
+from benchmarks.stock import BATCHES, IMAGE_SIZES, VARIANTS, WARM_UP, ExampleStep, Setting, precision_of
 from benchmarks.timing import ON_GPU, PeakMemory, clock, describe, fixed, forget, measure
 
 pytestmark = pytest.mark.benchmark(group="train step", timer=clock)
 
-IMAGE_SIZES, BATCHES = (28, 64, 128), (64, 128, 256, 1024)
 FULL = [Setting(size, batch) for size in IMAGE_SIZES for batch in BATCHES]
 SHORT = [Setting(64, 128), Setting(64, 1024)]
 CPU = [Setting(28, 32), Setting(64, 16)]  # the default run on digits, and the example DCGAN
@@ -56,7 +55,8 @@ def test_train_step(benchmark, setting, variant):
     median = measure(benchmark, lambda: step(images), seconds=SECONDS, setup=step_beside if beside else None)
     benchmark.extra_info.update(images_per_sec=fixed(setting.batch / median), peak_memory_mb=peak)
     if beside:
-        benchmark.extra_info["eager_images_per_sec"] = fixed(setting.batch / statistics.median(times))
+        pairs = zip(times[-len(benchmark.stats.stats.data) :], benchmark.stats.stats.data, strict=True)
+        benchmark.extra_info["against_eager"] = fixed(statistics.median(eager / ours for eager, ours in pairs))
 
 
 def stock_beside(variant, setting, images):

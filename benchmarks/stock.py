@@ -15,6 +15,8 @@ from benchmarks.timing import DEVICE, DTYPES, ON_GPU, graphed
 from fastgan.models import Discriminator, Generator
 from fastgan.training import TrainStep
 
+# What a table of training steps on a GPU holds when it is complete, with GPU_VARIANTS below.
+IMAGE_SIZES, BATCHES = (28, 64, 128), (64, 128, 256, 1024)
 NZ, LR, BETAS = 100, 2e-4, (0.5, 0.999)
 # Enough for torch.compile, cuDNN's choice of algorithms and the state of Adam to be there.
 WARM_UP = 8 if ON_GPU else 3
@@ -103,6 +105,7 @@ class StockStep:
         self.dtype = DTYPES[precision]
         self._g, self._d, adam = self.generator, self.discriminator, {"lr": LR, "betas": BETAS}
         if compile:
+            contiguous_first_layer(generator)
             self._g, self._d = (torch.compile(m, fullgraph=True, dynamic=False) for m in (self._g, self._d))
             adam.update(fused=True, capturable=ON_GPU)
         self.optimizer_g = torch.optim.Adam(generator.parameters(), **adam)
@@ -136,6 +139,16 @@ class StockStep:
         return torch.autocast(DEVICE.type, self.dtype, enabled=self.dtype != torch.float32)
 
 
+def contiguous_first_layer(generator):
+    """Take the weight of the layer over the latents' 1×1 grid back from channels_last to NCHW, so that it compiles.
+
+    On a 1×1 grid both layouts look alike, and PyTorch's compiled backward (2.11 at least) expects the weight's gradient
+    in the layout of the weight while cuDNN's gives it in that of the latents (compare pytorch#197517).
+    """
+    weight = next(m.weight for m in generator.modules() if isinstance(m, nn.ConvTranspose2d))
+    weight.data = weight.data.contiguous()
+
+
 class GraphedStep:
     """A step in one CUDA graph: images are copied to where it reads them, then everything is one launch."""
 
@@ -153,7 +166,10 @@ class GraphedStep:
 def our_step(generator, discriminator, *, precision, fused, compile):
     """``fastgan.training.TrainStep``, in a CUDA graph where there is CUDA."""
     options = {"precision": precision, "fused": fused, "compile": compile, "cuda_graph": True}
-    return TrainStep(generator, discriminator, latent_dim=NZ, lr=LR, betas=BETAS, **options)
+    step = TrainStep(generator, discriminator, latent_dim=NZ, lr=LR, betas=BETAS, **options)
+    if compile and not fused:
+        contiguous_first_layer(generator)
+    return step
 
 
 def _losses(loss_d, loss_g, real_output, fake_output):

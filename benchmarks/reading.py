@@ -1,0 +1,143 @@
+"""Reading the JSON of `pytest benchmarks/` and of `python -m benchmarks.profiling`, and refusing any other."""
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+PROFILE_SUFFIX = "-profile"
+
+
+@dataclass
+class Run:
+    """One run of the benchmarks on one device: ``entries`` are dicts of what each benchmark noted, with ``group`` and
+    ``seconds`` (the median of a call); ``not_run`` has the same without times, and ``reason``."""
+
+    device: str
+    date: str
+    torch: str
+    triton: str | None
+    entries: list = field(default_factory=list)
+    not_run: list = field(default_factory=list)
+
+    @property
+    def name(self):
+        """The device's name as a file name."""
+        return slug(self.device)
+
+    @property
+    def on_gpu(self):
+        return not self.device.startswith("CPU")
+
+    def of(self, group, **wanted):
+        """The entries of a group whose fields have these values."""
+        return [e for e in self.entries if e["group"] == group and all(e.get(k) == v for k, v in wanted.items())]
+
+    def ceiling(self, name, dtype=None):
+        """A measured ceiling ("tflops" of a dtype, or "tb_per_sec"), or None."""
+        values = [e[name] for e in self.of("ceilings") if name in e and dtype in (None, e["dtype"])]
+        return values[0] if values else None
+
+
+@dataclass
+class Profile:
+    """Where the time of some steps goes on one device; ``profiles`` are dicts as ``profiling.summary`` makes them."""
+
+    device: str
+    date: str
+    torch: str
+    triton: str | None
+    profiles: list
+
+    @property
+    def name(self):
+        return slug(self.device) + PROFILE_SUFFIX
+
+
+def slug(device):
+    """ "NVIDIA H100 80GB HBM3" → "nvidia-h100-80gb-hbm3"."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+def load(path):
+    """The Run or the Profile in a JSON file.
+
+    Raises:
+        ValueError: there is no such file, or it is neither.
+    """
+    content = _json(path)
+    if isinstance(content, dict) and "profiles" in content:
+        return _profile(path, content)
+    if isinstance(content, dict) and isinstance(content.get("benchmarks"), list):
+        return _run(path, content)
+    raise ValueError(f"{path} is no JSON of pytest-benchmark (it has no list named benchmarks), and no profile either")
+
+
+def load_folder(folder):
+    """(Runs, Profiles, names of JSON files that are neither) in a folder, by file name.
+
+    Raises:
+        ValueError: a file of ours is broken.
+    """
+    runs, profiles, others = [], {}, []
+    for path in sorted(Path(folder).glob("*.json")):
+        content = _json(path)
+        if not (isinstance(content, dict) and ("benchmarks" in content or "profiles" in content)):
+            others.append(path.name)
+            continue
+        loaded = load(path)
+        if isinstance(loaded, Run):
+            runs.append(loaded)
+        else:
+            profiles[slug(loaded.device)] = loaded
+    return runs, profiles, others
+
+
+def _json(path):
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+
+
+def _run(path, content):
+    entries = [_entry(path, benchmark) for benchmark in content["benchmarks"]]
+    # What failed after its timing has no speed; its reason is in not_run.
+    entries = [e for e in entries if e["group"] == "ceilings" or e.get("images_per_sec")]
+    not_run = [
+        {**(item.get("extra_info") or {}), "fullname": item.get("fullname"), "reason": item.get("reason")}
+        for item in content.get("not_run", [])
+    ]
+    if not entries:
+        raise ValueError(f"{path} holds no timings: every benchmark was skipped or failed")
+    devices = sorted({entry["device"] for entry in entries})
+    if len(devices) > 1:
+        raise ValueError(f"{path} must come from one device; it has {', '.join(devices)}")
+    first = entries[0]
+    date = str(content.get("datetime", ""))[:10] or "of unknown date"
+    return Run(first["device"], date, first["torch"], first.get("triton"), entries, not_run)
+
+
+def _entry(path, benchmark):
+    try:
+        name = benchmark["name"]
+        entry = {**benchmark["extra_info"], "group": benchmark["group"], "seconds": float(benchmark["stats"]["median"])}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} holds a benchmark that is incomplete: {error!r}") from error
+    missing = [key for key in ("variant", "batch", "dtype", "device", "torch") if key not in entry]
+    if missing:
+        raise ValueError(f"{path}: benchmark {name} has no {', '.join(missing)} in its extra_info: is it one of ours?")
+    return entry
+
+
+def _profile(path, content):
+    try:
+        for row in content["profiles"]:
+            for key in ("variant", "batch", "image_size", "step_us", "kernel_us", "launches", "gpu_busy"):
+                row[key]
+        date = str(content["datetime"])[:10]
+        return Profile(content["device"], date, content["torch"], content.get("triton"), content["profiles"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is a profile that is incomplete: {error!r}") from error

@@ -1,0 +1,118 @@
+"""Turn benchmark results into RESULTS.md: `python scripts/report.py --run` measures this machine and reports it.
+
+    python scripts/report.py --run              tests on the GPU if there is one, benchmarks, profile, report
+    python scripts/report.py FILE.json ...      take in what pytest-benchmark or benchmarks.profiling wrote
+    python scripts/report.py                    write RESULTS.md and the plots anew
+
+Every file taken in is kept as it is in benchmarks/results/, named after its device. Exit status: 0; 1 if the tests on
+the GPU fail or a benchmark run breaks off; 2 for anything wrong with the input.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import plots, reading, tables  # noqa: E402
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="*", metavar="FILE", help="JSON of pytest-benchmark, or a profile.json")
+    parser.add_argument("--run", action="store_true", help="measure this machine first")
+    parser.add_argument("--full", action="store_true", help="with --run: every batch and image size, not the usual few")
+    parser.add_argument("--no-checks", action="store_true", help="with --run: leave out the tests on the GPU")
+    parser.add_argument("--root", type=Path, default=ROOT, help="where RESULTS.md and benchmarks/results/ are")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    options = parse(argv)
+    try:
+        files = [Path(file) for file in options.files]
+        loaded = [reading.load(file) for file in files]  # all of them, before anything is written
+        _check_different(files, loaded)
+        with tempfile.TemporaryDirectory() as folder:
+            if options.run:
+                if not measure(Path(folder), options.full, not options.no_checks):
+                    return 1
+                measured = [p for p in (Path(folder) / "benchmarks.json", Path(folder) / "profile.json") if p.exists()]
+                files, loaded = files + measured, loaded + [reading.load(path) for path in measured]
+                _check_different(files, loaded)
+            results = options.root / "benchmarks" / "results"
+            results.mkdir(parents=True, exist_ok=True)
+            for file, content in zip(files, loaded, strict=True):
+                keep(file, results / f"{content.name}.json")
+        report(options.root, results)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _check_different(files, loaded):
+    """One file for each device: a second one would take the place of the first."""
+    known = {}
+    for file, content in zip(files, loaded, strict=True):
+        if content.name in known:
+            raise ValueError(f"{known[content.name]} and {file} are both from {content.device}: give one of them")
+        known[content.name] = file
+
+
+def measure(folder, full, checks):
+    """Run checks, benchmarks and profile, each in a process of its own; False if there is nothing to report."""
+    import torch
+
+    start, python, on_gpu = time.monotonic(), [sys.executable, "-m"], torch.cuda.is_available()
+
+    def run(what, *command):
+        print(f"[{time.monotonic() - start:.0f} s] {what}", flush=True)
+        return subprocess.run([*python, *command], cwd=ROOT).returncode
+
+    if on_gpu and checks and run("tests on the GPU", "pytest", "-q", "-m", "gpu") != 0:
+        print("error: a test fails on this GPU, so that no speed is worth reporting", file=sys.stderr)
+        return False
+    file = folder / "benchmarks.json"
+    options = ["--full"] if full else []
+    status = run("benchmarks", "pytest", "-q", "benchmarks", f"--benchmark-json={file}", *options)
+    # 1 is a benchmark whose check failed or that cannot run here: its reason is in the file, and belongs in the report.
+    if status not in (0, 1) or not file.exists():
+        print(f"error: the benchmarks broke off (pytest ended with status {status})", file=sys.stderr)
+        return False
+    if on_gpu and run("profile of a step", "benchmarks.profiling", str(folder)) != 0:
+        print("warning: no step could be profiled", file=sys.stderr)
+    print(f"[{time.monotonic() - start:.0f} s] report", flush=True)
+    return True
+
+
+def keep(file, target):
+    """Copy a file into the results, as it is."""
+    if not (target.exists() and file.samefile(target)):
+        target.write_bytes(file.read_bytes())
+    print(f"kept: {target}")
+
+
+def report(root, results):
+    """RESULTS.md and the plots from everything in the folder of results."""
+    runs, profiles, others = reading.load_folder(results)
+    if not runs:
+        raise ValueError(f"{results} holds no results: give a file, or measure with --run")
+    for name in others:
+        print(f"left out: {results / name} is neither of pytest-benchmark nor a profile")
+    drawn = set()
+    for run in runs:
+        pictures = [(f"{run.name}-throughput.png", plots.throughput, run)]
+        if run.name in profiles:
+            pictures.append((f"{run.name}-profile.png", plots.step_time, profiles[run.name]))
+        drawn |= {name for name, draw, content in pictures if draw(content, results / name)}
+    (root / "RESULTS.md").write_text(tables.results(runs, profiles, drawn), encoding="utf-8")
+    print(f"written: {root / 'RESULTS.md'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,54 @@
+"""What the benchmarks measure with: the stock steps, and the count of their work. No timing."""
+
+import pytest
+import torch
+
+from benchmarks.bench_train_step import check
+from benchmarks.stock import CPU_VARIANTS, ExampleStep, Setting, StockStep
+
+cpu_only = pytest.mark.skipif(torch.cuda.is_available(), reason="of the benchmarks' variants on a CPU")
+
+
+def test_work_of_the_example_dcgan():
+    work = Setting(64, 128).work("bf16")
+    assert work["flops_per_image"] == pytest.approx(2.275e9, rel=1e-3)
+    assert work["bytes_per_image"] == pytest.approx(6.8e6, rel=1e-2)
+    assert work["bytes_per_step"] == (3_576_704 + 2_765_568) * 28
+    assert Setting(64, 128).work("fp32")["bytes_per_image"] == 2 * work["bytes_per_image"]
+
+
+@cpu_only
+def test_stock_steps_are_one_algorithm():
+    setting = Setting(28, 4)
+    images, losses = setting.images(), []
+    for kind, options in ((ExampleStep, {}), (StockStep, {"precision": "fp32", "compile": False})):
+        step = kind(*setting.networks(), **options)
+        torch.manual_seed(1)
+        losses.append([step(images) for _ in range(3)])
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-4)
+
+
+@cpu_only
+def test_check_passes_what_is_right_and_fails_what_is_not():
+    setting = Setting(28, 4)
+    images = setting.images()
+    step = CPU_VARIANTS["fused-fp32"](setting.networks(), images)
+    for _ in range(3):
+        step(images)
+    check(step, setting, images, (0.01, 0.005))
+
+    def without_updates(images, step=step):
+        weights = [p.detach().clone() for p in step.discriminator.parameters()]
+        losses = type(step).__call__(step, images)
+        with torch.no_grad():
+            for parameter, weight in zip(step.discriminator.parameters(), weights, strict=True):
+                parameter.copy_(weight)
+        return losses
+
+    class Broken:
+        generator, discriminator = step.generator, step.discriminator
+        optimizer_g, optimizer_d = step.optimizer_g, step.optimizer_d
+        __call__ = staticmethod(without_updates)
+
+    with pytest.raises(pytest.fail.Exception, match="wrong: "):
+        check(Broken(), setting, images, (0.01, 0.005))

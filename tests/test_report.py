@@ -1,0 +1,234 @@
+"""scripts/report.py on small files made by hand: the numbers in its tables, what it keeps, what it refuses."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import plots, profiling, reading, tables
+from tests.test_scripts import load
+
+report = load("report")
+DEVICE = "Test GPU 9000"
+ABOUT = {"device": DEVICE, "torch": "2.99.0", "triton": "3.99.0"}
+
+
+def benchmark(group, seconds, **extra):
+    info = {"variant": "ceiling", "batch": None, "image_size": None, "dtype": "bfloat16", **ABOUT, **extra}
+    return {
+        "name": f"test_{group}[{info['variant']}]",
+        "group": group,
+        "stats": {"median": seconds},
+        "extra_info": info,
+    }
+
+
+def step(variant, images_per_sec, batch=128, dtype="bfloat16", memory=100.0, image_size=64, **extra):
+    work = {"flops_per_image": 2e9, "bytes_per_image": 6e6, "bytes_per_step": 128e6}
+    seconds = batch / images_per_sec
+    info = {"batch": batch, "dtype": dtype, "image_size": image_size, "images_per_sec": images_per_sec}
+    return benchmark("train step", seconds, variant=variant, peak_memory_mb=memory, **info, **work, **extra)
+
+
+def layer(name, variant, direction, microseconds):
+    info = {"layer": name, "direction": direction, "microseconds": microseconds, "flops": 2e9, "bytes": 1e6}
+    return benchmark("layers", microseconds / 1e6, variant=variant, batch=128, images_per_sec=1.0, **info)
+
+
+def content(*benchmarks, not_run=()):
+    return {"datetime": "2026-01-02T03:04:05+00:00", "benchmarks": list(benchmarks), "not_run": list(not_run)}
+
+
+def complete():
+    steps = [
+        step("eager-fp32", 1000.0, dtype="float32"),
+        step("compile-graph-bf16", 20000.0, memory=80.0),
+        step("compile-graph-bf16", 40000.0, batch=1024),
+        step("stock-step-graph-bf16", 25000.0),
+        step("fused-bf16", 50000.0, memory=60.0),
+        step("fused-bf16", 30000.0, batch=1024),
+    ]
+    layers = [
+        *(layer("G1", variant, "forward", t) for variant, t in (("stock", 30.0), ("fused", 10.0))),
+        *(layer("G1", variant, "forward+backward", t) for variant, t in (("stock", 60.0), ("fused", 80.0))),
+    ]
+    others = [
+        benchmark("ceilings", 1.0, tflops=500.0),
+        benchmark("ceilings", 1.0, tb_per_sec=2.0),
+        *(
+            benchmark(
+                "losses",
+                1.0,
+                variant=v,
+                batch=8,
+                loss="generator",
+                launched="in a graph",
+                microseconds=t,
+                images_per_sec=1,
+            )
+            for v, t in (("eager", 40.0), ("compile", 20.0), ("fused", 5.0))
+        ),
+        benchmark("generate", 1.0, variant="eager-bf16", batch=128, images_per_sec=1e6),
+        benchmark("generate", 1.0, variant="fused-graph-bf16", batch=128, images_per_sec=2e6),
+        benchmark("data", 1.0, variant="resident", batch=128, images_per_sec=3e6),
+    ]
+    info = {"variant": "compile-bf16", "batch": 128, "image_size": 64}
+    reason = "AssertionError: a | b"
+    not_run = [{"fullname": "bench_train_step.py::test_train_step[x]", "extra_info": info, "reason": reason}]
+    return content(*steps, *layers, *others, not_run=not_run)
+
+
+PROFILE = {
+    "datetime": "2026-01-02T03:04:05+00:00",
+    **ABOUT,
+    "profiles": [
+        {
+            **{"variant": "fused-bf16", "batch": 128, "image_size": 64, "step_us": 500.0, "launches": 40},
+            **{"gpu_busy": 0.97, "gpu_busy_in_trace": 0.9, "kernel_us": {f"kernel_{i}": 20.0 - i for i in range(20)}},
+        }
+    ],
+}
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def write_json(name, content):
+        Path(name).write_text(content if isinstance(content, str) else json.dumps(content))
+        return name
+
+    return write_json
+
+
+def run(*arguments):
+    return report([*arguments, "--root", "."])
+
+
+def cells(page, *starts):
+    """The cells of the one table row that begins with these."""
+    lines = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in page.splitlines() if line[:1] == "|"]
+    (row,) = [line for line in lines if line[: len(starts)] == [str(start) for start in starts]]
+    return row
+
+
+def test_numbers_of_the_tables(write):
+    assert run(write("b.json", complete())) == 0
+    page = Path("RESULTS.md").read_text()
+    assert "## Test GPU 9000" in page and "2026-01-02" in page and "torch 2.99.0 and triton 3.99.0" in page
+    # 50,000 images/s: 2.5 times the best stock, 50 times the example; 2 GFLOP at 500 TFLOP/s are 4 µs of 20 µs an
+    # image; 6 MB and 128 MB / 128 at 2 TB/s are 3.5 µs.
+    row = cells(page, 128, "fused-bf16")
+    assert row[2:] == ["50,000", "2.56", "2.50", "50.00", "20%", "18%", "60", "0.75"]
+    assert cells(page, 1024, "fused-bf16")[4] == "0.75"  # a losing row stays
+    assert cells(page, 128, "eager-fp32")[4:7] == ["0.05", "1.00", "–"]  # no ceiling in float32 was measured
+    assert cells(page, 128, "stock-step-graph-bf16")[4] == "1.25"
+    assert cells(page, "G1") == ["G1", "30", "10", "3.00", "60", "80", "0.75", "5%", "–", "–"]
+    assert cells(page, "generator", 8)[2:] == ["in a graph", "40", "20", "5", "4.00"]
+    assert cells(page, 128, "fused-graph-bf16")[2:4] == ["2,000,000", "2.00"]
+    assert cells(page, 128, "resident")[2] == "3,000,000"
+
+
+def test_says_what_is_missing_and_why(write):
+    assert run(write("b.json", complete())) == 0
+    page = Path("RESULTS.md").read_text()
+    assert r"AssertionError: a \| b" in page
+    assert "28×28, batch 64 (every variant)" in page
+    # compile-bf16 at batch 128 could not run, which is another thing than not measured.
+    assert "64×64, batch 128 (eager-bf16)" in page
+
+
+def test_keeps_files_as_they_are_and_draws(write):
+    measured, profile = write("b.json", complete()), write("p.json", PROFILE)
+    assert run(measured, profile) == 0
+    results = Path("benchmarks/results")
+    assert (results / "test-gpu-9000.json").read_bytes() == Path(measured).read_bytes()
+    assert (results / "test-gpu-9000-profile.json").read_bytes() == Path(profile).read_bytes()
+    page = Path("RESULTS.md").read_text()
+    for kind in ("throughput", "profile"):
+        assert (results / f"test-gpu-9000-{kind}.png").stat().st_size > 1000
+        assert f"(benchmarks/results/test-gpu-9000-{kind}.png)" in page
+    assert cells(page, "64×64, batch 128", "fused-bf16")[2:] == ["500", "40", "97%", "90%"]
+    # Later, from the files that were kept alone.
+    Path("RESULTS.md").unlink()
+    assert run() == 0
+    assert Path("RESULTS.md").read_text() == page
+
+
+def test_on_a_cpu_ratios_are_of_steps_that_ran_in_turn(write):
+    machine = {"device": "CPU, 4 threads", "dtype": "float32"}
+    steps = [
+        step("eager-fp32", 100.0, **machine),
+        step("compile-fp32", 90.0, against_eager=1.5, **machine),
+        step("fused-fp32", 120.0, against_eager=2.4, **machine),
+    ]
+    assert run(write("b.json", content(*steps))) == 0
+    page = Path("RESULTS.md").read_text()
+    assert "No GPU has been measured yet" in page
+    assert cells(page, 128, "fused-fp32")[4] == "1.60"  # 2.4 / 1.5
+    assert cells(page, 128, "eager-fp32")[4] == "0.67"
+    assert not list(Path("benchmarks/results").glob("*.png"))  # one batch makes no line
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "is no JSON"),
+        ("[]", "no JSON of pytest-benchmark"),
+        ('{"benchmarks": 3}', "no JSON of pytest-benchmark"),
+        (json.dumps(content()), "holds no timings"),
+        (json.dumps(content({"name": "test_a"})), "incomplete"),
+        (json.dumps(content({"name": "test_a", "group": None, "extra_info": {}, "stats": {"median": 1}})), "test_a"),
+        (json.dumps(content(step("a", 1.0), {**step("a", 1.0, device="another")})), "must come from one device"),
+        (json.dumps({"profiles": [{}], "datetime": ""}), "incomplete"),
+    ],
+)
+def test_refuses_other_files_and_writes_nothing(write, capsys, text, expected):
+    good = write("good.json", complete())
+    bad = write("bad.json", text)
+    assert run(good, bad) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: bad.json") and expected in message and message.count("\n") == 1
+    assert sorted(path.name for path in Path().iterdir()) == ["bad.json", "good.json"]
+
+
+def test_refuses_a_missing_file_two_of_one_device_and_an_empty_folder(write, capsys):
+    assert run("none.json") == 2
+    assert "none.json cannot be read" in capsys.readouterr().err
+    assert run(write("a.json", complete()), write("b.json", complete())) == 2
+    assert "a.json and b.json are both from Test GPU 9000" in capsys.readouterr().err
+    assert run() == 2
+    assert "holds no results" in capsys.readouterr().err
+
+
+def test_other_json_in_the_folder_is_left_out_and_named(write, capsys):
+    Path("benchmarks/results").mkdir(parents=True)
+    write("benchmarks/results/notes.json", "[1, 2]")
+    assert run(write("b.json", complete())) == 0
+    assert "notes.json" in capsys.readouterr().out
+
+
+def test_results_in_the_repository_are_readable():
+    runs, profiles, _ = reading.load_folder(Path(__file__).parents[1] / "benchmarks" / "results")
+    assert tables.results(runs, profiles, set()).startswith("# Results")
+
+
+def test_a_trace_is_summed_up_by_step():
+    kernels = [("gemm", 0, 4), ("gemm", 3, 4), ("norm", 10, 2), ("gemm", 20, 8), ("norm", 30, 2)]  # one overlaps
+    events = [{"ph": "X", "cat": "kernel", "name": n, "ts": ts, "dur": dur} for n, ts, dur in kernels]
+    events.append({"ph": "X", "cat": "cpu_op", "name": "not on the GPU", "ts": 0, "dur": 100})
+    found = profiling.summary({"traceEvents": events}, steps=2, step_seconds=10e-6)
+    assert found["kernel_us"] == {"gemm": 8.0, "norm": 2.0}
+    assert found["launches"] == 2
+    assert found["gpu_busy"] == 0.95  # 19 µs in two steps of 10 µs
+    assert found["gpu_busy_in_trace"] == round(19 / 32, 3)
+    with pytest.raises(ValueError, match="no kernels"):
+        profiling.summary({"traceEvents": events[-1:]}, steps=2, step_seconds=1.0)
+
+
+def test_kernel_names_become_readable():
+    long = "void at::native::vectorized_elementwise_kernel<4, at::native::Add<float> >(int, float*)"
+    assert plots.readable(long) == "vectorized_elementwise_kernel"
+    assert len(plots.readable("x" * 100)) == 60
+    shown = plots.longest({f"k{i}<{i}>": float(i) for i in range(20)})
+    assert len(shown) == plots.KERNELS_SHOWN + 1 and sum(shown.values()) == sum(range(20))
