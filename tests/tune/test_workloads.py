@@ -123,6 +123,14 @@ def test_candidates(dtype):
             assert kib <= 227, (problem, tile)
 
 
+def test_candidates_of_images_are_their_own_kernels():
+    for problem in problems_of(["dcgan28", "dcgan64"], (64,), [BF16]):
+        kernels = [launch.kernel for launch in launches(problem, Choice("triton", candidates(problem)[0]._asdict()))]
+        narrow = problem.operation == "up" and problem.b <= 3
+        assert ("up_narrow_kernel" in kernels) == narrow
+        assert all(tile.block_n == 16 for tile in candidates(problem)) or not narrow
+
+
 def test_launches_of_a_run_without_data():
     (problem,) = (p for p in problems_of(["conv:16-32:k4s2p1:8x8+bn"], (4,), [BF16]) if "+" in p.kind)
     tile = candidates(problem)[0]
