@@ -233,7 +233,7 @@ def _conv_bn_act_fused(
 
 
 def _update_running(running_mean, running_var, mean, var, momentum, batches):
-    """running ← (1 − momentum)·running + momentum·batch, for each group of the batch; `batches` counts them, if given."""
+    """running ← (1 − momentum)·running + momentum·batch, for each group of the batch; `batches` counts them."""
     if not isinstance(momentum, torch.Tensor) and running_mean.is_contiguous() and running_var.is_contiguous():
         running.update_running(running_mean, running_var, mean.detach(), var.detach(), batches, float(momentum))
         return
