@@ -4,6 +4,8 @@ from contextlib import contextmanager
 
 import torch
 
+from fastgan import backend
+
 _NAME = "_fastgan_weight_copy"
 
 
@@ -19,13 +21,20 @@ class WeightCopies:
 
     def __init__(self, convolutions, dtype):
         self._modules = [module for module in convolutions if "weight" in module._parameters]
-        self._weights = [module.weight.detach() for module in self._modules]
-        self._copies = [torch.empty_like(weight, dtype=dtype) for weight in self._weights]
+        self._copies = [torch.empty_like(module.weight, dtype=dtype) for module in self._modules]
+        self._cast = None
+        if self._modules and backend.select(self._modules[0].weight.device, dtype)[0] == "triton":
+            from fastgan.kernels.cast import Cast
+
+            self._cast = Cast()
 
     def refresh(self):
-        """Cast all weights, in one launch or few."""
-        if self._copies:
-            torch._foreach_copy_(self._copies, self._weights)
+        """Cast all weights, in one launch where they have kept the layout that they had."""
+        weights = [module.weight.detach() for module in self._modules]
+        if self._cast is not None and self._cast.can(weights, self._copies):
+            self._cast(weights, self._copies)
+        elif weights:
+            torch._foreach_copy_(self._copies, weights)
 
     @contextmanager
     def in_use(self):

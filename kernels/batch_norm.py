@@ -12,7 +12,7 @@ from fastgan.kernels.launch import empty_nhwc, launch, needs_int64, reduction_ti
 from fastgan.kernels.pieces import activate, activation_grad, channel_vector, normalize, scale_and_shift
 from fastgan.kernels.statistics import sum_rows
 
-MOST_ROW_PROGRAMS = 512  # enough to fill a GPU, and no more than are summed up in one launch
+MOST_PROGRAMS = 512  # enough to fill a GPU, and no more than are summed up in one launch
 
 
 @triton.jit
@@ -132,7 +132,7 @@ def batch_norm_grad_sums_kernel(
     # Summed over the rows of a block only at the end: in the loop that would keep the next loads waiting.
     sum_dz = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     sum_dz_x_hat = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-    for block in range(BLOCKS):
+    for block in tl.range(BLOCKS, num_stages=3):  # three blocks on their way: it waits for memory, not for sums
         row = (pid_r * BLOCKS + block) * BLOCK_R + tl.arange(0, BLOCK_R)
         ok = (row < rows)[:, None] & column_ok[None, :]
         cell = cells(group, rows, row, column, C, INT64)
@@ -215,7 +215,8 @@ def batch_norm_grad(grad, y, mean, invstd, gamma, beta, *, activation, slope, ba
     vectors = (mean, invstd, gamma, beta)
 
     block_r, block_c = reduction_tile(rows, channels)
-    blocks = triton.next_power_of_2(triton.cdiv(rows, block_r * MOST_ROW_PROGRAMS))
+    most = max(1, MOST_PROGRAMS // (groups * triton.cdiv(channels, block_c)))
+    blocks = triton.next_power_of_2(triton.cdiv(rows, block_r * most))
     programs = triton.cdiv(rows, block_r * blocks)
     parts = torch.empty((groups, programs, 2 * channels), dtype=torch.float32, device=y.device)
     launch(

@@ -1,5 +1,6 @@
 """Weights cast once for each update."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -29,3 +30,25 @@ def test_no_convolutions_no_copies():
     copies.refresh()
     with copies.in_use():
         pass
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16) if torch.cuda.is_available() else (torch.float16,))
+def test_one_launch_casts_all(dtype, device, triton_backend, poisoned):
+    """Sizes around a block of the kernel, both layouts, and weights that have moved in the meantime."""
+    modules = [nn.Conv2d(1, 1, 1), nn.Conv2d(4, 16, 8), nn.Conv2d(4, 17, 8), nn.Conv2d(3, 5, 3)]
+    modules = [module.to(device, memory_format=torch.channels_last) for module in modules]
+    modules[1] = modules[1].to(memory_format=torch.contiguous_format)
+    copies = WeightCopies(modules, dtype)
+    assert copies._cast is not None
+    for _ in range(2):
+        copies.refresh()
+        with copies.in_use():
+            for module in modules:
+                copy = weight_copy(module)
+                assert torch.equal(copy, module.weight.to(dtype)) and copy.stride() == module.weight.stride()
+        for module in modules:
+            module.weight.data = torch.randn_like(module.weight)
+    modules[2].weight.data = modules[2].weight.data.contiguous()  # another layout: no plain copy of memory any more
+    copies.refresh()
+    with copies.in_use():
+        assert all(torch.equal(weight_copy(module), module.weight.to(dtype)) for module in modules)

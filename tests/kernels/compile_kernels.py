@@ -19,11 +19,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastgan.kernels import batch_norm, data, down, launch, losses, narrow, running, statistics, up, weight_grad
+from fastgan.kernels import batch_norm, cast, data, down, launch, losses, narrow, running, statistics, up, weight_grad
 
 _TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 _INTEGER_TYPES = {torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64"}
-_MODULES = (batch_norm, data, down, losses, narrow, running, statistics, up, weight_grad)
+_MODULES = (batch_norm, cast, data, down, losses, narrow, running, statistics, up, weight_grad)
 
 
 def record(workload):
@@ -105,6 +105,7 @@ def workload(dtype, batch=8):
         tiles = statistics.TileStatistics.empty(2, 300, 64, low.device)  # enough tiles to be merged in two stages
         statistics.merge_statistics(tiles, 1e-5)
         running.update_running(vector, vector, torch.empty(2, 64), torch.empty(2, 64), None, 0.1)
+        cast.Cast()([torch.empty(64, 8)], [torch.empty(64, 8, dtype=dtype)])
         losses.bce(torch.empty(batch, dtype=dtype), torch.empty(batch, dtype=dtype), 1.0, 0.0)
         losses.bce(torch.empty(batch, dtype=dtype), None, 1.0, 0.0)
 

@@ -43,7 +43,7 @@ def test_tiles_end_with_their_group(device, monkeypatch, triton_backend, poisone
     monkeypatch.setattr(statistics, "merge_tile", lambda *_: (2, 8))
     monkeypatch.setattr(batch_norm, "reduction_tile", lambda *_: (8, 8))
     monkeypatch.setattr(batch_norm, "rows_tile", lambda *_: (32, 8))
-    monkeypatch.setattr(batch_norm, "MOST_ROW_PROGRAMS", 2)
+    monkeypatch.setattr(batch_norm, "MOST_PROGRAMS", 2)
     x, *tensors = draw(PLAIN._replace(transposed=False), 6, device)
     together = run(fused.conv2d_bn_act, [x], tensors, batch_groups=2)
     torch.testing.assert_close(together, run(fused.conv2d_bn_act, x.split(3), tensors), rtol=2e-5, atol=2e-5)

@@ -21,6 +21,7 @@ KERNELS = {
     "batch_norm_input_grad_kernel",
     "activation_input_grad_kernel",
     "bce_kernel",
+    "cast_kernel",
     "update_running_kernel",
     "next_batch_kernel",
 }

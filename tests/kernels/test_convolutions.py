@@ -143,7 +143,7 @@ def test_several_tiles_in_every_direction(transposed, device, monkeypatch):
     monkeypatch.setattr(statistics, "merge_tile", lambda *_: (4, 8))
     monkeypatch.setattr(batch_norm, "reduction_tile", lambda *_: (8, 8))
     monkeypatch.setattr(batch_norm, "rows_tile", lambda *_: (32, 8))
-    monkeypatch.setattr(batch_norm, "MOST_ROW_PROGRAMS", 2)
+    monkeypatch.setattr(batch_norm, "MOST_PROGRAMS", 2)
     monkeypatch.setattr(weight_grad, "FEWEST_STEPS", 2)
     case = PLAIN._replace(transposed=transposed, in_channels=19)
     check(case, draw(case, 3, device))

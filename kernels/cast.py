@@ -1,0 +1,70 @@
+"""Many tensors to another dtype in one launch."""
+
+import torch
+import triton
+import triton.language as tl
+
+from fastgan.kernels.launch import launch
+
+BLOCK = 4096
+
+
+@triton.jit
+def cast_kernel(
+    addresses_ptr,  # (tensors, 2) int64: of a source and of its target, 16-byte aligned
+    blocks_ptr,  # (programs, 3) int64: which tensor, its first element here, its number of elements
+    SOURCE: tl.constexpr,
+    TARGET: tl.constexpr,
+    MULTIPLE: tl.constexpr,  # of which all numbers of elements are: what lets the compiler move 16 bytes at a time
+    BLOCK: tl.constexpr,
+):
+    block = blocks_ptr + tl.program_id(0) * 3
+    tensor, start, elements = tl.load(block), tl.load(block + 1), tl.load(block + 2)
+    source = tl.load(addresses_ptr + tensor * 2).to(tl.pointer_type(SOURCE))
+    target = tl.load(addresses_ptr + tensor * 2 + 1).to(tl.pointer_type(TARGET))
+    source, target = tl.multiple_of(source, 16), tl.multiple_of(target, 16)
+    i = tl.multiple_of(start, BLOCK) + tl.arange(0, BLOCK)
+    ok = i < tl.multiple_of(elements, MULTIPLE)
+    tl.store(target + i, tl.load(source + i, mask=ok, other=0.0).to(TARGET), mask=ok)
+
+
+_ELEMENT = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+class Cast:
+    """``cast(sources, targets)``: targets ← sources, each pair of one layout in memory, in one launch.
+
+    Keeps the table of addresses between calls with the same tensors, so that a CUDA graph can hold all but the first.
+    """
+
+    def __init__(self):
+        self._known, self._tables = None, None
+
+    @staticmethod
+    def can(sources, targets):
+        """Whether every pair is dense, of one layout, aligned, and the dtypes are the same in all pairs."""
+        dtypes = {(source.dtype, target.dtype) for source, target in zip(sources, targets, strict=True)}
+        return len(dtypes) == 1 and all(
+            source.stride() == target.stride()
+            and source.data_ptr() % 16 == target.data_ptr() % 16 == 0
+            and (source.is_contiguous() or source.is_contiguous(memory_format=torch.channels_last))
+            for source, target in zip(sources, targets, strict=True)
+        )
+
+    def __call__(self, sources, targets):
+        addresses = [(source.data_ptr(), target.data_ptr()) for source, target in zip(sources, targets, strict=True)]
+        device = sources[0].device
+        if addresses != self._known:
+            blocks = [(i, start, t.numel()) for i, t in enumerate(sources) for start in range(0, t.numel(), BLOCK)]
+            self._tables = [torch.tensor(rows, dtype=torch.int64, device=device) for rows in (addresses, blocks)]
+            self._known = addresses
+        launch(
+            cast_kernel,
+            (len(self._tables[1]),),
+            *self._tables,
+            device=device,
+            SOURCE=_ELEMENT[sources[0].dtype],
+            TARGET=_ELEMENT[targets[0].dtype],
+            MULTIPLE=16 if all(source.numel() % 16 == 0 for source in sources) else 1,
+            BLOCK=BLOCK,
+        )
