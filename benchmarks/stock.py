@@ -143,7 +143,7 @@ def contiguous_first_layer(generator):
     """Take the weight of the layer over the latents' 1×1 grid back from channels_last to NCHW, so that it compiles.
 
     On a 1×1 grid both layouts look alike, and PyTorch's compiled backward (2.11 at least) expects the weight's gradient
-    in the layout of the weight while cuDNN's gives it in that of the latents (compare pytorch#197517).
+    in the layout of the weight while cuDNN's gives it in that of the latents (pytorch#171622, #197517).
     """
     weight = next(m.weight for m in generator.modules() if isinstance(m, nn.ConvTranspose2d))
     weight.data = weight.data.contiguous()
@@ -166,10 +166,7 @@ class GraphedStep:
 def our_step(generator, discriminator, *, precision, fused, compile):
     """``fastgan.training.TrainStep``, in a CUDA graph where there is CUDA."""
     options = {"precision": precision, "fused": fused, "compile": compile, "cuda_graph": True}
-    step = TrainStep(generator, discriminator, latent_dim=NZ, lr=LR, betas=BETAS, **options)
-    if compile and not fused:
-        contiguous_first_layer(generator)
-    return step
+    return TrainStep(generator, discriminator, latent_dim=NZ, lr=LR, betas=BETAS, **options)
 
 
 def _losses(loss_d, loss_g, real_output, fake_output):
