@@ -1,7 +1,8 @@
 """fastgan: DCGANs trained with fused Triton kernels, and the fused layers for any PyTorch GAN."""
 
 from fastgan import functional, models
-from fastgan.fusion import explain, fuse, unfuse
+from fastgan.explanation import explain
+from fastgan.fusion import fuse, unfuse
 
 __version__ = "0.1.0"
 

@@ -1,20 +1,17 @@
-"""fuse, unfuse and explain: the fused operators inside modules that already exist.
+"""fuse and unfuse: the fused operators inside modules that already exist.
 
 `fuse` changes neither modules nor parameters. It gives each container whose children are called one after the other
 an instance attribute `forward` that runs them in fused groups; `unfuse` deletes it. Groups are matched again as soon
 as a layer is replaced or gets a hook, so such changes take effect, and train() and eval() do at every call.
 """
 
-import copy
 import functools
 import inspect
 import weakref
-from dataclasses import asdict, dataclass
 
 import torch
 from torch import fx, nn
 
-from fastgan import backend
 from fastgan import functional as fused
 from fastgan.batch_groups import current_groups
 from fastgan.patterns import has_hooks, match
@@ -37,10 +34,10 @@ def fuse(model):
     Raises:
         TypeError: not an nn.Module, or a scripted one.
     """
-    _check_module(model)
+    check_module(model)
     for container in model.modules():
-        order = _call_order(container)
-        if order and not _is_fused(container) and any(g.fused for g in _groups(container, order)):
+        order = call_order(container)
+        if order and not _is_fused(container) and any(g.fused for g in groups_of(container, order)):
             container.forward = functools.partial(_forward_in_groups, container, order)
     return model
 
@@ -51,14 +48,14 @@ def unfuse(model):
     Raises:
         TypeError: not an nn.Module, or a scripted one.
     """
-    _check_module(model)
+    check_module(model)
     for container in model.modules():
         if _is_fused(container):
             del container.forward
     return model
 
 
-def _check_module(model):
+def check_module(model):
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):
@@ -68,6 +65,21 @@ def _check_module(model):
 def _is_fused(container):
     forward = container.__dict__.get("forward")
     return isinstance(forward, functools.partial) and forward.func is _forward_in_groups
+
+
+def all_groups(model):
+    """{path of its first module: Group} of every chain inside `model` that `fuse` took over."""
+    groups = {}
+    for path, container in model.named_modules():
+        if _is_fused(container):
+            for group in groups_of(container, call_order(container)):
+                groups[".".join(filter(None, (path, group.names[0])))] = group
+    return groups
+
+
+def fused_groups(model):
+    """{path of the convolution: Group} of everything inside `model` that runs as one operator."""
+    return {path: group for path, group in all_groups(model).items() if group.fused}
 
 
 class _ChildrenAsLeaves(fx.Tracer):
@@ -95,7 +107,7 @@ def _set_modes(gradients, cpu, cuda):
     torch.set_autocast_enabled("cuda", cuda)
 
 
-def _call_order(container):
+def call_order(container):
     """The names of the children in the order of their calls, or None where forward is more than such a chain."""
     if "forward" in container.__dict__:
         return container.forward.args[1] if _is_fused(container) else None
@@ -141,7 +153,7 @@ def _chain(graph):
     return names
 
 
-def _groups(container, order):
+def groups_of(container, order):
     # Sequential's own dict, so that layers appended or replaced after fuse are seen.
     names = list(container._modules) if type(container).forward is nn.Sequential.forward else order
     return match(names, [container.get_submodule(name) for name in names])
@@ -154,11 +166,11 @@ _matched = weakref.WeakKeyDictionary()  # container → (what the groups depend 
 def _kept_groups(container, order):
     modules = container._modules.values()
     if torch.compiler.is_compiling() or any(map(has_hooks, modules)):
-        return _groups(container, order)
+        return groups_of(container, order)
     state = [*modules, *map(type, modules)]
     kept_state, groups = _matched.get(container, (None, None))
     if kept_state != state:
-        groups = _groups(container, order)
+        groups = groups_of(container, order)
         _matched[container] = state, groups
     return groups
 
@@ -236,119 +248,3 @@ def _batch_norm_arguments(bn, x):
     training = bn.training or bn.running_mean is None
     options = dict(training=training, momentum=momentum, eps=bn.eps, batch_groups=current_groups() if training else 1)
     return (gamma, bn.bias, running_mean, running_var), options
-
-
-@dataclass(frozen=True)
-class Row:
-    """What `explain` knows of one convolution."""
-
-    path: str  # of the convolution inside the model
-    pattern: str  # types of the modules that run together
-    shape: str  # of its input and output, where inputs were given
-    fused: bool
-    implementation: str  # "triton", "reference" or "stock"
-    reason: str  # why not fused, why no more of it, or why this implementation
-
-    @property
-    def runs_as(self):
-        return f"fused, {self.implementation}" if self.fused else "stock"
-
-
-class Explanation(list):
-    """The rows of `explain`: a list of Row that prints as a table; `as_dicts()` gives plain data."""
-
-    def __init__(self, title, rows=()):
-        super().__init__(rows)
-        self.title = title
-
-    def as_dicts(self):
-        return [asdict(row) for row in self]
-
-    def __str__(self):
-        head = ("layer", "pattern", "shape", "runs as", "why")
-        lines = [head] + [(row.path, row.pattern, row.shape or "-", row.runs_as, row.reason) for row in self]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-        text = [
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-        ]
-        count = sum(row.fused for row in self)
-        return "\n".join([f"{self.title}: {count} of {len(self)} convolutions fused", *text])
-
-
-def explain(model, *inputs):
-    """Say of every convolution in `model` what it runs as: fused or stock, by which implementation, and why.
-
-    Args:
-        model: an nn.Module, fused or not; it is not changed.
-        inputs: what to call it with, to show shapes too; runs on a copy, without gradients.
-
-    Returns:
-        An Explanation: a list of Row, one for each convolution in the order of `model.named_modules()`.
-
-    Raises:
-        TypeError: not an nn.Module, or a scripted one.
-    """
-    _check_module(model)
-    shapes = _shapes(model, inputs) if inputs else {}
-    groups = _all_groups(model)
-    rows = Explanation(type(model).__name__)
-    for path, conv in model.named_modules():
-        if not isinstance(conv, nn.modules.conv._ConvNd):
-            continue
-        group = groups.get(path)
-        if group is None or not group.fused:
-            reason = group.reason if group else _why_untouched(model, path)
-            rows.append(Row(path, type(conv).__name__, shapes.get(path, ""), False, "stock", reason))
-            continue
-        implementation, reason = backend.select(conv.weight.device, conv.weight.dtype)
-        reason = "; ".join(filter(None, (group.reason, reason)))
-        rows.append(Row(path, group.pattern, shapes.get(path, ""), True, implementation, reason))
-    return rows
-
-
-def _all_groups(model):
-    """{path of its first module: Group} of every chain that `fuse` took over."""
-    groups = {}
-    for path, container in model.named_modules():
-        if _is_fused(container):
-            for group in _groups(container, _call_order(container)):
-                groups[".".join(filter(None, (path, group.names[0])))] = group
-    return groups
-
-
-def fused_groups(model):
-    """{path of the convolution: Group} of everything in a fused `model` that runs as one operator."""
-    return {path: group for path, group in _all_groups(model).items() if group.fused}
-
-
-def _why_untouched(model, path):
-    parent_path, _, name = path.rpartition(".")
-    parent = model.get_submodule(parent_path)
-    if path == "":
-        return "a convolution by itself: fuse works on the module that calls it"
-    order = _call_order(parent)
-    if order is None:
-        return f"{type(parent).__name__}.forward is not a plain chain of its children"
-    for group in _groups(parent, order):
-        if group.names[0] == name and not group.fused:
-            return group.reason
-    return "fastgan.fuse was not called on it"
-
-
-def _shapes(model, inputs):
-    """{path of a convolution: "input → output"} of one call, on an unfused copy so that the model stays as it is."""
-    shapes, stock = {}, unfuse(copy.deepcopy(model))
-
-    def hook_for(path):
-        def hook(module, args, output):
-            shapes[path] = " → ".join("×".join(map(str, tensor.shape)) for tensor in (args[0], output))
-
-        return hook
-
-    for path, module in stock.named_modules():
-        if isinstance(module, nn.modules.conv._ConvNd):
-            module.register_forward_hook(hook_for(path))
-    devices = [tensor.device for tensor in inputs if isinstance(tensor, torch.Tensor) and tensor.is_cuda]
-    with torch.no_grad(), torch.random.fork_rng(devices):
-        stock(*inputs)
-    return shapes

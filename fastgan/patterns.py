@@ -28,6 +28,15 @@ class Group:
     def pattern(self):
         return " + ".join(type(module).__name__ for module in self.modules)
 
+    @property
+    def then(self):
+        """What the operator does after the convolution in the modules' present mode: "statistics" of the batch, a
+        known "epilogue" (bias, eval-mode BatchNorm, activation), or nothing, ""."""
+        if self.batch_norm is not None and (self.batch_norm.training or self.batch_norm.running_mean is None):
+            return "statistics"
+        plain = self.modules[0].bias is None and self.batch_norm is None and self.activation is None
+        return "" if plain else "epilogue"
+
 
 def match(names, modules):
     """Cut the chain `modules[0]`, `modules[1]`, … into Groups, longest patterns first."""

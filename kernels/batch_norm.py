@@ -129,8 +129,9 @@ def batch_norm_grad_sums_kernel(
     pid_r, group = tl.program_id(0), tl.program_id(2)
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     column_ok = column < C
-    sum_dz = tl.zeros((BLOCK_C,), tl.float32)
-    sum_dz_x_hat = tl.zeros((BLOCK_C,), tl.float32)
+    # Summed over the rows of a block only at the end: in the loop that would keep the next loads waiting.
+    sum_dz = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    sum_dz_x_hat = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     for block in range(BLOCKS):
         row = (pid_r * BLOCKS + block) * BLOCK_R + tl.arange(0, BLOCK_R)
         ok = (row < rows)[:, None] & column_ok[None, :]
@@ -149,11 +150,11 @@ def batch_norm_grad_sums_kernel(
             ACTIVATION,
             SLOPE,
         )
-        sum_dz += tl.sum(dz, 0)
-        sum_dz_x_hat += tl.sum(dz * x_hat, 0)
+        sum_dz += dz
+        sum_dz_x_hat += dz * x_hat
     sums_ptr += (group * tl.num_programs(0) + pid_r) * 2 * C
-    tl.store(sums_ptr + column, sum_dz, mask=column_ok)
-    tl.store(sums_ptr + C + column, sum_dz_x_hat, mask=column_ok)
+    tl.store(sums_ptr + column, tl.sum(sum_dz, 0), mask=column_ok)
+    tl.store(sums_ptr + C + column, tl.sum(sum_dz_x_hat, 0), mask=column_ok)
 
 
 @triton.jit

@@ -100,8 +100,8 @@ def rows_tile(rows, columns):
 
 
 def reduction_tile(rows, columns):
-    """(block_rows, block_columns) for sums over many rows of activations."""
-    return power_of_two(rows, 1, 128), power_of_two(columns, 1, 64)
+    """(block_rows, block_columns) for sums over many rows of activations: small, so that many loads are in flight."""
+    return power_of_two(rows, 1, 32), power_of_two(columns, 1, 64)
 
 
 def merge_tile(parts, columns):

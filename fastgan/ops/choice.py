@@ -126,7 +126,15 @@ def user_table_path(gpu):
 
 
 def shipped_table_path(gpu):
+    """Where the table of `gpu` that comes with fastgan is, if there is one."""
     return files("fastgan.kernels") / "configs" / f"{slug(gpu)}.json"
+
+
+def shipped_tables():
+    """The paths of all tables that come with fastgan."""
+    folder = files("fastgan.kernels") / "configs"
+    found = [path for path in folder.iterdir() if path.name.endswith(".json")] if folder.is_dir() else []
+    return sorted(found, key=lambda path: path.name)
 
 
 @functools.cache

@@ -1,19 +1,35 @@
 """The tiles of our matrix kernels that are worth measuring for a Problem."""
 
+import torch
 import triton
 
 from fastgan.kernels.launch import TILES, MatrixTile
+from fastgan.kernels.narrow import TILES as NARROW_TILES
+from fastgan.kernels.narrow import is_narrow
 from fastgan.tune.workloads import DTYPES
 
 
 def candidates(problem):
     """[MatrixTile] for `problem`, without blocks larger than the matrices."""
+    if _is_narrow(problem):
+        return list(NARROW_TILES[DTYPES[problem.dtype].itemsize])
     rows, columns, depth = _matrix(problem)
     tiles = []
     for tile in TILES[DTYPES[problem.dtype].itemsize]:
         blocks = (_fit(tile.block_m, rows), _fit(tile.block_n, columns), _fit(tile.block_k, depth))
         tiles.append(MatrixTile(*blocks, tile.num_warps, tile.num_stages))
     return list(dict.fromkeys(tiles))
+
+
+def _is_narrow(problem):
+    """Whether `up` takes its kernel for images of few channels."""
+    weight = torch.empty((problem.a, problem.b, *problem.kernel), device="meta")
+    return problem.kind in ("up", "up+epilogue") and not _one_position(problem) and is_narrow(weight, problem.stride)
+
+
+def _one_position(problem):
+    """Whether the convolution is a plain product with the whole weight."""
+    return tuple(problem.low) == (1, 1) and tuple(problem.high) == tuple(problem.kernel)
 
 
 def _fit(block, size):
@@ -29,5 +45,4 @@ def _matrix(problem):
     if problem.operation == "down":
         return low, problem.a, taps * problem.b
     phase = [triton.cdiv(size, stride) for size, stride in zip(problem.high, problem.stride, strict=True)]
-    one_position = tuple(problem.low) == (1, 1)  # then a plain product with the whole weight
-    return problem.batch * phase[0] * phase[1], problem.b * (taps if one_position else 1), problem.a
+    return problem.batch * phase[0] * phase[1], problem.b * (taps if _one_position(problem) else 1), problem.a

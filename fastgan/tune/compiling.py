@@ -20,6 +20,11 @@ def launches(problem, choice):
     return record(lambda: run(problem, choice, tensors))
 
 
+def usable_cores():
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 class Compiler:
     """Compiles in the background; use it in a `with` statement.
 
@@ -29,11 +34,10 @@ class Compiler:
     """
 
     def __init__(self, capability, processes=None):
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         self._pool = ProcessPoolExecutor(
-            processes or max(1, cores - 1),
+            processes or max(1, usable_cores() - 1),
             mp_context=get_context("spawn"),  # a fork of a process that uses CUDA cannot be relied on
-            initializer=_prepare,
+            initializer=prepare,
             initargs=(capability,),
         )
         self._started = {}  # key of a Launch → Future
@@ -70,7 +74,7 @@ class Compiler:
         return self._started[launch.key]
 
 
-def _prepare(capability):
+def prepare(capability):
     """Make this process one that compiles for a GPU which it never touches."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch.set_num_threads(1)

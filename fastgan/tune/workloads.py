@@ -110,12 +110,7 @@ def problems_of_model(model, shapes, dtype, *, input_grad=True):
 
 def _recorder(calls, group):
     def hook(conv, args, output):
-        batch_norm, bias = group.batch_norm, conv.bias is not None
-        if batch_norm is not None and (batch_norm.training or batch_norm.running_mean is None):
-            then = "statistics"
-        else:
-            then = "epilogue" if bias or batch_norm is not None or group.activation else ""
-        calls.append((conv, args[0], output, then))
+        calls.append((conv, args[0], output, group.then))
 
     return hook
 

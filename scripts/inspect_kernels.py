@@ -1,0 +1,75 @@
+"""What the compiler makes of our kernels, without a GPU: `python scripts/inspect_kernels.py --target sm_90`.
+
+Compiles every kernel as a step of the 64×64 DCGAN starts it, and the matrix kernels in every configuration of the
+tables of measured convolutions, and shows registers, spilled bytes, shared memory, matrix instruction, asynchronous
+copies and occupancy (the share of a multiprocessor's warps that fit).
+
+Exit status: 0, 1 if a kernel does not compile, 2 for anything wrong with the input.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ.pop("TRITON_INTERPRET", None)  # the interpreter would take the compiler's place
+
+import torch
+
+from fastgan.ops.choice import shipped_tables
+from fastgan.tune.inspection import TARGETS, inspect, launches_of_defaults, launches_of_tables
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_COLUMNS = (
+    "kernel",
+    "tile",
+    "dtype",
+    "registers",
+    "spill_bytes",
+    "shared_bytes",
+    "matrix_instruction",
+    "async_copy",
+    "occupancy",
+)
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [f"sm_{capability}" for capability in TARGETS]
+    parser.add_argument("--target", default="sm_90", choices=names, help="(default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print a JSON list of objects")
+    parser.add_argument("--dtype", choices=_DTYPES, help="of the kernels outside the tables (default: all three)")
+    parser.add_argument(
+        "--table", action="append", type=Path, metavar="FILE", help="tables (default: the shipped ones)"
+    )
+    parser.add_argument("--only-tables", action="store_true", help="only the configurations in the tables")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    options = parse(argv)
+    missing = [path for path in options.table or () if not path.is_file()]
+    if missing:
+        print(f"error: no file {missing[0]}", file=sys.stderr)
+        return 2
+    found = launches_of_tables(options.table if options.table is not None else shipped_tables())
+    if not options.only_tables:
+        found += launches_of_defaults([_DTYPES[options.dtype]] if options.dtype else list(_DTYPES.values()))
+    rows = inspect(found, int(options.target.removeprefix("sm_")))
+    print(json.dumps(rows, indent=1) if options.json else table(rows))
+    return 1 if any("error" in row for row in rows) else 0
+
+
+def table(rows):
+    lines = [_COLUMNS]
+    for row in rows:
+        tile = "×".join(str(value) for name, value in row["config"].items() if name.startswith(("BLOCK", "num_")))
+        lines.append([str(dict(row, tile=tile).get(name, "-")) for name in _COLUMNS])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(_COLUMNS))]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join([*text, *(f"{row['kernel']} {row['config']}: {row['error']}" for row in rows if "error" in row)])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+"""What explain says of the choice between our kernels and cuDNN, on a GPU that is only pretended."""
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import fastgan
+from fastgan import explanation
+from fastgan.ops import choice
+from fastgan.ops.tables import Measurement, write_table
+
+GPU = "NVIDIA T800"
+INPUT = (8, 16, 4, 4)
+
+
+@pytest.fixture
+def model(monkeypatch, tmp_path):
+    """A fused model whose parameters claim to be on a GPU, with a table for the first of its layers."""
+    monkeypatch.delenv("FASTGAN_BACKEND", raising=False)
+    monkeypatch.setenv("FASTGAN_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: GPU)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    choice.forget()
+    on = dict(device="cuda", dtype=torch.bfloat16)
+    with FakeTensorMode():
+        up, down = nn.ConvTranspose2d(16, 8, 4, 2, 1, **on), nn.Conv2d(8, 4, 3, bias=False, **on)
+        model = nn.Sequential(up, nn.BatchNorm2d(8, **on), nn.ReLU(), down)
+    x, weight = torch.empty(INPUT, dtype=torch.bfloat16, device="meta"), model[0].weight
+    problem = choice.conv_problem(x, weight, True, (2, 2), (1, 1), (8, 8), then="statistics")
+    tile = {"block_m": 64, "block_n": 16, "block_k": 16, "num_warps": 4, "num_stages": 3}
+    measured = Measurement("triton", tile, 5.0, 9.0, 8)
+    write_table(choice.user_table_path(GPU), GPU, {}, {problem: measured})
+    monkeypatch.setattr(
+        explanation, "_shapes", lambda model, inputs: {"0": (INPUT, (8, 8, 8, 8)), "3": ((8, 8, 8, 8), (8, 4, 6, 6))}
+    )
+    yield fastgan.fuse(model)
+    choice.forget()
+
+
+def test_with_inputs(model):
+    first, second = fastgan.explain(model, torch.empty(INPUT))
+    assert (first.implementation, first.runs_as) == ("triton", "fused, triton")
+    assert first.reason == "ours 5.0 µs, cuDNN 9.0 µs at batch 8"
+    assert second.implementation == "cudnn"
+    assert second.reason == f"not in the table of {GPU}: cuDNN is the safe choice"
+
+
+def test_without_inputs(model):
+    for row in fastgan.explain(model):
+        assert row.runs_as == "fused, by shape" and "inputs" in row.reason
+
+
+def test_the_mode_decides_what_follows(model):
+    """In eval mode BatchNorm is part of the epilogue: another kernel, and not measured here."""
+    first, _ = fastgan.explain(model.eval(), torch.empty(INPUT))
+    assert first.implementation == "cudnn" and "not in the table" in first.reason
+
+
+def test_autocast_decides_the_dtype(model, monkeypatch):
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type: True)
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda device_type: torch.float16)
+    first, _ = fastgan.explain(model, torch.empty(INPUT))
+    assert "not in the table" in first.reason
+
+
+def test_forced(model, monkeypatch):
+    monkeypatch.setenv("FASTGAN_BACKEND", "triton")
+    for row in fastgan.explain(model):
+        assert (row.implementation, row.reason) == ("triton", "FASTGAN_BACKEND=triton")
+
+
+@pytest.mark.gpu
+def test_on_a_gpu():
+    model = fastgan.fuse(fastgan.models.Generator(image_size=16, ngf=8)).cuda()
+    for row in fastgan.explain(model, torch.randn(4, 100, device="cuda")):
+        assert row.implementation in ("triton", "cudnn") and row.reason

@@ -1,0 +1,160 @@
+"""python -m fastgan.tune: what it refuses, what it writes; a whole tuning where there is a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+from fastgan import backend
+from fastgan.ops import choice
+from fastgan.ops.tables import Measurement, read_table
+from fastgan.tune import __main__ as command
+from fastgan.tune.measure import Candidate, Result
+from fastgan.tune.workloads import problems_of
+from tests.conftest import HAS_GPU
+
+SHAPE = "conv:16-32:k4s2p1:8x8+bn"
+TILE = {"block_m": 64, "block_n": 32, "block_k": 32, "num_warps": 4, "num_stages": 3}
+
+
+@pytest.mark.skipif(HAS_GPU, reason="there is a GPU")
+def test_without_cuda(capsys):
+    assert command.main([]) == 2
+    assert "CUDA GPU" in capsys.readouterr().err
+
+
+def test_bad_names(capsys):
+    assert command.main(["dcgan63"]) == 2
+    assert "dcgan63" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("bad", (["--batch", "0"], ["--batch", "many"], ["--dtype", "int8"], ["--input", "3,x"]))
+def test_bad_options(bad, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        command.main(bad)
+    assert stopped.value.code == 2
+    assert bad[1] in capsys.readouterr().err
+
+
+@pytest.fixture
+def pretended(monkeypatch, tmp_path):
+    """A GPU that is not there, whose every convolution takes 5 µs."""
+    from fastgan.tune import session
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA T800")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91000)
+    monkeypatch.setattr(backend, "interpreted", lambda: False)
+    monkeypatch.setenv("FASTGAN_CACHE", str(tmp_path))
+
+    class Compiler:
+        def __init__(self, capability, processes=None):
+            assert capability == 90
+
+        __enter__ = lambda self: self  # noqa: E731
+        __exit__ = start = start_cudnn = lambda self, *_: []
+
+    def measure(problem, tiles, device, clock, failed):
+        assert torch.backends.cudnn.benchmark
+        candidates = [Candidate(tiles[0], 5.0), Candidate(tiles[1], float("inf"), failures.get(problem.kind, ""))]
+        if problem.kind == "weight_grad" and failures:
+            return Result(None, [], "out of memory")
+        return Result(Measurement("triton", TILE, 5.0, 7.0, problem.batch), candidates)
+
+    failures = {}
+    monkeypatch.setattr(session, "Compiler", Compiler)
+    monkeypatch.setattr(session, "measure", measure)
+    return failures
+
+
+def test_writes_the_users_table(pretended, capsys):
+    assert command.main([SHAPE, "--batch", "4,8"]) == 0
+    path = choice.user_table_path("NVIDIA T800")
+    table = json.loads(path.read_text())
+    assert table["gpu"] == "NVIDIA T800" and table["torch"] == torch.__version__ and table["triton"]
+    problems = problems_of([SHAPE], (4, 8), [torch.bfloat16])
+    assert list(read_table(path)) == problems
+    printed = capsys.readouterr().out
+    assert str(path) in printed and "64×32×32×4×3" in printed
+    assert sum("ours" in line and "cuDNN" in line for line in printed.splitlines()) == len(problems)
+    assert choice.choose(problems[0], torch.device("cuda", 0)).implementation == "triton"
+
+
+def test_keeps_what_was_measured_with_the_same_versions(pretended, tmp_path, capsys):
+    path = tmp_path / "table.json"
+    for batch in ("4", "8"):
+        assert command.main([SHAPE, "--batch", batch, "--out", str(path)]) == 0
+    assert {problem.batch for problem in read_table(path)} == {4, 8}
+    path.write_text(path.read_text().replace(f'"torch": "{torch.__version__}"', '"torch": "1.0"'))
+    capsys.readouterr()
+    assert command.main([SHAPE, "--batch", "16", "--out", str(path)]) == 0
+    assert {problem.batch for problem in read_table(path)} == {16}
+    assert "measured with torch 1.0" in capsys.readouterr().err
+
+
+def test_failures_are_reported(pretended, tmp_path, capsys):
+    pretended["up"] = "wrong result: error 1.0 > 0.1"
+    assert command.main([SHAPE, "--batch", "4", "--out", str(tmp_path / "table.json")]) == 1
+    printed = capsys.readouterr().out
+    assert "wrong result" in printed and "out of memory" in printed and "2 candidates or convolutions failed" in printed
+    assert {p.kind for p in read_table(tmp_path / "table.json")} == {"down+statistics", "up"}
+
+
+COMPILE = f"""
+import torch
+from fastgan.kernels.offline import compile_launch, compiling_for
+from fastgan.ops.choice import Choice
+from fastgan.tune.candidates import candidates
+from fastgan.tune.compiling import Compiler, launches
+from fastgan.tune.workloads import problems_of
+
+if __name__ == "__main__":
+    problem = next(p for p in problems_of(["{SHAPE}"], (4,), [torch.bfloat16]) if "+" in p.kind)
+    tile = candidates(problem)[0]
+    with Compiler(90, 2) as compiler:
+        futures = compiler.start(problem, tile) + compiler.start_cudnn(problem)
+        assert [future.result() for future in futures] == [None] * 4
+        bad = compiler.start(problem, tile._replace(block_k=24))
+        assert any(future.result() for future in bad)
+    from triton.compiler import ASTSource
+
+    def make_ir(*_):
+        raise AssertionError("what the other processes compiled was not found")
+
+    ASTSource.make_ir = make_ir
+    with compiling_for(90):
+        for launch in launches(problem, Choice("triton", tile._asdict())):
+            assert "cubin" in compile_launch(launch).asm
+    print("done")
+"""
+
+
+def test_other_processes_compile(tmp_path):
+    script = tmp_path / "compile.py"
+    script.write_text(COMPILE)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment.update(TRITON_CACHE_DIR=str(tmp_path / "cache"), PYTHONPATH=os.pathsep.join(sys.path))
+    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == "done", done.stderr[-3000:]
+
+
+@pytest.mark.gpu
+def test_a_small_tuning(tmp_path):
+    path = tmp_path / "table.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "fastgan.tune", SHAPE, "convt:32-3:k4s2p1:8x8+act", "--batch", "16", "--out", str(path)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        table = read_table(path, torch.cuda.get_device_name())
+    assert len(table) == 6
+    assert all(0 < m.cudnn_us < 1e5 and 0 < m.triton_us < 1e5 for m in table.values())

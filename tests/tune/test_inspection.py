@@ -1,0 +1,82 @@
+"""scripts/inspect_kernels.py: what the compiler made of every kernel in every configuration of the tables."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastgan.ops.choice import shipped_tables
+from fastgan.ops.tables import Measurement, Problem, write_table
+from fastgan.tune.inspection import MATRIX_KERNELS, _occupancy
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "inspect_kernels.py"
+FIELDS = {
+    *("kernel", "config", "dtype", "target", "registers", "spill_bytes", "shared_bytes"),
+    *("matrix_instruction", "async_copy", "occupancy"),
+}
+
+
+def inspect(*arguments):
+    # Another process: in this one the interpreter may have taken the place of the compiler.
+    return subprocess.run([sys.executable, str(SCRIPT), *map(str, arguments)], capture_output=True, text=True)
+
+
+def rows_of(*arguments):
+    done = inspect("--json", *arguments)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+def assert_good_for_hopper(rows):
+    matrix = [row for row in rows if row["kernel"] in MATRIX_KERNELS and row["dtype"] == "bfloat16"]
+    assert matrix
+    for row in matrix:
+        assert row["spill_bytes"] == 0, row
+        # Its matrix units take 64 rows at least; where there are fewer, the smaller ones do.
+        if row["config"].get("BLOCK_M", 64) >= 64:
+            assert row["matrix_instruction"] == "wgmma", row
+
+
+def test_every_kernel_in_its_default_configuration():
+    rows = rows_of("--dtype", "bf16")
+    assert all(row.keys() == FIELDS and row["target"] == "sm_90" and 0 < row["occupancy"] <= 1 for row in rows)
+    assert_good_for_hopper(rows)
+    kernels = {row["kernel"] for row in rows}
+    assert {"tile_statistics_kernel", "conv_epilogue_kernel", "merge_statistics_kernel", "bce_kernel"} <= kernels
+
+
+@pytest.mark.skipif(not shipped_tables(), reason="no table has been measured yet")
+def test_every_configuration_in_the_tables():
+    assert_good_for_hopper(rows_of("--only-tables"))
+
+
+@pytest.mark.parametrize("target, instruction", (("sm_80", "mma"), ("sm_90", "wgmma"), ("sm_100", "tcgen05")))
+def test_a_table(target, instruction, tmp_path):
+    tile = {"block_m": 64, "block_n": 64, "block_k": 32, "num_warps": 4, "num_stages": 3}
+    problem = Problem("down", "bfloat16", 16, (8, 8), (16, 16), 64, 32, (4, 4), (2, 2), (1, 1))
+    lost = problem._replace(batch=32)
+    rows = {problem: Measurement("triton", tile, 1.0, 2.0, 16), lost: Measurement("cudnn", None, None, 2.0, 32)}
+    write_table(tmp_path / "table.json", "NVIDIA T800", {}, rows)
+    (row,) = rows_of("--target", target, "--only-tables", "--table", tmp_path / "table.json")
+    assert row["kernel"] == "down_kernel" and row["dtype"] == "bfloat16" and row["target"] == target
+    assert row["config"]["BLOCK_M"] == 64 and row["config"]["num_stages"] == 3
+    assert row["matrix_instruction"] == instruction
+    assert row["spill_bytes"] == 0 and row["registers"] > 0 and row["shared_bytes"] > 0
+    printed = inspect("--target", target, "--only-tables", "--table", tmp_path / "table.json").stdout
+    assert "registers" in printed and "64×64×32×4×3" in printed
+
+
+def test_bad_input(tmp_path):
+    done = inspect("--table", tmp_path / "nothing.json")
+    assert done.returncode == 2 and "nothing.json" in done.stderr
+    assert inspect("--target", "sm_70").returncode == 2
+
+
+@pytest.mark.parametrize(
+    "registers, shared, warps, expected",
+    ((32, 0, 4, 1.0), (128, 0, 4, 0.25), (255, 0, 8, 0.125), (32, 113 << 10, 8, 0.25), (32, 228 << 10, 8, 0.0)),
+)
+def test_occupancy(registers, shared, warps, expected):
+    assert _occupancy(90, registers, shared, warps) == expected
