@@ -107,17 +107,21 @@ def conv2d_bn_act(
     )
 
 
-def conv_bn_act(x, weight, *tensors, weight_copy=None, **options):
+def conv_bn_act(x, weight, *tensors, weight_copy=None, num_batches_tracked=None, **options):
     """Both of them in one: `transposed` says which, and strides and paddings are pairs.
 
     `weight_copy` holds the weight's values in the dtype that is computed in, or None: see `fastgan.weight_copies`.
+    `num_batches_tracked`, if any, counts the batches that the running statistics are updated with.
     """
     check_conv_bn_act(x, weight, *tensors, **options)
     implementation, _ = backend.select(x.device, _compute_dtype(x))
     # An empty batch has nothing to launch; stock knows what to say of it.
     if implementation == "reference" or x.numel() == 0:
+        if num_batches_tracked is not None:
+            num_batches_tracked.add_(options["batch_groups"])
         return _conv_bn_act_reference(x, weight, *tensors, **options)
-    return _conv_bn_act_fused(x, weight, *tensors, weight_copy=weight_copy, **options)
+    more = dict(weight_copy=weight_copy, num_batches_tracked=num_batches_tracked)
+    return _conv_bn_act_fused(x, weight, *tensors, **more, **options)
 
 
 def has_kernels_for(x):
@@ -199,6 +203,7 @@ def _conv_bn_act_fused(
     negative_slope,
     batch_groups,
     weight_copy,
+    num_batches_tracked,
 ):
     # The operators take the weight and the vectors as they are: mixed precision casts no more than it must.
     x = x.to(_compute_dtype(x))
@@ -212,7 +217,9 @@ def _conv_bn_act_fused(
     if training:
         y, mean, invstd, var = convolution.conv_statistics(x, *weights, bias, eps, *where, batch_groups)
         if running_mean is not None:
-            _update_running(running_mean, running_var, mean, var, momentum)
+            _update_running(running_mean, running_var, mean, var, momentum, num_batches_tracked)
+        elif num_batches_tracked is not None:
+            num_batches_tracked.add_(batch_groups)
         return batch_norm.batch_norm_act(y, mean, invstd, gamma, beta, True, *act)
     needs_grad = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (x, *weights, bias, gamma, beta)
@@ -225,12 +232,14 @@ def _conv_bn_act_fused(
     return convolution.conv(x, *weights, bias, running_mean, running_var, gamma, beta, eps, *where, *act)
 
 
-def _update_running(running_mean, running_var, mean, var, momentum):
-    """running ← (1 − momentum)·running + momentum·batch, for each group of the batch."""
+def _update_running(running_mean, running_var, mean, var, momentum, batches):
+    """running ← (1 − momentum)·running + momentum·batch, for each group of the batch; `batches` counts them."""
     if not isinstance(momentum, torch.Tensor) and running_mean.is_contiguous() and running_var.is_contiguous():
-        running.update_running(running_mean, running_var, mean.detach(), var.detach(), float(momentum))
+        running.update_running(running_mean, running_var, mean.detach(), var.detach(), batches, float(momentum))
         return
     with torch.no_grad():
+        if batches is not None:
+            batches.add_(len(mean))
         for statistic, batch in ((running_mean, mean), (running_var, var)):
             for part in batch.to(statistic.dtype):  # lerp_ takes no other
                 weight = momentum.to(statistic.dtype) if isinstance(momentum, torch.Tensor) else momentum

@@ -232,13 +232,15 @@ def _batch_norm_arguments(bn, x):
     As stock does: count the batch first, update only statistics that are tracked, and take the batch's own where
     there are none to use.
     """
-    momentum = 0.0 if bn.momentum is None else bn.momentum
+    momentum, batches = bn.momentum, None
     if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
-        bn.num_batches_tracked.add_(current_groups())
-        if bn.momentum is None:
-            count = bn.num_batches_tracked
+        batches = bn.num_batches_tracked
+        if momentum is None:
+            batches.add_(current_groups())
             # On a GPU a tensor: reading it would wait. In float64, as stock divides.
-            momentum = 1.0 / (count.double() if count.is_cuda else float(count))
+            momentum = 1.0 / (batches.double() if batches.is_cuda else float(batches))
+            batches = None
+    momentum = 0.0 if momentum is None else momentum
     used = bn.track_running_stats or not bn.training
     running_mean, running_var = (bn.running_mean, bn.running_var) if used else (None, None)
     gamma = bn.weight
@@ -246,5 +248,11 @@ def _batch_norm_arguments(bn, x):
         # To the operator four missing vectors mean that there is no BatchNorm.
         gamma = torch.ones(bn.num_features, device=x.device, dtype=x.dtype)
     training = bn.training or bn.running_mean is None
-    options = dict(training=training, momentum=momentum, eps=bn.eps, batch_groups=current_groups() if training else 1)
+    options = dict(
+        training=training,
+        momentum=momentum,
+        eps=bn.eps,
+        batch_groups=current_groups() if training else 1,
+        num_batches_tracked=batches,
+    )
     return (gamma, bn.bias, running_mean, running_var), options

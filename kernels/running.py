@@ -22,6 +22,7 @@ def update_running_kernel(
     running_var_ptr,
     mean_ptr,  # (groups, C) float32, var too
     var_ptr,
+    batches_ptr,  # one int64, or None
     momentum,
     C,
     GROUPS: tl.constexpr,
@@ -33,23 +34,26 @@ def update_running_kernel(
     var = tl.load(running_var_ptr + c, mask=c_ok, other=0.0).to(tl.float32)
     mean = _moved(mean, mean_ptr, GROUPS, c, c_ok, C, momentum)
     var = _moved(var, var_ptr, GROUPS, c, c_ok, C, momentum)
+    if batches_ptr is not None and tl.program_id(0) == 0:
+        tl.store(batches_ptr, tl.load(batches_ptr) + GROUPS)
     tl.store(running_mean_ptr + c, mean.to(running_mean_ptr.dtype.element_ty), mask=c_ok)
     tl.store(running_var_ptr + c, var.to(running_var_ptr.dtype.element_ty), mask=c_ok)
 
 
-def update_running(running_mean, running_var, mean, var, momentum):
+def update_running(running_mean, running_var, mean, var, batches, momentum):
     """running ← running + momentum·(batch − running), in place, for each group of the batch in turn.
 
     Args:
         running_mean, running_var: (C,), contiguous.
         mean, var: (groups, C) float32: the batch's mean and unbiased variance.
+        batches: 0-dim int64 that counts them, or None.
         momentum: weight of a new batch.
     """
     groups, channels = mean.shape
     launch(
         update_running_kernel,
         (triton.cdiv(channels, BLOCK),),
-        *(running_mean, running_var, mean, var, momentum, channels),
+        *(running_mean, running_var, mean, var, batches, momentum, channels),
         device=mean.device,
         GROUPS=groups,
         BLOCK=BLOCK,

@@ -4,17 +4,20 @@ import torch
 from torch import Tensor
 
 
-@torch.library.custom_op("fastgan::update_running", mutates_args=("running_mean", "running_var"))
-def update_running(running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, momentum: float) -> None:
+@torch.library.custom_op("fastgan::update_running", mutates_args=("running_mean", "running_var", "batches"))
+def update_running(
+    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, batches: Tensor | None, momentum: float
+) -> None:
     """running ← (1 − momentum)·running + momentum·batch for each of the batch's groups in turn; no gradients.
 
-    mean and the unbiased var are (groups, C) float32, as `conv_statistics` gives them.
+    mean and the unbiased var are (groups, C) float32, as `conv_statistics` gives them; `batches`, a 0-dim int64, counts
+    the groups.
     """
     from fastgan.kernels.running import update_running as kernel
 
-    kernel(running_mean, running_var, mean, var, momentum)
+    kernel(running_mean, running_var, mean, var, batches, momentum)
 
 
 @update_running.register_fake
-def _(running_mean, running_var, mean, var, momentum):
+def _(running_mean, running_var, mean, var, batches, momentum):
     return None

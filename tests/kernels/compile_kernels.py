@@ -104,7 +104,7 @@ def workload(dtype, batch=8):
         batch_norm.activation_input_grad(image, image, activation="tanh", slope=0.0)
         tiles = statistics.TileStatistics.empty(2, 300, 64, low.device)  # enough tiles to be merged in two stages
         statistics.merge_statistics(tiles, 1e-5)
-        running.update_running(vector, vector, torch.empty(2, 64), torch.empty(2, 64), 0.1)
+        running.update_running(vector, vector, torch.empty(2, 64), torch.empty(2, 64), None, 0.1)
         losses.bce(torch.empty(batch, dtype=dtype), torch.empty(batch, dtype=dtype), 1.0, 0.0)
         losses.bce(torch.empty(batch, dtype=dtype), None, 1.0, 0.0)
 

@@ -36,7 +36,7 @@ def _operator_calls(device):
         "activation_grad": (activation_grad, (y.detach(), y.detach(), "sigmoid", 0.0)),
         "update_running": (
             update_running,
-            (constant.clone(), constant + 1, constant.new_ones(2, 4), constant.new_ones(2, 4), 0.1),
+            (constant.clone(), constant + 1, constant.new_ones(2, 4), constant.new_ones(2, 4), None, 0.1),
         ),
         "batch_norm_act": (batch_norm_act, (y, constant, constant + 1, vector, None, True, "relu", 0.0)),
         "batch_norm_act_grad": (
