@@ -18,7 +18,7 @@ FULL = [Setting(size, batch) for size in IMAGE_SIZES for batch in BATCHES]
 SHORT = [Setting(64, 128), Setting(64, 1024)]
 CPU = [Setting(28, 32), Setting(64, 16)]  # the default run on digits, and the example DCGAN
 CHECKED_STEPS = 3
-SECONDS = 0.5 if ON_GPU else 3.0
+SECONDS = 0.5 if ON_GPU else 1.0
 # (relative, absolute) difference of a loss after up to three steps. In bfloat16 a logit is right to some 1 %, and a
 # loss is a difference of logits; TF32, which torch's convolutions use on a GPU, is a third as coarse.
 TOLERANCE = {"fp32": (0.03, 0.02) if ON_GPU else (0.01, 0.005), "bf16": (0.06, 0.03)}

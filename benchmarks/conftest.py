@@ -42,11 +42,21 @@ def _reason(excinfo):
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
+    """The hardware and the versions; not whose machine it is."""
+    machine_info.pop("node", None)
+    machine_info.get("cpu", {}).pop("flags", None)
     machine_info.update(timing.versions())
     if timing.ON_GPU:
         memory = torch.cuda.get_device_properties(timing.DEVICE).total_memory
         machine_info.update(cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version(), memory_mb=memory >> 20)
 
 
+def pytest_benchmark_update_commit_info(config, commit_info):
+    for name in ("project", "branch"):
+        commit_info.pop(name, None)
+
+
 def pytest_benchmark_update_json(config, benchmarks, output_json):
     output_json["not_run"] = config.stash.get(NOT_RUN, [])
+    for benchmark in output_json["benchmarks"]:
+        benchmark["stats"].pop("data", None)  # every single round: the file stays in the repository

@@ -143,7 +143,7 @@ def contiguous_first_layer(generator):
     """Take the weight of the layer over the latents' 1×1 grid back from channels_last to NCHW, so that it compiles.
 
     On a 1×1 grid both layouts look alike, and PyTorch's compiled backward (2.11 at least) expects the weight's gradient
-    in the layout of the weight while cuDNN's gives it in that of the latents (compare pytorch#197517).
+    in the layout of the weight while cuDNN's gives it in that of the latents (pytorch#171622, #197517).
     """
     weight = next(m.weight for m in generator.modules() if isinstance(m, nn.ConvTranspose2d))
     weight.data = weight.data.contiguous()
@@ -163,13 +163,10 @@ class GraphedStep:
         return self._replay()
 
 
-def our_step(generator, discriminator, *, precision, fused, compile):
-    """``fastgan.training.TrainStep``, in a CUDA graph where there is CUDA."""
-    options = {"precision": precision, "fused": fused, "compile": compile, "cuda_graph": True}
-    step = TrainStep(generator, discriminator, latent_dim=NZ, lr=LR, betas=BETAS, **options)
-    if compile and not fused:
-        contiguous_first_layer(generator)
-    return step
+def our_step(generator, discriminator, **options):
+    """``fastgan.training.TrainStep`` with these options, in a CUDA graph where there is CUDA."""
+    options["cuda_graph"] = True
+    return TrainStep(generator, discriminator, latent_dim=NZ, lr=LR, betas=BETAS, **options)
 
 
 def _losses(loss_d, loss_g, real_output, fake_output):
@@ -185,8 +182,8 @@ def _stock_step(precision, *, compile=False, graph=False):
     return build
 
 
-def _our_step(precision, *, fused, compile):
-    return lambda networks, _: our_step(*networks, precision=precision, fused=fused, compile=compile)
+def _our_step(precision, **options):
+    return lambda networks, _: our_step(*networks, precision=precision, **options)
 
 
 # name → (networks, images) → step
@@ -197,6 +194,8 @@ GPU_VARIANTS = {
     "compile-graph-bf16": _stock_step("bf16", compile=True, graph=True),
     "stock-step-graph-bf16": _our_step("bf16", fused=False, compile=True),
     "fused-bf16": _our_step("bf16", fused=True, compile=True),
+    # The discriminator on real and on fake images apart, for its memory.
+    "fused-two-passes-bf16": _our_step("bf16", fused=True, compile=True, one_pass=False),
 }
 CPU_VARIANTS = {
     "eager-fp32": lambda networks, _: ExampleStep(*networks),
