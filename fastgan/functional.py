@@ -167,10 +167,10 @@ def _conv_bn_act_reference(
         # In order, because each part updates the running statistics.
         parts = [F.batch_norm(p, running_mean, running_var, gamma, beta, training, float(momentum), eps) for p in parts]
         y = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return activate_(y, activation, negative_slope)
+    return _activate_(y, activation, negative_slope)
 
 
-def activate_(y, activation, negative_slope):
+def _activate_(y, activation, negative_slope):
     """The activation in place: nothing else needs the result of a convolution or a BatchNorm."""
     if activation == "relu":
         return y.relu_()

@@ -190,13 +190,13 @@ def _forward_in_groups(container, order, *args, **kwargs):
 
 def _run_layers(group, x):
     """The group without kernels: the forwards of its own layers, so that the numbers are stock's to the last bit."""
-    x = group.modules[0].forward(x)
-    if group.batch_norm is not None:
-        groups = current_groups() if group.batch_norm.training else 1
-        parts = (x,) if groups == 1 else x.chunk(groups)
-        parts = [group.batch_norm.forward(part) for part in parts]
-        x = parts[0] if groups == 1 else torch.cat(parts)
-    return fused.activate_(x, group.activation, _negative_slope(group))
+    groups = current_groups()
+    for forward in group.forwards:
+        if groups > 1 and forward == getattr(group.batch_norm, "forward", None) and group.batch_norm.training:
+            x = torch.cat([forward(part) for part in x.chunk(groups)])
+        else:
+            x = forward(x)
+    return x
 
 
 def _run_operator(group, x):

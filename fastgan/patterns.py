@@ -5,9 +5,12 @@ computes in one go; anything else is a group of its own. Nothing is decided from
 property that would change the numbers is looked at, and what does not fit stays stock, with the reason.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import nn
+from torch.nn import functional as F
 
 _CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 _ACTIVATIONS = {nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid"}
@@ -23,6 +26,7 @@ class Group:
     activation: str | None = None
     fused: bool = False
     reason: str = ""
+    forwards: tuple[Callable, ...] = ()  # of a fused group: its layers' own, the activation in place
 
     @property
     def pattern(self):
@@ -67,14 +71,26 @@ def _match_at(names, modules, i):
         if not stopped and type(modules[end]) in _ACTIVATIONS:
             activation, end = modules[end], end + 1
     # Even the convolution alone is fused with its bias; what follows it and could not be joined is named.
+    layers = modules[i:end]
+    forwards = [layer.forward for layer in layers if layer is not activation]
     return Group(
         names[i:end],
-        modules[i:end],
+        layers,
         batch_norm=batch_norm,
         activation=_ACTIVATIONS[type(activation)] if activation is not None else None,
         fused=True,
         reason=stopped,
+        forwards=(*forwards, _in_place(activation)) if activation is not None else tuple(forwards),
     )
+
+
+def _in_place(activation):
+    """The function of an activation that writes to its input: nothing else needs what comes out of the layer before."""
+    if getattr(activation, "inplace", False):
+        return activation.forward
+    if isinstance(activation, nn.LeakyReLU):
+        return lambda x: F.leaky_relu_(x, activation.negative_slope)
+    return {nn.ReLU: torch.relu_, nn.Tanh: torch.tanh_, nn.Sigmoid: torch.sigmoid_}[type(activation)]
 
 
 def has_hooks(module):
