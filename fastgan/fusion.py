@@ -8,13 +8,14 @@ as a layer is replaced or gets a hook, so such changes take effect, and train() 
 import functools
 import inspect
 import weakref
+from dataclasses import dataclass
 
 import torch
 from torch import fx, nn
 
 from fastgan import functional as fused
 from fastgan.batch_groups import current_groups
-from fastgan.patterns import has_hooks, match
+from fastgan.patterns import has_hooks, hooks_of, match
 from fastgan.weight_copies import weight_copy
 
 
@@ -160,18 +161,37 @@ def groups_of(container, order):
 
 
 # Matching takes as long as a layer of a small network, so groups are kept until anything they depend on has changed.
-_matched = weakref.WeakKeyDictionary()  # container → (what the groups depend on, the groups)
+# Looking for changes has to be quick, too, and is done by comparing and testing whole tuples.
+@dataclass
+class _Kept:
+    modules: tuple  # the container's children, and their types: parametrizations change those
+    types: tuple
+    hooks: tuple  # the dictionaries in which the children keep their hooks; all empty
+    groups: list
+
+
+_kept = weakref.WeakKeyDictionary()  # container → _Kept
 
 
 def _kept_groups(container, order):
-    modules = container._modules.values()
-    if torch.compiler.is_compiling() or any(map(has_hooks, modules)):
+    if torch.compiler.is_compiling():
         return groups_of(container, order)
-    state = [*modules, *map(type, modules)]
-    kept_state, groups = _matched.get(container, (None, None))
-    if kept_state != state:
-        groups = groups_of(container, order)
-        _matched[container] = state, groups
+    modules = tuple(container._modules.values())
+    kept = _kept.get(container)
+    if (
+        kept is not None
+        and kept.modules == modules
+        and kept.types == tuple(map(type, modules))
+        and not any(kept.hooks)
+        and not any(["forward" in module.__dict__ for module in modules])  # replaced on the instance
+    ):
+        return kept.groups
+    groups = groups_of(container, order)
+    if any(map(has_hooks, modules)):
+        _kept.pop(container, None)
+    else:
+        hooks = tuple(hooks for module in modules for hooks in hooks_of(module))
+        _kept[container] = _Kept(modules, tuple(map(type, modules)), hooks, groups)
     return groups
 
 

@@ -93,15 +93,14 @@ def _in_place(activation):
     return {nn.ReLU: torch.relu_, nn.Tanh: torch.tanh_, nn.Sigmoid: torch.sigmoid_}[type(activation)]
 
 
+def hooks_of(module):
+    """The dictionaries of hooks that take part in calling the module."""
+    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+
+
 def has_hooks(module):
     """Whether anything but its type's forward takes part in calling the module."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__  # replaced on the instance
-    )
+    return any(hooks_of(module)) or "forward" in module.__dict__  # replaced on the instance
 
 
 def _why_not_conv(conv):
