@@ -31,14 +31,12 @@ from benchmarks.timing import (
 from fastgan.models import Discriminator, Generator
 from tests.accuracy import error
 
-pytestmark = pytest.mark.benchmark(timer=clock)
-
 PRECISION, BATCHES = ("bf16", (128, 1024)) if ON_GPU else ("fp32", (4,))
 DTYPE = DTYPES[PRECISION]
 SECONDS = 0.2
 
 
-@pytest.mark.benchmark(group="ceilings")
+@pytest.mark.benchmark(group="ceilings", timer=clock)
 @pytest.mark.parametrize("precision", ["bf16"] if ON_GPU else ["fp32", "bf16"])
 def test_matmul(benchmark, precision):
     """The rate of a large square product: what arithmetic can reach here."""
@@ -49,7 +47,7 @@ def test_matmul(benchmark, precision):
     benchmark.extra_info["tflops"] = fixed(2 * n**3 / median / 1e12)
 
 
-@pytest.mark.benchmark(group="ceilings")
+@pytest.mark.benchmark(group="ceilings", timer=clock)
 def test_copy(benchmark):
     """Bytes read and written a second by copying memory far larger than any cache."""
     describe(benchmark, variant="ceiling", batch=None, precision=PRECISION)
@@ -163,7 +161,7 @@ def case(request):
     return Case(*request.param)
 
 
-@pytest.mark.benchmark(group="layers")
+@pytest.mark.benchmark(group="layers", timer=clock)
 @pytest.mark.parametrize("direction", ["forward", "forward+backward"])
 @pytest.mark.parametrize("variant", ["stock", "fused"])
 def test_layer(benchmark, case, variant, direction):

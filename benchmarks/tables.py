@@ -256,10 +256,20 @@ def _data(run):
     return ["### Batches of 64×64 data, scaled, on the device", _table("batch | images kept | images/s", rows)]
 
 
+FEW = 8  # cases of one reason that are named one by one
+
+
 def _not_run(run):
     if not run.not_run:
         return []
-    rows = [[item["fullname"].split("::")[-1], item["reason"].replace("|", "\\|")] for item in run.not_run]
+    cases = {}
+    for item in run.not_run:
+        test, _, parameters = item["fullname"].split("::")[-1].partition("[")
+        cases.setdefault((test, item["reason"]), []).append(parameters.rstrip("]"))
+    rows = []
+    for (test, reason), parameters in cases.items():
+        few = ", ".join(filter(None, parameters)) if len(parameters) <= FEW else f"{len(parameters)} cases"
+        rows.append([f"{test}: {few}" if few else test, reason.replace("|", "\\|")])
     return ["### What could not be measured, and why", _table("benchmark | reason", rows)]
 
 

@@ -1,10 +1,14 @@
 """What the benchmarks measure with: the stock steps, and the count of their work. No timing."""
 
+import importlib
+from pathlib import Path
+
 import pytest
 import torch
 
 from benchmarks.bench_train_step import check
 from benchmarks.stock import CPU_VARIANTS, ExampleStep, Setting, StockStep
+from benchmarks.timing import clock
 
 cpu_only = pytest.mark.skipif(torch.cuda.is_available(), reason="of the benchmarks' variants on a CPU")
 
@@ -52,3 +56,16 @@ def test_check_passes_what_is_right_and_fails_what_is_not():
 
     with pytest.raises(pytest.fail.Exception, match="wrong: "):
         check(Broken(), setting, images, (0.01, 0.005))
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parents[1].glob("benchmarks/bench_*.py")), ids=lambda p: p.stem)
+def test_every_benchmark_waits_for_the_gpu(path):
+    """pytest-benchmark reads the mark that is nearest to a test, and no other: each has to name the clock."""
+    module = importlib.import_module(f"benchmarks.{path.stem}")
+    of_module = getattr(module, "pytestmark", [])
+    of_module = of_module if isinstance(of_module, list) else [of_module]
+    tests = [function for name, function in vars(module).items() if name.startswith("test_")]
+    assert tests
+    for test in tests:
+        marks = [m for m in [*getattr(test, "pytestmark", []), *of_module] if m.name == "benchmark"]
+        assert marks[0].kwargs["timer"] is clock, test.__name__
