@@ -292,6 +292,16 @@ def generator_bce(fake_logits):
     return losses.bce(fake_logits, None, 1.0, 0.0)[0][0]
 
 
+def bce_and_mean(logits, target):
+    """One half of `discriminator_bce`: (mean BCE of the logits against one target, mean σ(logits) without gradient)."""
+    check_loss(logits=logits, target=target)
+    implementation, _ = backend.select(logits.device, logits.dtype)
+    if implementation == "reference":
+        return _bce_reference(logits, target), _mean_sigmoid(logits)
+    sums, *_ = losses.bce(logits, None, float(target), 0.0)
+    return sums[0], sums[1].detach()
+
+
 def _bce_reference(logits, target):
     logits = _at_least_float32(logits)
     return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, target))

@@ -1,6 +1,7 @@
 """TrainStep against the algorithm written out by hand, and what it promises about the networks it is given."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -118,8 +119,8 @@ def test_the_generator_update_computes_no_weight_gradients_of_the_discriminator(
             parameter.register_hook(lambda gradient: calls.append(1))
     step(real_batches(1)[0])
     learning = sum(parameter.requires_grad for parameter in discriminator.parameters())
-    # Once per parameter, in the discriminator's own update, where real and fake gradients meet before they arrive.
-    assert len(calls) == learning == len(list(discriminator.parameters())) - 1
+    # Twice per parameter, in the discriminator's own update: for the real images and for the fake ones.
+    assert len(calls) == 2 * learning and learning == len(list(discriminator.parameters())) - 1
     assert not frozen.requires_grad and frozen.grad is None
 
 
@@ -157,7 +158,7 @@ def test_fp16_scales_the_losses_and_not_the_updates(monkeypatch):
         torch.manual_seed(6)
         step(real_batches(1, dtype=torch.float32)[0])
         # exp_avg is half of the first gradient.
-        scale = seen[0].norm() / step.optimizer_d.state[weight]["exp_avg"].norm() / 2
+        scale = sum(seen).norm() / step.optimizer_d.state[weight]["exp_avg"].norm() / 2
         assert scale.item() == pytest.approx({"fp32": 1.0, "fp16": 1024.0}[precision], rel=1e-3)
         averages[precision] = [
             state["exp_avg"].flatten()
@@ -313,7 +314,7 @@ def test_two_passes_where_one_would_not_be_exact(layers, reason):
     step = TrainStep(generator, discriminator, latent_dim=NZ, one_pass=True)
     before = copy.deepcopy(discriminator.state_dict()), torch.get_rng_state()
     with pytest.warns(UserWarning, match=f"two passes.*({reason})"):
-        step._discriminate(*real_batches(2))
+        step._try_one_pass(*real_batches(2))
     assert not step.one_pass and step.one_pass_reason in step.one_pass_reason
     assert set(before[0]) == set(discriminator.state_dict())
     step(real_batches(1)[0])
@@ -354,3 +355,28 @@ def test_a_cuda_graph_is_no_matter_without_cuda():
         losses.append([step(real) for real in real_batches(5)])
         step.forget_graph()
     torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=0)
+
+
+class _Saved:
+    """A tensor that autograd keeps for backward."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+
+def test_two_passes_never_hold_both_at_once():
+    """Where memory counts: the discriminator's activations of real images are gone before there are fake images."""
+    generator, discriminator = make_networks()
+    step, kept, alive = TrainStep(generator, discriminator, latent_dim=NZ, one_pass=False), weakref.WeakSet(), []
+
+    def keep(tensor):
+        saved = _Saved(tensor)
+        kept.add(saved)
+        return saved
+
+    discriminator.register_forward_hook(lambda *_: alive.append(len(kept)))
+    generator.register_forward_pre_hook(lambda *_: alive.append(len(kept)))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved.tensor):
+        step(real_batches(1)[0])
+    after_real, before_fake, *_ = alive
+    assert after_real > 5 and before_fake == 0
