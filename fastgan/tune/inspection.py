@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import triton
 
-from fastgan.kernels import batch_norm, data, losses, running, statistics
+from fastgan.kernels import batch_norm, cast, data, losses, running, statistics
 from fastgan.kernels.offline import compile_launch, record
 from fastgan.ops.choice import Choice
 from fastgan.ops.tables import read_table
@@ -55,12 +55,18 @@ def _passes(dtype, batch):
         batch_norm.batch_norm_grad(y, y, vector, vector, vector, vector, batch_statistics=True, **act)
         batch_norm.activation_input_grad(y, y, activation="tanh", slope=0.0)
         statistics.merge_statistics(statistics.TileStatistics.empty(2, 2000, 64, y.device), 1e-5)
-        running.update_running(vector, vector, torch.empty(2, 64), torch.empty(2, 64), 0.1)
+        running.update_running(vector, vector, torch.empty(2, 64), torch.empty(2, 64), None, 0.1)
+        cast.Cast()([torch.empty(64, 8)], [torch.empty(64, 8, dtype=dtype)])
         losses.bce(logits, logits, 1.0, 0.0)
         losses.bce(logits, None, 1.0, 0.0)
         drawn = torch.empty(data.programs(batch, images), dtype=torch.int32)
         data.next_batch(images, order, None, drawn, batch, dtype)
         data.next_batch(images, order, order.to(torch.uint8), drawn, batch, dtype)
+
+
+def _plain(value):
+    """A compile-time constant as JSON has it: Triton's own dtypes by their names."""
+    return value if isinstance(value, bool | int | float | str | None) else str(value)
 
 
 def inspect(found, capability, processes=None):
@@ -78,7 +84,7 @@ def _report(launch, capability):
     dtype = next((value for value in launch.arguments if isinstance(value, torch.dtype)), None)
     row = dict(
         kernel=launch.kernel,
-        config={name: value for name, value in launch.options.items()},
+        config={name: _plain(value) for name, value in launch.options.items()},
         dtype=str(dtype).removeprefix("torch."),
         target=f"sm_{capability}",
     )
