@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from contextlib import contextmanager
 
 import torch
 
@@ -11,9 +12,25 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
+_held = None  # the choice that holds within `held_choice`
+
+
+@contextmanager
+def held_choice():
+    """Within it FASTGAN_BACKEND counts as it was at the beginning: to look it up takes as long as a small operator."""
+    global _held
+    before, _held = _held, _choice()
+    try:
+        yield
+    finally:
+        _held = before
+
+
 @torch.compiler.assume_constant_result
 def _choice():
     """The value of FASTGAN_BACKEND, checked."""
+    if _held is not None:
+        return _held
     choice = os.environ.get("FASTGAN_BACKEND", "auto")
     if choice not in _CHOICES:
         raise ValueError(f"FASTGAN_BACKEND must be one of {', '.join(_CHOICES)}; got {choice!r}")

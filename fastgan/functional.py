@@ -293,8 +293,10 @@ def generator_bce(fake_logits):
 
 
 def bce_and_mean(logits, target):
-    """One half of `discriminator_bce`: (mean BCE of the logits against one target, mean σ(logits) without gradient)."""
-    check_loss(logits=logits, target=target)
+    """One half of `discriminator_bce`: (mean BCE of the logits against one target, mean σ(logits) without gradient).
+
+    For the training step: of its arguments nothing is checked.
+    """
     implementation, _ = backend.select(logits.device, logits.dtype)
     if implementation == "reference":
         return _bce_reference(logits, target), _mean_sigmoid(logits)
