@@ -14,6 +14,7 @@ from benchmarks import work
 from benchmarks.timing import DEVICE, DTYPES, ON_GPU, graphed
 from fastgan.models import Discriminator, Generator
 from fastgan.training import TrainStep
+from fastgan.training.weights import keep_compilable
 
 # What a table of training steps on a GPU holds when it is complete, with GPU_VARIANTS below.
 IMAGE_SIZES, BATCHES = (28, 64, 128), (64, 128, 256, 1024)
@@ -105,7 +106,7 @@ class StockStep:
         self.dtype = DTYPES[precision]
         self._g, self._d, adam = self.generator, self.discriminator, {"lr": LR, "betas": BETAS}
         if compile:
-            contiguous_first_layer(generator)
+            keep_compilable(generator)
             self._g, self._d = (torch.compile(m, fullgraph=True, dynamic=False) for m in (self._g, self._d))
             adam.update(fused=True, capturable=ON_GPU)
         self.optimizer_g = torch.optim.Adam(generator.parameters(), **adam)
@@ -137,16 +138,6 @@ class StockStep:
 
     def _autocast(self):
         return torch.autocast(DEVICE.type, self.dtype, enabled=self.dtype != torch.float32)
-
-
-def contiguous_first_layer(generator):
-    """Take the weight of the layer over the latents' 1×1 grid back from channels_last to NCHW, so that it compiles.
-
-    On a 1×1 grid both layouts look alike, and PyTorch's compiled backward (2.11 at least) expects the weight's gradient
-    in the layout of the weight while cuDNN's gives it in that of the latents (pytorch#171622, #197517).
-    """
-    weight = next(m.weight for m in generator.modules() if isinstance(m, nn.ConvTranspose2d))
-    weight.data = weight.data.contiguous()
 
 
 class GraphedStep:

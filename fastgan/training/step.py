@@ -12,7 +12,7 @@ from fastgan.batch_groups import batch_groups
 from fastgan.training.devices import check_precision
 from fastgan.training.graph import StepGraph
 from fastgan.training.one_pass import one_pass_obstacle
-from fastgan.training.weights import load_weights
+from fastgan.training.weights import keep_compilable, load_weights
 from fastgan.weight_copies import WeightCopies
 
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -94,7 +94,7 @@ class TrainStep:
         self.generator, self.discriminator = generator, discriminator
         self._g, self._d = generator, discriminator
         if compile and not fused:
-            _keep_compilable(generator)
+            keep_compilable(generator)
         if compile:
             # Apart, because one graph with D(fake.detach()) and D(fake) fails in backward (pytorch#91542).
             self._g = torch.compile(generator, fullgraph=True, dynamic=False)
@@ -266,17 +266,6 @@ def _fused_convolutions(network):
     from fastgan.fusion import fused_groups
 
     return [group.modules[0] for group in fused_groups(network).values()]
-
-
-def _keep_compilable(generator):
-    """Take the weight of a stock first layer over 1×1 latents back to the default layout.
-
-    Inductor expects its gradient in the weight's layout and cuDNN gives another (pytorch#171622, #197517).
-    """
-    for module in generator.modules():
-        if isinstance(module, torch.nn.ConvTranspose2d):
-            module.weight.data = module.weight.data.contiguous()
-            return
 
 
 def _check_lr(lr):

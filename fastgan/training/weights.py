@@ -1,4 +1,6 @@
-"""Loading weights, with errors of one line."""
+"""Loading weights, with errors of one line, and the layout that stock layers compile in."""
+
+from torch import nn
 
 
 def load_weights(module, state):
@@ -9,3 +11,15 @@ def load_weights(module, state):
         # torch lists every misfit on a line of its own, below a heading.
         misfits = str(error).splitlines()[1:2] or [str(error)]
         raise ValueError(f"weights do not fit the {type(module).__name__}: {misfits[0].strip()}") from error
+
+
+def keep_compilable(generator):
+    """Take the weight of a stock first layer over 1×1 latents back from channels_last to NCHW, so that it compiles.
+
+    On a 1×1 grid both layouts look alike, and PyTorch's compiled backward (2.11 at least) expects the weight's gradient
+    in the layout of the weight while cuDNN's gives it in that of the latents (pytorch#171622, #197517).
+    """
+    for module in generator.modules():
+        if isinstance(module, nn.ConvTranspose2d):
+            module.weight.data = module.weight.data.contiguous()
+            return
