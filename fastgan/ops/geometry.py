@@ -14,6 +14,12 @@ def conv_transpose_size(size, kernel, stride, padding, output_padding):
     ]
 
 
+def missing_rows(out_size, size, kernel, stride, padding):
+    """The output_padding with which a transposed convolution of an input of (h, w) gives `out_size`."""
+    sizes = conv_transpose_size(size, kernel, stride, padding, (0, 0))
+    return [wanted - n for wanted, n in zip(out_size, sizes, strict=True)]
+
+
 def lost_rows(size, kernel, stride, padding):
     """The output_padding with which a transposed convolution undoes this convolution's size."""
     return [(n + 2 * p - k) % s for n, k, s, p in zip(size, kernel, stride, padding, strict=True)]

@@ -10,6 +10,7 @@ cuDNN's weight gradient, and its transposed convolution, may add in an order tha
 import torch
 
 from fastgan.backend import matmul_precision
+from fastgan.ops.geometry import missing_rows
 
 
 def channels_last(x):
@@ -103,10 +104,7 @@ def _tile(choice):
 def _cudnn(x, weight, out_size, transposed, stride, padding):
     """aten's convolution without bias, in the strides of a channels_last tensor."""
     x = channels_last(x)
-    extra = [0, 0]
-    if transposed:
-        sizes = zip(out_size, x.shape[2:], weight.shape[2:], stride, padding, strict=True)
-        extra = [out - ((n - 1) * s - 2 * p + k) for out, n, k, s, p in sizes]
+    extra = missing_rows(out_size, x.shape[2:], weight.shape[2:], stride, padding) if transposed else [0, 0]
     y = torch.ops.aten.convolution(x, weight, None, stride, padding, [1, 1], transposed, extra, 1)
     channels, (h, w) = y.shape[1], y.shape[2:]
     strides = (h * w * channels, 1, w * channels, channels)

@@ -11,7 +11,7 @@ from fastgan.fusion import fuse, fused_groups
 from fastgan.models import IMAGE_SIZES, Discriminator, Generator
 from fastgan.ops import implementations
 from fastgan.ops.choice import conv_problem, weight_grad_problem
-from fastgan.ops.geometry import conv_size, conv_transpose_size
+from fastgan.ops.geometry import conv_size, conv_transpose_size, missing_rows
 
 LATENT = 100
 _SHAPE = re.compile(
@@ -202,10 +202,7 @@ def reference(problem, tensors):
         return (torch.ops.aten.convolution_backward(low, high, weight, *options)[1],)
     x, weight = tensors
     transposed = problem.operation == "up"
-    extra = [0, 0]
-    if transposed:
-        sizes = conv_transpose_size(problem.low, problem.kernel, *where, (0, 0))
-        extra = [wanted - size for wanted, size in zip(problem.high, sizes, strict=True)]
+    extra = missing_rows(problem.high, problem.low, problem.kernel, *where) if transposed else [0, 0]
     y = torch.ops.aten.convolution(x, weight, None, *where, (1, 1), transposed, extra, 1)
     if problem.then == "statistics":
         var, mean = torch.var_mean(y, (0, 2, 3), correction=0)
