@@ -43,11 +43,6 @@ def interpreted():
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
 
 
-def is_forced():
-    """Whether FASTGAN_BACKEND insists on the kernels, wherever the tensors are."""
-    return _choice() == "triton"
-
-
 def select(device, dtype):
     """(name, reason): "triton" or "reference" for tensors of this device and dtype, and why.
 
@@ -78,7 +73,7 @@ def select(device, dtype):
 
 
 def forces_triton():
-    """Whether FASTGAN_BACKEND asks for our kernels even where cuDNN was measured to be faster."""
+    """Whether FASTGAN_BACKEND insists on our kernels, wherever the tensors are and whatever else is faster."""
     return _choice() == "triton"
 
 

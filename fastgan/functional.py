@@ -126,7 +126,7 @@ def conv_bn_act(x, weight, *tensors, weight_copy=None, num_batches_tracked=None,
 
 def has_kernels_for(x):
     """Whether `conv_bn_act` of `x` runs our kernels."""
-    if not (x.is_cuda or backend.is_forced()):
+    if not (x.is_cuda or backend.forces_triton()):
         return False  # for nothing else: a CPU step of a small network feels every question
     return backend.select(x.device, _compute_dtype(x))[0] == "triton"
 
