@@ -144,6 +144,17 @@ def conv_epilogue(
 
 
 @triton.jit
+def mean_and_m2(values, ok, count):
+    """Mean and centred sum of squares of each column, over its `count` rows that are ok."""
+    rows = tl.maximum(count, 1.0)
+    rough = tl.sum(tl.where(ok, values, 0.0), 0) / rows
+    centred = tl.where(ok, values - rough[None, :], 0.0)
+    # The sum's own rounding error is what the centred values still average to.
+    rest = tl.sum(centred, 0) / rows
+    return rough + rest, tl.sum(centred * centred, 0) - rows * rest * rest
+
+
+@triton.jit
 def store_tile_statistics(
     acc,
     row_ok,
@@ -163,13 +174,9 @@ def store_tile_statistics(
     one channel (COLUMNS is a multiple of CHANNELS), each is a tile of its own to that.
     """
     # count: (tiles,), mean, m2: (tiles, COLUMNS)
-    rows = tl.maximum(count, 1.0)
-    rough = tl.sum(tl.where(row_ok[:, None], acc, 0.0), 0) / rows
-    centred = tl.where(row_ok[:, None], acc - rough[None, :], 0.0)
-    # The sum's own rounding error is what the centred values still average to.
-    rest = tl.sum(centred, 0) / rows
-    tl.store(mean_ptr + tile * COLUMNS + columns, rough + rest, mask=column_ok)
-    tl.store(m2_ptr + tile * COLUMNS + columns, tl.sum(centred * centred, 0) - rows * rest * rest, mask=column_ok)
+    mean, m2 = mean_and_m2(acc, row_ok[:, None], count)
+    tl.store(mean_ptr + tile * COLUMNS + columns, mean, mask=column_ok)
+    tl.store(m2_ptr + tile * COLUMNS + columns, m2, mask=column_ok)
     parts: tl.constexpr = COLUMNS // CHANNELS
     for part in range(parts):
         tl.store(count_ptr + tile * parts + part, count)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from fastgan.kernels.launch import launch, merge_tile, needs_int64, statistics_tile
-from fastgan.kernels.pieces import channel_vector
+from fastgan.kernels.pieces import channel_vector, mean_and_m2
 
 
 class TileStatistics(NamedTuple):
@@ -62,15 +62,9 @@ def tile_statistics_kernel(
             tl.store(y_ptr + cell, y.to(y_ptr.dtype.element_ty), mask=ok)
 
         block_count = tl.minimum(tl.maximum(rows - start, 0), BLOCK_R).to(tl.float32)
-        at_least_one = tl.maximum(block_count, 1.0)
-        rough = tl.sum(y, 0) / at_least_one
-        centred = tl.where(ok, y - rough[None, :], 0.0)
-        # The sum's own rounding error is what the centred values still average to.
-        rest = tl.sum(centred, 0) / at_least_one
-        block_m2 = tl.sum(centred * centred, 0) - block_count * rest * rest
-
+        block_mean, block_m2 = mean_and_m2(y, ok, block_count)
         total = count + block_count
-        offset = rough + rest - mean
+        offset = block_mean - mean
         share = block_count / tl.maximum(total, 1.0)
         mean += offset * share
         m2 += block_m2 + offset * offset * (count * share)
