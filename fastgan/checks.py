@@ -34,6 +34,7 @@ def check_conv_bn_act(
     output_padding,
     activation,
     negative_slope,
+    activation_first,
     batch_groups,
 ):
     """Raise ValueError or TypeError for what `functional.conv2d_bn_act` and its transposed twin cannot take."""
@@ -73,6 +74,9 @@ def check_conv_bn_act(
         raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}; got {activation!r}")
     if activation == "leaky_relu" and not negative_slope >= 0:
         raise ValueError(f"negative_slope must be at least 0; got {negative_slope!r}")
+    if activation_first and (activation is None or not with_batch_norm):
+        got = f"activation={activation!r} and {'a' if with_batch_norm else 'no'} BatchNorm"
+        raise ValueError(f"activation_first=True needs an activation and a BatchNorm after it; got {got}")
     if not isinstance(batch_groups, int) or batch_groups < 1 or x.shape[0] % batch_groups:
         raise ValueError(f"batch_groups must divide the batch of {x.shape[0]} images; got {batch_groups!r}")
     images = x.shape[0] // batch_groups

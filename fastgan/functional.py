@@ -29,6 +29,7 @@ def conv_transpose2d_bn_act(
     output_padding=0,
     activation=None,
     negative_slope=0.01,
+    activation_first=False,
     batch_groups=1,
 ):
     """act(BatchNorm(conv_transpose2d(x, weight, bias))), forward and backward in fused kernels.
@@ -47,6 +48,8 @@ def conv_transpose2d_bn_act(
         stride, padding, output_padding: an int or a pair.
         activation: "relu", "leaky_relu", "tanh", "sigmoid" or None.
         negative_slope: of leaky_relu, ≥ 0.
+        activation_first: the other order, BatchNorm(act(conv(x, weight) + bias)): the statistics are of the activated
+            values. It needs a BatchNorm and an activation.
         batch_groups: the batch consists of so many equal parts, one after the other, and BatchNorm in training takes
             each part by itself: the same numbers, and running statistics, as a call for each part in that order.
 
@@ -69,6 +72,7 @@ def conv_transpose2d_bn_act(
         output_padding=pair("output_padding", output_padding),
         activation=activation,
         negative_slope=negative_slope,
+        activation_first=activation_first,
         batch_groups=batch_groups,
     )
 
@@ -89,6 +93,7 @@ def conv2d_bn_act(
     padding=0,
     activation=None,
     negative_slope=0.01,
+    activation_first=False,
     batch_groups=1,
 ):
     """act(BatchNorm(conv2d(x, weight, bias))): as `conv_transpose2d_bn_act`, with weight (out, in, kh, kw)."""
@@ -103,16 +108,18 @@ def conv2d_bn_act(
         output_padding=[0, 0],
         activation=activation,
         negative_slope=negative_slope,
+        activation_first=activation_first,
         batch_groups=batch_groups,
     )
 
 
-def conv_bn_act(x, weight, *tensors, weight_copy=None, num_batches_tracked=None, **options):
+def conv_bn_act(x, weight, *tensors, weight_copy=None, num_batches_tracked=None, activation_first=False, **options):
     """Both of them in one: `transposed` says which, and strides and paddings are pairs.
 
     `weight_copy` holds the weight's values in the dtype that is computed in, or None: see `fastgan.weight_copies`.
     `num_batches_tracked`, if any, counts the batches that the running statistics are updated with.
     """
+    options["activation_first"] = activation_first
     check_conv_bn_act(x, weight, *tensors, **options)
     implementation, _ = backend.select(x.device, _compute_dtype(x))
     # An empty batch has nothing to launch; stock knows what to say of it.
@@ -155,6 +162,7 @@ def _conv_bn_act_reference(
     output_padding,
     activation,
     negative_slope,
+    activation_first,
     batch_groups,
 ):
     """The same in plain torch: what the kernels are tested against, and what runs without them."""
@@ -162,6 +170,9 @@ def _conv_bn_act_reference(
         y = F.conv_transpose2d(x, weight, bias, stride, padding, output_padding)
     else:
         y = F.conv2d(x, weight, bias, stride, padding)
+    if activation_first:
+        y = _activate_(y, activation, negative_slope)
+        activation = None
     if not (gamma is None and beta is None and running_mean is None and running_var is None):
         parts = y.chunk(batch_groups) if training else (y,)
         # In order, because each part updates the running statistics.
@@ -201,6 +212,7 @@ def _conv_bn_act_fused(
     output_padding,
     activation,
     negative_slope,
+    activation_first,
     batch_groups,
     weight_copy,
     num_batches_tracked,
@@ -211,24 +223,26 @@ def _conv_bn_act_fused(
         weight_copy = None
     weights = (weight, weight_copy)
     where = (transposed, stride, padding, output_padding)
-    act = (activation, negative_slope)
+    act, no_act = (activation, negative_slope), (None, 0.0)
+    # Before BatchNorm the convolution's kernel activates, after it BatchNorm's does.
+    before, after = (act, no_act) if activation_first else (no_act, act)
     if all(tensor is None for tensor in (gamma, beta, running_mean, running_var)):
         return convolution.conv(x, *weights, bias, None, None, None, None, 0.0, *where, *act)
     if training:
-        y, mean, invstd, var = convolution.conv_statistics(x, *weights, bias, eps, *where, batch_groups)
+        y, mean, invstd, var = convolution.conv_statistics(x, *weights, bias, eps, *where, *before, batch_groups)
         if running_mean is not None:
             _update_running(running_mean, running_var, mean, var, momentum, num_batches_tracked)
         elif num_batches_tracked is not None:
             num_batches_tracked.add_(batch_groups)
-        return batch_norm.batch_norm_act(y, mean, invstd, gamma, beta, True, *act)
+        return batch_norm.batch_norm_act(y, mean, invstd, gamma, beta, True, *after)
     needs_grad = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (x, *weights, bias, gamma, beta)
     )
-    if needs_grad:
-        # γ's gradient needs the result of the convolution, so it is kept.
-        y = convolution.conv(x, *weights, bias, None, None, None, None, 0.0, *where, None, 0.0)
+    if needs_grad or activation_first:
+        # γ's gradient needs what BatchNorm is of, so it is kept; and the epilogue activates last.
+        y = convolution.conv(x, *weights, bias, None, None, None, None, 0.0, *where, *before)
         mean, invstd = running_mean.float(), (running_var.float() + eps).rsqrt()
-        return batch_norm.batch_norm_act(y, mean, invstd, gamma, beta, False, *act)
+        return batch_norm.batch_norm_act(y, mean, invstd, gamma, beta, False, *after)
     return convolution.conv(x, *weights, bias, running_mean, running_var, gamma, beta, eps, *where, *act)
 
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from fastgan.kernels.launch import launch, merge_tile, needs_int64, statistics_tile
-from fastgan.kernels.pieces import channel_vector, mean_and_m2
+from fastgan.kernels.pieces import activate, channel_vector, mean_and_m2
 
 
 class TileStatistics(NamedTuple):
@@ -28,13 +28,15 @@ class TileStatistics(NamedTuple):
 
 @triton.jit
 def tile_statistics_kernel(
-    y_ptr,  # (groups · rows, C); changed in place where there is a bias
+    y_ptr,  # (groups · rows, C); changed in place where there is a bias or an activation
     bias_ptr,  # (C,) or None
     count_ptr,  # (groups, programs along rows)
     mean_ptr,  # (groups, programs along rows, C)
     m2_ptr,
     rows,  # of one group: no tile holds rows of two
     C,
+    ACTIVATION: tl.constexpr,
+    SLOPE: tl.constexpr,
     INT64: tl.constexpr,
     BLOCKS: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -58,7 +60,9 @@ def tile_statistics_kernel(
         cell = (first + row)[:, None] * C + column[None, :]
         y = tl.load(y_ptr + cell, mask=ok, other=0.0).to(tl.float32)
         if bias_ptr is not None:
-            y = tl.where(ok, y + channel_vector(bias_ptr, column, column_ok, 0.0), 0.0)
+            y = y + channel_vector(bias_ptr, column, column_ok, 0.0)
+        if bias_ptr is not None or ACTIVATION is not None:
+            y = activate(y, ACTIVATION, SLOPE)
             tl.store(y_ptr + cell, y.to(y_ptr.dtype.element_ty), mask=ok)
 
         block_count = tl.minimum(tl.maximum(rows - start, 0), BLOCK_R).to(tl.float32)
@@ -76,8 +80,8 @@ def tile_statistics_kernel(
     tl.store(m2_ptr + tile * C + column, m2, mask=column_ok)
 
 
-def tile_statistics(y, bias=None, *, groups=1):
-    """The TileStatistics of y (N, C, H, W) channels_last, to which `bias` (C,), if any, is first added in place.
+def tile_statistics(y, bias=None, *, activation=None, slope=0.0, groups=1):
+    """The TileStatistics of act(y + bias), which takes the place of y (N, C, H, W) channels_last; bias: (C,) or None.
 
     The batch consists of `groups` equal parts, whose statistics stay apart.
     """
@@ -91,6 +95,8 @@ def tile_statistics(y, bias=None, *, groups=1):
         (programs, triton.cdiv(channels, block_c), groups),
         *(y, bias, *tiles, rows, channels),
         device=y.device,
+        ACTIVATION=activation,
+        SLOPE=slope,
         INT64=needs_int64(y),
         BLOCKS=blocks,
         BLOCK_R=block_r,

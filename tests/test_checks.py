@@ -49,6 +49,14 @@ VALUE_ERRORS = [
     (dict(activation=torch.relu), "activation must be one of"),
     (dict(activation="leaky_relu", negative_slope=-0.1), "negative_slope must be at least 0; got -0.1"),
     (dict(activation="leaky_relu", negative_slope=float("nan")), "negative_slope must be at least 0; got nan"),
+    (
+        dict(activation_first=True),
+        "activation_first=True needs an activation and a BatchNorm after it; got activation=None and a BatchNorm",
+    ),
+    (
+        dict(activation_first=True, activation="relu", **dict.fromkeys(VECTORS[1:])),
+        "activation_first=True needs an activation and a BatchNorm after it; got activation='relu' and no BatchNorm",
+    ),
     (dict(stride=0), "stride must be at least 1; got 0"),
     (dict(stride=(1, 0)), "stride must be at least 1; got (1, 0)"),
     (dict(stride=(1, 1, 1)), "stride must be an int or a pair of ints; got (1, 1, 1)"),
@@ -154,6 +162,7 @@ def test_accepted(operator, transposed):
     for activation in ACTIVATIONS:
         assert operator(**given, activation=activation).shape[:2] == (2, 4)
     operator(**given, activation="relu", negative_slope=-1)  # of no other activation
+    operator(**given, activation="relu", activation_first=True)
     operator(**given, momentum=torch.tensor(0.5), stride=[1, 2], padding=(1, 0))
     assert operator(**given | dict(x=given["x"][:0], training=False)).shape[:2] == (0, 4)
 

@@ -108,23 +108,37 @@ def conv_statistics(
     stride: Sequence[int],
     padding: Sequence[int],
     output_padding: Sequence[int],
+    activation: str | None,
+    slope: float,
     groups: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y = conv(x, weight) + bias and, per channel in float32: mean, 1/sqrt(var + eps) and the unbiased variance.
+    """y = act(conv(x, weight) + bias) and, per channel in float32: mean, 1/sqrt(var + eps), unbiased variance of y.
 
     The statistics are (groups, C): the batch consists of that many equal parts, each normalised by itself.
     Only y is differentiable, and its gradient must come through `batch_norm_act(..., batch_statistics=True)`: it is
-    then the whole gradient, the statistics' part included, and sums to zero over each channel, hence so does bias's.
+    then the whole gradient, the statistics' part included, and sums to zero over each channel. Hence so does bias's
+    where there is no activation.
     """
     size = out_size(x, weight, transposed, stride, padding, output_padding)
     problem = conv_problem(x, weight, transposed, stride, padding, size, then="statistics")
-    where = dict(transposed=transposed, stride=stride, padding=padding)
-    weight = _in_dtype_of(x, weight, weight_copy)
-    return run_conv_statistics(choose(problem, x.device), x, weight, size, **where, bias=bias, eps=eps, groups=groups)
+    return run_conv_statistics(
+        choose(problem, x.device),
+        x,
+        _in_dtype_of(x, weight, weight_copy),
+        size,
+        transposed=transposed,
+        stride=stride,
+        padding=padding,
+        bias=bias,
+        activation=activation,
+        slope=slope,
+        eps=eps,
+        groups=groups,
+    )
 
 
 @conv_statistics.register_fake
-def _(x, weight, weight_copy, bias, eps, transposed, stride, padding, output_padding, groups):
+def _(x, weight, weight_copy, bias, eps, transposed, stride, padding, output_padding, activation, slope, groups):
     y = _empty_result(x, weight, transposed, stride, padding, output_padding)
     return y, *(x.new_empty((groups, y.shape[1]), dtype=torch.float32) for _ in range(3))
 
@@ -156,18 +170,19 @@ def _(grad, out, activation, slope):
     return torch.empty_like(out, memory_format=torch.channels_last)
 
 
-def _linear_backward(ctx, x, weight, weight_copy, dy):
-    """(dx, dweight) of y = conv(x, weight), each None where it is not wanted."""
+def _backward(ctx, x, weight, weight_copy, out, dout):
+    """(dx, dweight, dz) of out = act(z), z = conv(x, weight) + bias; dx and dweight are None where not wanted."""
+    dz = activation_grad(dout, out, ctx.activation, ctx.slope) if ctx.activation else dout
     transposed, stride, padding = ctx.transposed, ctx.stride, ctx.padding
     dx = dweight = None
     if ctx.needs_input_grad[0]:
         extra = [0, 0] if transposed else lost_rows(x.shape[2:], weight.shape[2:], stride, padding)
         plain = (None, None, None, None, None, 0.0)
-        dx = conv(dy, weight, weight_copy, *plain, not transposed, stride, padding, extra, None, 0.0)
+        dx = conv(dz, weight, weight_copy, *plain, not transposed, stride, padding, extra, None, 0.0)
     if ctx.needs_input_grad[1]:
-        low, high = (x, dy) if transposed else (dy, x)
+        low, high = (x, dz) if transposed else (dz, x)
         dweight = conv_weight_grad(low, high, weight, stride, padding)
-    return dx, dweight
+    return dx, dweight, dz
 
 
 def _save_conv(ctx, inputs, output):
@@ -184,9 +199,8 @@ def _conv_backward(ctx, dout):
     if ctx.with_batch_norm:
         raise RuntimeError("fastgan::conv with an eval-mode BatchNorm inside has no gradient: use batch_norm_act")
     x, weight, weight_copy, out = ctx.saved_tensors
-    dy = activation_grad(dout, out, ctx.activation, ctx.slope) if ctx.activation else dout
-    dx, dweight = _linear_backward(ctx, x, weight, weight_copy, dy)
-    dbias = dy.sum((0, 2, 3)).to(ctx.bias_dtype) if ctx.needs_input_grad[3] else None
+    dx, dweight, dz = _backward(ctx, x, weight, weight_copy, out, dout)
+    dbias = dz.sum((0, 2, 3), dtype=ctx.bias_dtype) if ctx.needs_input_grad[3] else None
     return dx, dweight, None, dbias, *[None] * 11
 
 
@@ -194,18 +208,21 @@ conv.register_autograd(_conv_backward, setup_context=_save_conv)
 
 
 def _save_conv_statistics(ctx, inputs, output):
-    x, weight, weight_copy, bias, _, transposed, stride, padding, *_ = inputs
+    x, weight, weight_copy, bias, _, transposed, stride, padding, _, activation, slope, _ = inputs
     ctx.transposed, ctx.stride, ctx.padding = transposed, stride, padding
-    ctx.save_for_backward(x, weight, weight_copy, bias)
+    ctx.activation, ctx.slope = activation, slope
+    ctx.save_for_backward(x, weight, weight_copy, bias, output[0] if activation else None)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # or zeros are written for the statistics, which have no gradients
 
 
 def _conv_statistics_backward(ctx, dy, *_):
-    x, weight, weight_copy, bias = ctx.saved_tensors
-    dx, dweight = _linear_backward(ctx, x, weight, weight_copy, dy)
-    dbias = torch.zeros_like(bias) if ctx.needs_input_grad[3] else None
-    return dx, dweight, None, dbias, *[None] * 6
+    x, weight, weight_copy, bias, y = ctx.saved_tensors
+    dx, dweight, dz = _backward(ctx, x, weight, weight_copy, y, dy)
+    dbias = None
+    if ctx.needs_input_grad[3]:
+        dbias = dz.sum((0, 2, 3), dtype=bias.dtype) if ctx.activation else torch.zeros_like(bias)
+    return dx, dweight, None, dbias, *[None] * 8
 
 
 conv_statistics.register_autograd(_conv_statistics_backward, setup_context=_save_conv_statistics)

@@ -50,20 +50,35 @@ def run_conv(
     return y
 
 
-def run_conv_statistics(choice, x, weight, out_size, *, transposed, stride, padding, bias=None, eps=1e-5, groups=1):
-    """y = conv(x, weight) + bias with its batch statistics.
+def run_conv_statistics(
+    choice,
+    x,
+    weight,
+    out_size,
+    *,
+    transposed,
+    stride,
+    padding,
+    bias=None,
+    activation=None,
+    slope=0.0,
+    eps=1e-5,
+    groups=1,
+):
+    """y = act(conv(x, weight) + bias) with its batch statistics.
 
     Returns:
         y, and per group and channel (groups, C) in float32: mean, 1/sqrt(var + eps) and the unbiased variance.
     """
     from fastgan.kernels.statistics import merge_statistics, tile_statistics
 
+    epilogue = dict(bias=bias, activation=activation, slope=slope, groups=groups)
     if choice.implementation == "triton":
-        statistics = dict(statistics=True, groups=groups)
-        y, tiles = _matrix_kernel(choice, x, weight, out_size, transposed, stride, padding, bias=bias, **statistics)
+        epilogue = dict(statistics=True, **epilogue)
+        y, tiles = _matrix_kernel(choice, x, weight, out_size, transposed, stride, padding, **epilogue)
     else:
         y = _cudnn(x, weight, out_size, transposed, stride, padding)
-        tiles = tile_statistics(y, bias, groups=groups)
+        tiles = tile_statistics(y, **epilogue)
     return y, *merge_statistics(tiles, eps)
 
 

@@ -54,6 +54,7 @@ def _passes(dtype, batch):
         batch_norm.normalize_activate(y, vector, vector, vector, vector, **act)
         batch_norm.batch_norm_grad(y, y, vector, vector, vector, vector, batch_statistics=True, **act)
         batch_norm.activation_input_grad(y, y, activation="tanh", slope=0.0)
+        statistics.tile_statistics(y, vector, activation="leaky_relu", slope=0.2)
         statistics.merge_statistics(statistics.TileStatistics.empty(2, 2000, 64, y.device), 1e-5)
         running.update_running(vector, vector, torch.empty(2, 64), torch.empty(2, 64), None, 0.1)
         cast.Cast()([torch.empty(64, 8)], [torch.empty(64, 8, dtype=dtype)])

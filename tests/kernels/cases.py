@@ -14,6 +14,7 @@ _VALUES = dict(
     out_channels=(1, 5, 17),
     size=((4, 4), (5, 7)),
     activation=("relu", "leaky_relu", "tanh", "sigmoid", None),
+    activation_first=(False, True),
     batch_norm=(True, False),
     bias=(True, False),
     training=(True, False),
@@ -32,6 +33,7 @@ class Case(NamedTuple):
     out_channels: int
     size: tuple
     activation: str | None
+    activation_first: bool
     batch_norm: bool
     bias: bool
     training: bool
@@ -40,6 +42,8 @@ class Case(NamedTuple):
 
     def is_valid(self):
         if self.output_padding and (not self.transposed or self.output_padding >= self.stride):
+            return False
+        if self.activation_first and not (self.activation and self.batch_norm):
             return False
         return all(self._out(n) >= 2 for n in self.size)
 

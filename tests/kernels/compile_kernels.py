@@ -85,6 +85,12 @@ def workload(dtype, batch=8):
         up.up(low, weight, (16, 16), statistics=True, **where)
         down.down(high, weight, (8, 8), statistics=True, **where)
         weight_grad.weight_grad(low, high, weight, **where)
+        # Statistics of activated values, by the epilogue and by the pass after cuDNN.
+        leaky = dict(activation="leaky_relu", slope=0.2)
+        up.up(low, weight, (16, 16), statistics=True, **leaky, **where)
+        down.down(high, weight, (8, 8), statistics=True, **leaky, **where)
+        statistics.tile_statistics(high)
+        statistics.tile_statistics(high, torch.empty(64), **leaky)
 
         # The generator's first layer: one position, a plain product.
         latent, first = torch.empty(8 * batch, 100, 1, 1, dtype=dtype), torch.empty(100, 64, 4, 4, dtype=dtype)

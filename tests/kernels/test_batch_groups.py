@@ -23,15 +23,17 @@ def run(operator, batches, tensors, **options):
 
 @pytest.mark.parametrize("backend", ("triton", "reference"))
 @pytest.mark.parametrize("transposed", (True, False))
-@pytest.mark.parametrize("groups", (2, 3))
-def test_groups_equal_calls_one_after_the_other(backend, transposed, groups, device, monkeypatch, poisoned):
+@pytest.mark.parametrize("groups, activation_first", ((2, False), (3, False), (2, True)))
+def test_groups_equal_calls_one_after_the_other(
+    backend, transposed, groups, activation_first, device, monkeypatch, poisoned
+):
     monkeypatch.setenv("FASTGAN_BACKEND", backend)
     case = PLAIN._replace(transposed=transposed, bias=True)
     x, *tensors = draw(case, 2 * groups, device)
     x = x + torch.arange(len(x), device=device).view(-1, 1, 1, 1)  # groups of very different statistics
     operator = fused.conv_transpose2d_bn_act if transposed else fused.conv2d_bn_act
-    together = run(operator, [x], tensors, batch_groups=groups)
-    apart = run(operator, x.split(2), tensors)
+    together = run(operator, [x], tensors, batch_groups=groups, activation_first=activation_first)
+    apart = run(operator, x.split(2), tensors, activation_first=activation_first)
     torch.testing.assert_close(together, apart, rtol=2e-5, atol=2e-5)
 
 

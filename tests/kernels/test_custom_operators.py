@@ -31,7 +31,11 @@ def _operator_calls(device):
     return {
         "conv": (conv, (x, weight, None, vector, *plain, False, *where, [0, 0], "leaky_relu", 0.2)),
         "conv_transposed": (conv, (y, weight, None, None, *plain, True, [2, 2], [1, 1], [1, 1], "tanh", 0.0)),
-        "conv_statistics": (conv_statistics, (x, weight, None, vector, 1e-5, False, *where, [0, 0], 2)),
+        "conv_statistics": (conv_statistics, (x, weight, None, vector, 1e-5, False, *where, [0, 0], None, 0.0, 2)),
+        "conv_statistics_activated": (
+            conv_statistics,
+            (y, weight, None, vector.detach()[:3].requires_grad_(), 1e-5, True, *where, [0, 0], "tanh", 0.0, 1),
+        ),
         "conv_weight_grad": (conv_weight_grad, (y.detach(), x.detach(), weight.detach(), *where)),
         "activation_grad": (activation_grad, (y.detach(), y.detach(), "sigmoid", 0.0)),
         "update_running": (
@@ -118,7 +122,7 @@ def test_float32_weights_of_half_precision_inputs(operator, device):
         if operator == "conv":
             y = conv(x, parameter, kept, *[None] * 5, 0.0, False, [1, 1], [1, 1], [0, 0], "relu", 0.0)
         else:
-            y = conv_statistics(x, parameter, kept, None, 1e-5, False, [1, 1], [1, 1], [0, 0], 1)[0]
+            y = conv_statistics(x, parameter, kept, None, 1e-5, False, [1, 1], [1, 1], [0, 0], None, 0.0, 1)[0]
         y.backward(torch.cos(torch.arange(y.numel(), device=device)).view_as(y).half())
         assert parameter.grad.dtype == parameter.dtype
         results.append((y.detach(), parameter.grad))

@@ -40,17 +40,19 @@ def test_equals_stock(case, device):
 
 @pytest.mark.parametrize("transposed", (True, False))
 @pytest.mark.parametrize("bias", (True, False))
+@pytest.mark.parametrize("activation", (None, "sigmoid"))
 @pytest.mark.parametrize("groups", (1, 2))
-def test_statistics_of_several_tiles_and_blocks(transposed, bias, groups, device, monkeypatch):
+def test_statistics_of_several_tiles_and_blocks(transposed, bias, groups, activation, device, monkeypatch):
     """Tiles and blocks end inside the matrix, none holds rows of two groups, and they merge to the batch's numbers."""
     monkeypatch.setattr(statistics, "statistics_tile", lambda *_: (4, 8, 2))
     monkeypatch.setattr(statistics, "merge_tile", lambda *_: (4, 8))
     case = PLAIN._replace(transposed=transposed, bias=bias)
     x, weight, b, *_ = draw(case, 4, device)
-    b = None if b is None else b + 100.0
+    b = None if b is None else b + (0.5 if activation else 100.0)
     where = (case.transposed, [2, 2], [1, 1], [0, 0])
-    y, mean, invstd, var = conv_statistics(x, weight, None, b, 1e-3, *where, groups)
+    y, mean, invstd, var = conv_statistics(x, weight, None, b, 1e-3, *where, activation, 0.0, groups)
     stock = (F.conv_transpose2d if transposed else F.conv2d)(x, weight, b, 2, 1)
+    stock = stock.sigmoid() if activation else stock
     torch.testing.assert_close(y, stock)
     parts = stock.double().view(groups, -1, *stock.shape[1:])
     exact_var, exact_mean = torch.var_mean(parts, (1, 3, 4), correction=0)

@@ -55,16 +55,18 @@ def test_image_layers(case, dtype, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("groups", (1, 2))
+@pytest.mark.parametrize("groups, activation", ((1, None), (2, None), (2, "tanh")))
 @pytest.mark.parametrize("a, b, kernel", ((10, 5, (4, 4)), (1, 20, (4, 4)), (18, 3, (3, 5))), ids=str)
-def test_one_position(a, b, kernel, groups, dtype, device):
+def test_one_position(a, b, kernel, groups, activation, dtype, device):
     """(N, A, 1, 1) ↔ (N, B, *kernel): a generator's first layer and a discriminator's last, in all three directions."""
     latent, image, weight, bias = draw(dtype, device, (6, a, 1, 1), (6, b, *kernel), (a, b, *kernel), (b,))
     weight = weight / b**0.5
     where = dict(stride=(1, 1), padding=(0, 0), precision="ieee")
-    out, tiles = up(latent, weight, kernel, bias=bias, statistics=True, groups=groups, **where)
+    out, tiles = up(latent, weight, kernel, bias=bias, activation=activation, statistics=True, groups=groups, **where)
+    stock = F.conv_transpose2d(latent, weight, bias)
     exact = F.conv_transpose2d(latent.double(), weight.double(), bias.double())
-    assert_as_accurate_as_stock("up", out, F.conv_transpose2d(latent, weight, bias), exact)
+    stock, exact = (stock.tanh(), exact.tanh()) if activation else (stock, exact)
+    assert_as_accurate_as_stock("up", out, stock, exact)
     mean, _, variance = merge_statistics(tiles, 1e-5)
     for group, part in enumerate(exact.chunk(groups)):
         torch.testing.assert_close(mean[group].double(), part.mean((0, 2, 3)), rtol=1e-5, atol=1e-5)
