@@ -81,8 +81,8 @@ ZOO = {
     "pix2pix_unet": Network(f"Isola et al. 2017; {_CYCLEGAN}", 12, zoo_graphs.unet, of_images, size=64),
     "pix2pix_patches": Network(f"Isola et al. 2017; {_CYCLEGAN}", 5, zoo_chains.patch_discriminator, of_pairs, size=32),
     "normed_last_unet": Network("eriklindernoren/Keras-GAN pix2pix", 6, zoo_graphs.NormedLastUnet, of_images),
-    "cyclegan_batch": Network(_CYCLEGAN, 10, zoo_blocks.resnet_translator(nn.BatchNorm2d, bias=False), of_images),
-    "cyclegan_instance": Network(_CYCLEGAN, 10, zoo_blocks.resnet_translator(nn.InstanceNorm2d, bias=True), of_images),
+    "cyclegan_batch": Network(_CYCLEGAN, 8, zoo_blocks.resnet_translator(nn.BatchNorm2d, bias=False), of_images),
+    "cyclegan_instance": Network(_CYCLEGAN, 8, zoo_blocks.resnet_translator(nn.InstanceNorm2d, bias=True), of_images),
     "discogan_generator": Network(
         "Kim et al. 2017; SKTBrain/DiscoGAN", 8, zoo_chains.encoder_decoder, of_images, size=32
     ),
@@ -92,7 +92,7 @@ ZOO = {
     "sngan_critic": Network(_SNGAN, 7, zoo_graphs.SpectralCritic, of_images),
     "sngan_resnet_generator": Network(_SNGAN, 7, zoo_blocks.ResidualGenerator, of_flat_latents),
     "sngan_resnet_critic": Network(_SNGAN, 8, zoo_blocks.ResidualCritic, of_images),
-    "srgan_generator": Network(f"Ledig et al. 2017; {_PYTORCH_GAN}", 9, zoo_blocks.SuperResolution, of_images, size=6),
+    "srgan_generator": Network(f"Ledig et al. 2017; {_PYTORCH_GAN}", 7, zoo_blocks.SuperResolution, of_images, size=6),
     "srgan_discriminator": Network(
         f"Ledig et al. 2017; {_PYTORCH_GAN}", 9, zoo_chains.strided_pairs_discriminator, of_images, size=32
     ),

@@ -19,8 +19,11 @@ class ReflectedBlock(nn.Module):
         return x + self.conv_block(x)
 
 
-def resnet_translator(norm, bias, blocks=2):
+def resnet_translator(norm, bias):
+    """With six blocks for images of 128×128, and one for small ones."""
+
     def build(width, size):
+        blocks = 6 if size >= 128 else 1
         layers = [nn.ReflectionPad2d(3), nn.Conv2d(3, width, 7, bias=bias), norm(width), nn.ReLU(True)]
         for c in (width, 2 * width):
             layers += [nn.Conv2d(c, 2 * c, 3, stride=2, padding=1, bias=bias), norm(2 * c), nn.ReLU(True)]
@@ -49,12 +52,12 @@ class PreluBlock(nn.Module):
 
 
 class SuperResolution(nn.Module):
-    """Four times as many rows and columns as its input has."""
+    """Four times as many rows and columns as its input has; sixteen blocks where that is 24×24, one for smaller."""
 
     def __init__(self, width, size):
         super().__init__()
         self.conv1 = nn.Sequential(nn.Conv2d(3, width, 9, stride=1, padding=4), nn.PReLU())
-        self.res_blocks = nn.Sequential(*[PreluBlock(width) for _ in range(2)])
+        self.res_blocks = nn.Sequential(*[PreluBlock(width) for _ in range(16 if size >= 24 else 1)])
         self.conv2 = nn.Sequential(nn.Conv2d(width, width, 3, stride=1, padding=1), nn.BatchNorm2d(width, 0.8))
         upsampling = []
         for _ in range(2):
