@@ -12,6 +12,11 @@ from tests.test_fusion import count_operator_calls, make_pair
 
 BATCH = 3
 every_network = pytest.mark.parametrize("name", ZOO)
+# Some in eval, too: tracing takes a second for each.
+every_network_compiled = pytest.mark.parametrize(
+    ("name", "training"),
+    [*((name, True) for name in ZOO), *((name, False) for name in ("dropout_discriminator", "infogan_heads"))],
+)
 
 
 def draw(name, dtype=torch.float64, device="cpu"):
@@ -57,10 +62,7 @@ def assert_same_when_compiled(compiled, model, stock, inputs, tolerance=1e-12):
     torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize(
-    ("name", "training"),
-    [*((name, True) for name in ZOO), ("pix2pix_unet", False), ("sngan_critic", False), ("infogan_heads", False)],
-)
+@every_network_compiled
 def test_compiled_without_a_graph_break(name, training, monkeypatch):
     torch._dynamo.reset()
     stock, model = (network.train(training) for network in make_pair(ZOO[name].make))
@@ -77,18 +79,15 @@ def fastgan_backend():
     torch._dynamo.reset()
 
 
-@every_network
-def test_backend_rewrites_to_what_stock_computes(name, monkeypatch, fastgan_backend):
+@every_network_compiled
+def test_backend_rewrites_to_what_stock_computes(name, training, monkeypatch, fastgan_backend):
     """The graph that the backend hands to inductor, which takes some twenty seconds for each: run as it is."""
-    stock, model = make_pair(ZOO[name].make)
+    stock, model = (network.train(training) for network in make_pair(ZOO[name].make))
     calls = count_operator_calls(monkeypatch)
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda graph, inputs, **_: graph.forward)
     compiled = torch.compile(model, backend="fastgan", fullgraph=True)
-    for training in (True, False):
-        calls.clear()
-        networks = (network.train(training) for network in (compiled, model, stock))
-        assert_same_when_compiled(*networks, draw(name), tolerance=1e-9)
-        assert len(calls) == ZOO[name].fused
+    assert_same_when_compiled(compiled, model, stock, draw(name), tolerance=1e-9)
+    assert len(calls) == ZOO[name].fused
 
 
 def test_backend_through_inductor(fastgan_backend):
