@@ -119,7 +119,7 @@ def _why_not_conv(arguments):
 
 
 def _pair(value):
-    return tuple(value) if isinstance(value, list | tuple) and len(value) == 2 else (value, value)[: 2]
+    return tuple(value) if isinstance(value, list | tuple) and len(value) == 2 else (value, value)[:2]
 
 
 def _pairs(arguments):
@@ -202,9 +202,7 @@ def _replace(graph, match):
         graph.erase_node(node)
 
 
-def _fused_call(
-    x, weight, bias, *, norm, transposed, stride, padding, output_padding, activation, activation_first
-):
+def _fused_call(x, weight, bias, *, norm, transposed, stride, padding, output_padding, activation, activation_first):
     """A captured group as one operator, on tensors."""
     vectors, options = (None,) * 4, dict(training=False, momentum=0.0, eps=0.0)
     if norm is not None:

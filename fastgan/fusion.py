@@ -116,12 +116,19 @@ def plan_of(container):
 
 
 def all_groups(model):
-    """{path of its first module: Group} of every group inside `model` that `fuse` took over."""
+    """{path of its first module: Group} of every group inside `model` that `fuse` took over.
+
+    What is called in several ways stands for the one in which the least is fused; what is called from several modules,
+    for the outermost, whose call may go past the forward of the others.
+    """
     groups = {}
     for path, container in model.named_modules():
         if is_fused(container):
+            own = {}
             for group in groups_of(container):
-                groups[".".join(filter(None, (path, group.names[0])))] = group
+                name = ".".join(filter(None, (path, group.names[0])))
+                own[name] = min(own.get(name, group), group, key=lambda g: len(g.modules))
+            groups = own | groups
     return groups
 
 

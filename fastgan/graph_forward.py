@@ -5,6 +5,7 @@ import inspect
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import guard_scalar
 
 from fastgan import functional as fused
 from fastgan.batch_groups import current_groups
@@ -27,7 +28,9 @@ class GraphForward:
         self._prepare()
 
     def _prepare(self):
-        self._names = _parameter_names(type(self.container))
+        self._parameters = _parameters(type(self.container))
+        self._names = tuple(p.name for p in self._parameters)
+        self._positional = sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in self._parameters)
         self._reads = ()  # names of the attributes that any trace has read
         self._plans = {}
         # A constant to torch.compile, which cannot trace a trace; what comes of it is an attribute that it can guard.
@@ -42,29 +45,36 @@ class GraphForward:
 
     def __call__(self, *args, **kwargs):
         container = self.container
-        given = dict(zip(self._names, args, strict=False)) | kwargs  # a name missing here makes stock complain
-        if any([isinstance(value, fx.Proxy) for value in given.values()]):
-            return type(container).forward(container, *args, **kwargs)  # somebody else's trace shows the layers
+        given = dict(zip(self._names, args, strict=False)) | kwargs
         tensors = [value for value in given.values() if isinstance(value, torch.Tensor)]
-        kernels = current_groups() > 1 or any(map(fused.has_kernels_for, tensors))
-        if not kernels or len(given) != len(args) + len(kwargs):
-            return type(container).forward(container, *args, **kwargs)
-        names = tuple(name for name, value in given.items() if isinstance(value, torch.Tensor))
-        constants = tuple((name, value) for name, value in given.items() if not isinstance(value, torch.Tensor))
-        plan = self._find((container.training, names, constants, self._values()))
-        if plan is None:
-            return type(container).forward(container, *args, **kwargs)
-        return getattr(self, plan)(container, *tensors)
+        fits = len(args) <= self._positional and len(given) == len(args) + len(kwargs)
+        if fits and self._wants_graph(given, tensors):
+            names = tuple([name for name, value in given.items() if isinstance(value, torch.Tensor)])
+            constants = tuple([(name, _constant(value)) for name, value in given.items() if name not in names])
+            found = self._find((container.training, names, constants, self._values()))
+            if found is not None:
+                run, reads, values = getattr(self, found)
+                # They are equal, or the plan would be another; but only here torch.compile sees what it depends on.
+                if tuple([_constant(getattr(container, name, None)) for name in reads]) == values:
+                    return run(container, *tensors)
+        return type(container).forward(container, *args, **kwargs)
+
+    def _wants_graph(self, given, tensors):
+        """Whether there are kernels for any of the arguments, and nobody else traces the call to see the layers."""
+        if any([isinstance(value, fx.Proxy) for value in given.values()]):
+            return False
+        return current_groups() > 1 or any([fused.has_kernels_for(tensor) for tensor in tensors])
 
     def plan(self):
         """The Plan of a call with tensors for all that has no default, in the container's present mode."""
-        signature = inspect.signature(type(self.container).forward)
-        needed = [name for name in self._names if signature.parameters[name].default is inspect.Parameter.empty]
+        if not self._names:
+            return Plan.without_groups("it takes any number of arguments")
+        needed = [p.name for p in self._parameters if p.default is p.empty]
         return self._plan_for((self.container.training, tuple(needed), (), self._values()))
 
     def _values(self):
         """Those of the attributes that any trace has read."""
-        return tuple([getattr(self.container, name, None) for name in self._reads])
+        return tuple([_constant(getattr(self.container, name, None)) for name in self._reads])
 
     def _find_plan(self, key):
         """The name of the attribute that runs calls of this kind, or None where the container's own forward has to."""
@@ -82,8 +92,14 @@ class GraphForward:
             self._reads = tuple(dict.fromkeys((*self._reads, *plan.reads)))
             self._plans[freeze((training, names, constants, self._values()))] = plan
             plan.attribute = f"_run_{len(self._plans)}"
-            setattr(self, plan.attribute, plan.run)
+            setattr(self, plan.attribute, (plan.run, tuple(plan.reads), tuple(plan.reads.values())))
         return plan
+
+
+def _constant(value):
+    """The value; a number that torch.compile keeps variable becomes one that it compiles for."""
+    compiling = torch.compiler.is_compiling() and isinstance(value, int | float)
+    return guard_scalar(value) if compiling else value
 
 
 def is_graph_forward(container):
@@ -187,9 +203,8 @@ def run_group(x, conv, batch_norm, activation, negative_slope, activation_first,
     return run_layers(x, [conv, act, *norm] if activation_first else [conv, *norm, act], batch_norm)
 
 
-def _parameter_names(cls):
-    """The names of a forward's parameters after self; () where it takes any number of them."""
+def _parameters(cls):
+    """Those of a forward after self; none where it takes any number of them: a call then has some too many for us."""
     parameters = list(inspect.signature(cls.forward).parameters.values())[1:]
     variable = any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD, p.POSITIONAL_ONLY) for p in parameters)
-    # A call then leaves something over, and runs stock.
-    return () if variable else tuple(p.name for p in parameters)
+    return () if variable else tuple(parameters)
