@@ -1,13 +1,12 @@
 """explain: what every convolution of a model runs as, and why."""
 
-import copy
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import nn
 
 from fastgan import backend
-from fastgan.fusion import all_groups, call_order, check_module, groups_of, unfuse
+from fastgan.fusion import all_groups, check_module, groups_of, is_sequential, plan_of, running_stock
 from fastgan.ops.choice import choose, conv_problem
 
 
@@ -56,7 +55,7 @@ def explain(model, *inputs):
 
     Args:
         model: an nn.Module, fused or not; it is not changed.
-        inputs: what to call it with, to show shapes too; runs on a copy, without gradients.
+        inputs: what to call it with, to show shapes too; without gradients, and on copies of its buffers.
 
     Returns:
         An Explanation: a list of Row, one for each convolution in the order of `model.named_modules()`.
@@ -87,7 +86,8 @@ def explain(model, *inputs):
 def _implementation(group, sizes):
     """(implementation, reason) of a fused group's forward; sizes: those of its input and output, where known."""
     conv = group.modules[0]
-    device, dtype = conv.weight.device, conv.weight.dtype
+    parameter = next(conv.parameters())  # to look at a parametrized weight would compute it
+    device, dtype = parameter.device, parameter.dtype
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
     implementation, reason = backend.select(device, dtype)
@@ -96,28 +96,35 @@ def _implementation(group, sizes):
     if not sizes:
         return "by shape", "Triton or cuDNN, as measured for each shape: explain(model, inputs) says which"
     x, (*_, height, width) = torch.empty(sizes[0], dtype=dtype, device="meta"), sizes[1]
-    where = (isinstance(conv, nn.ConvTranspose2d), conv.stride, conv.padding)
-    choice = choose(conv_problem(x, conv.weight, *where, (height, width), then=group.then), device)
+    channels = (conv.in_channels, conv.out_channels) if conv.transposed else (conv.out_channels, conv.in_channels)
+    weight = torch.empty(*channels, *conv.kernel_size, device="meta")
+    where = (conv.transposed, conv.stride, conv.padding)
+    choice = choose(conv_problem(x, weight, *where, (height, width), then=group.then), device)
     return choice.implementation, choice.why
 
 
 def _why_untouched(model, path):
-    parent_path, _, name = path.rpartition(".")
-    parent = model.get_submodule(parent_path)
+    """Why a convolution is in no group that fuse took over: what the nearest module says whose forward may call it."""
     if path == "":
         return "a convolution by itself: fuse works on the module that calls it"
-    order = call_order(parent)
-    if order is None:
-        return f"{type(parent).__name__}.forward is not a plain chain of its children"
-    for group in groups_of(parent, order):
-        if group.names[0] == name and not group.fused:
-            return group.reason
-    return "fastgan.fuse was not called on it"
+    parts = path.split(".")
+    why = ""
+    for end in reversed(range(len(parts))):
+        container, name = model.get_submodule(".".join(parts[:end])), ".".join(parts[end:])
+        if type(container).forward is nn.Module.forward and "forward" not in container.__dict__:
+            continue  # a ModuleList, say: others call what it holds
+        for group in groups_of(container):
+            if group.names[0] == name:
+                return group.reason if not group.fused else "fastgan.fuse was not called on it"
+        if not is_sequential(container):
+            reason = plan_of(container).reason
+            why = why or f"{type(container).__name__}.forward stays as it is: {reason or f'it does not call {name}'}"
+    return why
 
 
 def _shapes(model, inputs):
-    """{path of a convolution: (input shape, output shape)} of one call, on an unfused copy, which keeps the model."""
-    shapes, stock = {}, unfuse(copy.deepcopy(model))
+    """{path of a convolution: (input shape, output shape)} of one call, which leaves the model as it is."""
+    shapes, handles = {}, []
 
     def hook_for(path):
         def hook(module, args, output):
@@ -125,10 +132,16 @@ def _shapes(model, inputs):
 
         return hook
 
-    for path, module in stock.named_modules():
-        if isinstance(module, nn.modules.conv._ConvNd):
-            module.register_forward_hook(hook_for(path))
     devices = [tensor.device for tensor in inputs if isinstance(tensor, torch.Tensor) and tensor.is_cuda]
-    with torch.no_grad(), torch.random.fork_rng(devices):
-        stock(*inputs)
+    # Whatever the call writes to, running statistics say, is a copy.
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    try:
+        for path, module in model.named_modules():
+            if isinstance(module, nn.modules.conv._ConvNd):
+                handles.append(module.register_forward_hook(hook_for(path)))
+        with running_stock(model), torch.no_grad(), torch.random.fork_rng(devices):
+            torch.func.functional_call(model, buffers, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
     return shapes

@@ -171,22 +171,25 @@ def _conv_bn_act_reference(
     else:
         y = F.conv2d(x, weight, bias, stride, padding)
     if activation_first:
-        y = _activate_(y, activation, negative_slope)
+        y = activate_(y, activation, negative_slope)
         activation = None
     if not (gamma is None and beta is None and running_mean is None and running_var is None):
         parts = y.chunk(batch_groups) if training else (y,)
         # In order, because each part updates the running statistics.
         parts = [F.batch_norm(p, running_mean, running_var, gamma, beta, training, float(momentum), eps) for p in parts]
         y = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return _activate_(y, activation, negative_slope)
+    return activate_(y, activation, negative_slope)
 
 
-def _activate_(y, activation, negative_slope):
-    """The activation in place: nothing else needs the result of a convolution or a BatchNorm."""
+def activate_(y, activation, negative_slope):
+    """The activation, in place: nothing else needs the result of a convolution or a BatchNorm.
+
+    Not leaky_relu: backward would then need the result, which others may change in place, as they may stock's.
+    """
     if activation == "relu":
         return y.relu_()
     if activation == "leaky_relu":
-        return F.leaky_relu_(y, negative_slope)
+        return F.leaky_relu(y, negative_slope)
     if activation == "tanh":
         return y.tanh_()
     if activation == "sigmoid":

@@ -1,33 +1,37 @@
 """fuse and unfuse: the fused operators inside modules that already exist.
 
-`fuse` changes neither modules nor parameters. It gives each container whose children are called one after the other
-an instance attribute `forward` that runs them in fused groups; `unfuse` deletes it. Groups are matched again as soon
-as a layer is replaced or gets a hook, so such changes take effect, and train() and eval() do at every call.
+`fuse` changes neither modules nor parameters. It gives each container whose forward calls convolutions an instance
+attribute `forward` that runs them in fused groups; `unfuse` deletes it. An nn.Sequential is a chain as it stands
+(`_forward_in_groups`); what other forwards do with their children is traced (`fastgan.graph_forward`). Groups are
+matched again as soon as a layer is replaced or gets a hook, so such changes take effect, and train() and eval() do at
+every call.
 """
 
 import functools
-import inspect
 import weakref
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import fx, nn
 
 from fastgan import functional as fused
-from fastgan.batch_groups import current_groups
+from fastgan.graph_forward import GraphForward, Plan, is_graph_forward
+from fastgan.group_calls import run_layers, run_operator
 from fastgan.patterns import has_hooks, hooks_of, match
-from fastgan.weight_copies import weight_copy
 
 
 def fuse(model):
-    """Run convolution + BatchNorm + activation as one operator wherever `model` calls them in a row.
+    """Run convolution + BatchNorm + activation as one operator wherever `model` passes a tensor through them.
 
-    In place. Looks into every nn.Sequential, and into modules whose forward does nothing but pass one tensor through
-    its children in a fixed order; anything else stays stock, and `explain` says why. state_dict keys, Parameter and
-    buffer objects, types and hooks stay as they are. Calling it twice changes nothing.
+    In place. Looks into every nn.Sequential, and into every forward that torch.fx can follow: layers as modules or
+    functions, in any order of definition, with branches, skips and residuals between them. What cannot be followed or
+    fused stays stock, and `explain` says why. state_dict keys, Parameter and buffer objects, types and hooks stay as
+    they are. Calling it twice changes nothing.
 
     Args:
-        model: an nn.Module. A forward that chooses its children by an attribute is followed as it stands now.
+        model: an nn.Module. A forward may choose its way by its mode, by attributes of its module and by arguments that
+            are no tensors; global variables that it reads count as they are when it is first called.
 
     Returns:
         The same model.
@@ -37,9 +41,9 @@ def fuse(model):
     """
     check_module(model)
     for container in model.modules():
-        order = call_order(container)
-        if order and not _is_fused(container) and any(g.fused for g in groups_of(container, order)):
-            container.forward = functools.partial(_forward_in_groups, container, order)
+        if "forward" not in container.__dict__ and any(map(_may_be_fused, groups_of(container))):
+            chain = is_sequential(container)
+            container.forward = functools.partial(_forward_in_groups, container) if chain else GraphForward(container)
     return model
 
 
@@ -51,9 +55,21 @@ def unfuse(model):
     """
     check_module(model)
     for container in model.modules():
-        if _is_fused(container):
+        if is_fused(container):
             del container.forward
     return model
+
+
+@contextmanager
+def running_stock(model):
+    """Within it every module runs its own forward, fused or not."""
+    fused_containers = [container for container in model.modules() if is_fused(container)]
+    forwards = [container.__dict__.pop("forward") for container in fused_containers]
+    try:
+        yield
+    finally:
+        for container, forward in zip(fused_containers, forwards, strict=True):
+            container.forward = forward
 
 
 def check_module(model):
@@ -63,101 +79,62 @@ def check_module(model):
         raise TypeError("model must not be a scripted module: fuse it before torch.jit.script")
 
 
-def _is_fused(container):
+def is_sequential(container):
+    """Whether its type runs its children one after the other, in their order."""
+    return type(container).forward is nn.Sequential.forward
+
+
+def is_fused(container):
+    """Whether `fuse` took over the container's forward."""
     forward = container.__dict__.get("forward")
-    return isinstance(forward, functools.partial) and forward.func is _forward_in_groups
+    return is_graph_forward(container) or (
+        isinstance(forward, functools.partial) and forward.func is _forward_in_groups
+    )
+
+
+def _may_be_fused(group):
+    """Whether the group is fused, or may be as soon as its convolution knows its channels."""
+    return group.fused or isinstance(group.modules[0], nn.modules.lazy.LazyModuleMixin)
+
+
+def groups_of(container):
+    """The Groups in a container's own forward as it stands now, whether fuse was called on it or not."""
+    if is_sequential(container):
+        return match(list(container._modules), list(container._modules.values()))
+    return plan_of(container).groups
+
+
+def plan_of(container):
+    """The Plan of a container with a forward of its own: for a call with all that has no default, tensors."""
+    if is_graph_forward(container):
+        return container.forward.plan()
+    if "forward" in container.__dict__:
+        return Plan.without_groups("its forward was replaced")
+    if not any(isinstance(module, nn.modules.conv._ConvNd) for module in container.modules()):
+        return Plan.without_groups("it has no convolutions")
+    return GraphForward(container).plan()
 
 
 def all_groups(model):
-    """{path of its first module: Group} of every chain inside `model` that `fuse` took over."""
+    """{path of its first module: Group} of every group inside `model` that `fuse` took over.
+
+    What is called in several ways stands for the one in which the least is fused; what is called from several modules,
+    for the outermost, whose call may go past the forward of the others.
+    """
     groups = {}
     for path, container in model.named_modules():
-        if _is_fused(container):
-            for group in groups_of(container, call_order(container)):
-                groups[".".join(filter(None, (path, group.names[0])))] = group
+        if is_fused(container):
+            own = {}
+            for group in groups_of(container):
+                name = ".".join(filter(None, (path, group.names[0])))
+                own[name] = min(own.get(name, group), group, key=lambda g: len(g.modules))
+            groups = own | groups
     return groups
 
 
 def fused_groups(model):
     """{path of the convolution: Group} of everything inside `model` that runs as one operator."""
     return {path: group for path, group in all_groups(model).items() if group.fused}
-
-
-class _ChildrenAsLeaves(fx.Tracer):
-    def is_leaf_module(self, module, qualified_name):
-        return True
-
-    def trace(self, root, modes):
-        self._modes = modes
-        return super().trace(root)
-
-    def call_module(self, module, *args):
-        if _get_modes() != self._modes:
-            raise ValueError("called under no_grad or autocast of the forward's own, which the graph does not show")
-        return super().call_module(module, *args)
-
-
-def _get_modes():
-    """(gradients, autocast on the CPU, on CUDA): each on or off."""
-    return torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
-
-
-def _set_modes(gradients, cpu, cuda):
-    torch.set_grad_enabled(gradients)
-    torch.set_autocast_enabled("cpu", cpu)
-    torch.set_autocast_enabled("cuda", cuda)
-
-
-def call_order(container):
-    """The names of the children in the order of their calls, or None where forward is more than such a chain."""
-    if "forward" in container.__dict__:
-        return container.forward.args[1] if _is_fused(container) else None
-    if type(container).forward is nn.Sequential.forward:
-        return list(container._modules)
-    if not any(isinstance(child, nn.Conv2d | nn.ConvTranspose2d) for child in container.children()):
-        return None
-    if len(inspect.signature(container.forward).parameters) != 1:
-        return None
-    attributes, modes, orders, keeps_state = dict(vars(container)), _get_modes(), [], False
-    try:
-        # Once with every mode on and once with every one off, so that a forward that sets one shows.
-        for on in (True, False):
-            container.training = on
-            _set_modes(on, on, on)
-            orders.append(_chain(_ChildrenAsLeaves().trace(container, _get_modes())))
-    except Exception:  # what fx cannot trace may raise anything; such a forward is no plain chain
-        return None
-    finally:
-        _set_modes(*modes)
-        vars(container)["training"] = attributes["training"]
-        keeps_state = not _same_objects(vars(container), attributes)
-        vars(container).clear()
-        vars(container).update(attributes)
-    return orders[0] if orders[0] == orders[1] and not keeps_state else None
-
-
-def _same_objects(ours, theirs):
-    return ours.keys() == theirs.keys() and all(ours[key] is theirs[key] for key in ours)
-
-
-def _chain(graph):
-    """The targets of a graph that is placeholder → call_module → … → output, or None for any other graph."""
-    names, previous = [], None
-    for node in graph.nodes:
-        if node.op == "placeholder" and previous is None:
-            pass
-        elif node.op == "call_module" and node.args == (previous,) and not node.kwargs:
-            names.append(node.target)
-        elif node.op != "output" or node.args != (previous,):
-            return None
-        previous = node
-    return names
-
-
-def groups_of(container, order):
-    # Sequential's own dict, so that layers appended or replaced after fuse are seen.
-    names = list(container._modules) if type(container).forward is nn.Sequential.forward else order
-    return match(names, [container.get_submodule(name) for name in names])
 
 
 # Matching takes as long as a layer of a small network, so groups are kept until anything they depend on has changed.
@@ -173,9 +150,9 @@ class _Kept:
 _kept = weakref.WeakKeyDictionary()  # container → _Kept
 
 
-def _kept_groups(container, order):
+def _kept_groups(container):
     if torch.compiler.is_compiling():
-        return groups_of(container, order)
+        return groups_of(container)
     modules = tuple(container._modules.values())
     kept = _kept.get(container)
     if (
@@ -186,7 +163,7 @@ def _kept_groups(container, order):
         and not any(["forward" in module.__dict__ for module in modules])  # replaced on the instance
     ):
         return kept.groups
-    groups = groups_of(container, order)
+    groups = groups_of(container)
     if any(map(has_hooks, modules)):
         _kept.pop(container, None)
     else:
@@ -195,84 +172,28 @@ def _kept_groups(container, order):
     return groups
 
 
-def _forward_in_groups(container, order, *args, **kwargs):
+def _forward_in_groups(container, *args, **kwargs):
+    """What an nn.Sequential runs."""
     (x,) = (*args, *kwargs.values())
-    run = None
-    for group in _kept_groups(container, order):
-        if group.fused:
-            # Chosen once for groups in a row: none moves x to another device, or to a dtype without kernels.
-            run = run or (_run_operator if fused.has_kernels_for(x) else _run_layers)
-            x = run(group, x)
+    if isinstance(x, fx.Proxy):
+        return type(container).forward(container, x)  # somebody else's trace shows the layers
+    kernels = None
+    for group in _kept_groups(container):
+        if not group.fused:
+            x, kernels = group.modules[0](x), None
+            continue
+        if kernels is None:  # once for groups in a row: none moves x to another device, or to a dtype without kernels
+            kernels = fused.has_kernels_for(x)
+        if kernels:
+            x = run_operator(
+                x,
+                group.modules[0],
+                group.batch_norm,
+                group.activation,
+                group.negative_slope,
+                group.activation_first,
+                group.names[0],
+            )
         else:
-            x, run = group.modules[0](x), None
+            x = run_layers(x, group.forwards, group.batch_norm)
     return x
-
-
-def _run_layers(group, x):
-    """The group without kernels: the forwards of its own layers, so that the numbers are stock's to the last bit."""
-    groups = current_groups()
-    for forward in group.forwards:
-        if groups > 1 and forward == getattr(group.batch_norm, "forward", None) and group.batch_norm.training:
-            x = torch.cat([forward(part) for part in x.chunk(groups)])
-        else:
-            x = forward(x)
-    return x
-
-
-def _run_operator(group, x):
-    conv, bn = group.modules[0], group.batch_norm
-    vectors, options = _batch_norm_arguments(bn, x) if bn is not None else (_NO_VECTORS, _NO_BATCH_NORM)
-    return fused.conv_bn_act(
-        x,
-        conv.weight,
-        conv.bias,
-        *vectors,
-        transposed=conv.transposed,
-        stride=conv.stride,
-        padding=conv.padding,
-        output_padding=conv.output_padding,
-        activation=group.activation,
-        negative_slope=_negative_slope(group),
-        weight_copy=weight_copy(conv),
-        **options,
-    )
-
-
-def _negative_slope(group):
-    return group.modules[-1].negative_slope if group.activation == "leaky_relu" else 0.0
-
-
-_NO_VECTORS = (None,) * 4
-_NO_BATCH_NORM = dict(training=False, momentum=0.0, eps=0.0, batch_groups=1)
-
-
-def _batch_norm_arguments(bn, x):
-    """A BatchNorm2d as the operator's (gamma, beta, running_mean, running_var) and options.
-
-    As stock does: count the batch first, update only statistics that are tracked, and take the batch's own where
-    there are none to use.
-    """
-    momentum, batches = bn.momentum, None
-    if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
-        batches = bn.num_batches_tracked
-        if momentum is None:
-            batches.add_(current_groups())
-            # On a GPU a tensor: reading it would wait. In float64, as stock divides.
-            momentum = 1.0 / (batches.double() if batches.is_cuda else float(batches))
-            batches = None
-    momentum = 0.0 if momentum is None else momentum
-    used = bn.track_running_stats or not bn.training
-    running_mean, running_var = (bn.running_mean, bn.running_var) if used else (None, None)
-    gamma = bn.weight
-    if gamma is None and bn.bias is None and running_mean is None:
-        # To the operator four missing vectors mean that there is no BatchNorm.
-        gamma = torch.ones(bn.num_features, device=x.device, dtype=x.dtype)
-    training = bn.training or bn.running_mean is None
-    options = dict(
-        training=training,
-        momentum=momentum,
-        eps=bn.eps,
-        batch_groups=current_groups() if training else 1,
-        num_batches_tracked=batches,
-    )
-    return (gamma, bn.bias, running_mean, running_var), options

@@ -10,10 +10,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn import functional as F
+from torch.nn.utils import parametrize
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 _CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
+_BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 _ACTIVATIONS = {nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid"}
+_WEIGHT_HOOKS = (SpectralNorm, WeightNorm)  # the older norms compute the weight before each call
 
 
 @dataclass
@@ -22,15 +26,16 @@ class Group:
 
     names: list[str]
     modules: list[nn.Module]
-    batch_norm: nn.BatchNorm2d | None = None
+    batch_norm: nn.BatchNorm2d | nn.SyncBatchNorm | None = None
     activation: str | None = None
+    activation_first: bool = False  # convolution → activation → BatchNorm: another function than the usual order
     fused: bool = False
     reason: str = ""
     forwards: tuple[Callable, ...] = ()  # of a fused group: its layers' own, the activation in place
 
     @property
     def pattern(self):
-        return " + ".join(type(module).__name__ for module in self.modules)
+        return " + ".join(_type_name(module) for module in self.modules)
 
     @property
     def then(self):
@@ -41,56 +46,83 @@ class Group:
         plain = self.modules[0].bias is None and self.batch_norm is None and self.activation is None
         return "" if plain else "epilogue"
 
+    @property
+    def negative_slope(self):
+        """Of the activation as it is now; 0 for those that have none."""
+        if self.activation != "leaky_relu":
+            return 0.0
+        return self.modules[1 if self.activation_first else -1].negative_slope
+
 
 def match(names, modules):
     """Cut the chain `modules[0]`, `modules[1]`, … into Groups, longest patterns first."""
     groups, i = [], 0
     while i < len(modules):
-        group = _match_at(names, modules, i)
+        group = match_first(names[i:], modules[i:])
         groups.append(group)
         i += len(group.modules)
     return groups
 
 
-def _match_at(names, modules, i):
-    conv = modules[i]
-    alone = Group(names[i : i + 1], [conv])
+def match_first(names, modules):
+    """The Group that the chain `modules[0]`, `modules[1]`, … begins with."""
+    conv = modules[0]
+    alone = Group(names[:1], [conv])
     if not isinstance(conv, nn.modules.conv._ConvNd):
         return alone
     alone.reason = _why_not_conv(conv)
     if alone.reason:
         return alone
 
-    end, batch_norm, activation, stopped = i + 1, None, None, ""
-    if end < len(modules) and isinstance(modules[end], nn.modules.batchnorm._BatchNorm):
-        stopped = _why_not_batch_norm(modules[end], conv)
-        if not stopped:
-            batch_norm, end = modules[end], end + 1
-    if not stopped and end < len(modules):
-        stopped = _why_not_activation(modules[end])
-        if not stopped and type(modules[end]) in _ACTIVATIONS:
-            activation, end = modules[end], end + 1
     # Even the convolution alone is fused with its bias; what follows it and could not be joined is named.
-    layers = modules[i:end]
-    forwards = [layer.forward for layer in layers if layer is not activation]
-    return Group(
-        names[i:end],
-        layers,
-        batch_norm=batch_norm,
-        activation=_ACTIVATIONS[type(activation)] if activation is not None else None,
-        fused=True,
-        reason=stopped,
-        forwards=(*forwards, _in_place(activation)) if activation is not None else tuple(forwards),
-    )
+    group = Group(names[:1], [conv], fused=True)
+    for name, module in zip(names[1:], modules[1:], strict=False):
+        group.reason = _why_not_joined(group, module)
+        if group.reason or not _join(group, name, module):
+            break
+    if group.activation == "leaky_relu" and group.batch_norm is None and _is_in_place(modules[2:3]):
+        # Its gradient is told from its result, which stock's does not need.
+        group.names.pop(), group.modules.pop()
+        group.activation, group.reason = None, "what follows LeakyReLU changes its result in place"
+    group.forwards = tuple(map(_forward_in_place, group.modules))
+    return group
 
 
-def _in_place(activation):
-    """The function of an activation that writes to its input: nothing else needs what comes out of the layer before."""
-    if getattr(activation, "inplace", False):
-        return activation.forward
-    if isinstance(activation, nn.LeakyReLU):
-        return lambda x: F.leaky_relu_(x, activation.negative_slope)
-    return {nn.ReLU: torch.relu_, nn.Tanh: torch.tanh_, nn.Sigmoid: torch.sigmoid_}[type(activation)]
+def _why_not_joined(group, module):
+    """Why a module that could be part of the pattern is not; "" where it is, and where it is another kind of module."""
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return _why_not_batch_norm(module, group.modules[0]) if group.batch_norm is None else ""
+    return _why_not_activation(module) if group.activation is None else ""
+
+
+def _join(group, name, module):
+    """Add the module to the group, if it is a part of the pattern that is not there yet."""
+    if isinstance(module, _BATCH_NORMS) and group.batch_norm is None:
+        group.batch_norm, group.activation_first = module, group.activation is not None
+    elif type(module) in _ACTIVATIONS and group.activation is None:
+        group.activation = _ACTIVATIONS[type(module)]
+    else:
+        return False
+    group.names.append(name)
+    group.modules.append(module)
+    return True
+
+
+def _is_in_place(modules):
+    return any(getattr(module, "inplace", False) for module in modules)
+
+
+_WRITING = {nn.ReLU: torch.relu_, nn.Tanh: torch.tanh_, nn.Sigmoid: torch.sigmoid_}
+
+
+def _forward_in_place(layer):
+    """What a layer runs without kernels: an activation writes to its input, which nothing else needs.
+
+    Not LeakyReLU: backward would then need its result, which others may change in place, as they may stock's.
+    """
+    if hooks_compute_weight(layer):
+        return layer
+    return layer.forward if getattr(layer, "inplace", False) else _WRITING.get(type(layer), layer.forward)
 
 
 def hooks_of(module):
@@ -103,10 +135,26 @@ def has_hooks(module):
     return any(hooks_of(module)) or "forward" in module.__dict__  # replaced on the instance
 
 
+def hooks_compute_weight(conv):
+    """Whether the convolution's only hooks are those of `torch.nn.utils.spectral_norm` and `weight_norm`."""
+    pre_hooks = conv._forward_pre_hooks.values()
+    others = conv._forward_hooks or conv._backward_hooks or conv._backward_pre_hooks or "forward" in conv.__dict__
+    return bool(pre_hooks) and not others and all(isinstance(hook, _WEIGHT_HOOKS) for hook in pre_hooks)
+
+
+def _layer_type(module):
+    """Its type; of a parametrized one that which it had before."""
+    return parametrize.type_before_parametrizations(module)
+
+
+def _type_name(module):
+    return _layer_type(module).__name__
+
+
 def _why_not_conv(conv):
-    if type(conv) not in _CONVOLUTIONS:
-        return f"no fused operator for {type(conv).__name__}"  # parametrized ones have a type of their own, too
-    if has_hooks(conv):
+    if _layer_type(conv) not in _CONVOLUTIONS:
+        return f"no fused operator for {type(conv).__name__}"
+    if has_hooks(conv) and not hooks_compute_weight(conv):
         return "the convolution has hooks"
     if conv.groups != 1:
         return f"groups={conv.groups}"
@@ -120,14 +168,15 @@ def _why_not_conv(conv):
 
 
 def _why_not_batch_norm(bn, conv):
-    if type(bn) is not nn.BatchNorm2d:
+    if type(bn) not in _BATCH_NORMS:
         return f"{type(bn).__name__} after it"
     if has_hooks(bn):
         return "its BatchNorm has hooks"
     if bn.num_features != conv.out_channels:
         return f"its BatchNorm has {bn.num_features} features for {conv.out_channels} channels"
     tensors = [t for t in (bn.weight, bn.bias, bn.running_mean, bn.running_var) if t is not None]
-    if any(t.device != conv.weight.device for t in tensors):
+    device = next(conv.parameters()).device  # to look at a parametrized weight would compute it
+    if any(t.device != device for t in tensors):
         return "its BatchNorm is on another device"
     if not all(t.is_floating_point() for t in tensors):
         return "its BatchNorm is not floating point"

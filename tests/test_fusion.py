@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations
 
 import fastgan
 from fastgan import functional as fused
@@ -64,7 +65,7 @@ class Nested(nn.Module):
 
 
 class Residual(nn.Module):
-    """Not a chain: the input comes back."""
+    """The input comes back."""
 
     def __init__(self):
         super().__init__()
@@ -76,7 +77,7 @@ class Residual(nn.Module):
 
 
 class Functional(nn.Module):
-    """Not a chain of modules: a function stands between them."""
+    """A function stands between modules: the tutorials' order of a convolution, an activation and a BatchNorm."""
 
     def __init__(self):
         super().__init__()
@@ -219,6 +220,11 @@ STACKS = {
         nn.Conv2d(3, 1, 3),
         nn.Sigmoid(),
     ],
+    "spectral_norm": lambda: [parametrizations.spectral_norm(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4), nn.ReLU()],
+    "weight_norm": lambda: [parametrizations.weight_norm(nn.ConvTranspose2d(3, 4, 3)), nn.Tanh()],
+    "old_spectral_norm": lambda: [nn.utils.spectral_norm(nn.Conv2d(3, 4, 3)), nn.LeakyReLU(0.2)],
+    "tutorial_order_tanh": lambda: [nn.ConvTranspose2d(3, 4, 4, 2, 1), nn.Tanh(), nn.BatchNorm2d(4), nn.ReLU()],
+    "sync_batch_norm": lambda: [nn.Conv2d(3, 4, 3), nn.SyncBatchNorm(4), nn.ReLU()],
     "nested_sequential": lambda: [nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), nn.ReLU()],
 }
 MODELS = {
@@ -226,6 +232,9 @@ MODELS = {
     "InOrder": InOrder,
     "SharedActivation": SharedActivation,
     "Nested": Nested,
+    "Residual": Residual,
+    "Functional": Functional,
+    "ByMode": ByMode,
 }
 STAYS_STOCK = {
     "groups": (lambda: nn.Sequential(nn.Conv2d(3, 6, 3, groups=3), nn.ReLU()), "groups=3"),
@@ -235,19 +244,11 @@ STAYS_STOCK = {
         "padding_mode='reflect'",
     ),
     "same": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3, padding="same"), nn.ReLU()), "padding='same'"),
-    "spectral_norm": (
-        lambda: nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 4, 3)), nn.ReLU()),
-        "ParametrizedConv2d",
-    ),
-    "old_spectral_norm": (lambda: nn.Sequential(nn.utils.spectral_norm(nn.Conv2d(3, 4, 3)), nn.ReLU()), "hooks"),
     "conv1d": (lambda: nn.Sequential(nn.Flatten(2), nn.Conv1d(3, 4, 3), nn.ReLU()), "Conv1d"),
-    "residual": (Residual, "not a plain chain"),
-    "functional": (Functional, "not a plain chain"),
-    "data_dependent": (DataDependent, "not a plain chain"),
-    "by_mode": (ByMode, "not a plain chain"),
-    "no_gradient": (NoGradient, "not a plain chain"),
-    "autocast_off": (WithAutocastOff, "not a plain chain"),
-    "remembers": (Remembers, "not a plain chain"),
+    "data_dependent": (DataDependent, "torch.fx cannot trace it"),
+    "no_gradient": (NoGradient, "under no_grad or autocast of its own"),
+    "autocast_off": (WithAutocastOff, "under no_grad or autocast of its own"),
+    "remembers": (Remembers, "it sets self.features"),
 }
 
 
@@ -331,7 +332,7 @@ def test_without_kernels_equals_stock_to_the_last_bit(name, backend, monkeypatch
 def test_kernels_are_chosen_again_after_a_stock_layer(monkeypatch):
     model = fastgan.fuse(nn.Sequential(*block(), nn.Flatten(0, 1), nn.Unflatten(0, (1, -1)), nn.Conv2d(4, 2, 3)))
     asked = []
-    monkeypatch.setattr(fused, "has_kernels_for", lambda x: asked.append(x.shape[1]))
+    monkeypatch.setattr(fused, "has_kernels_for", lambda x: asked.append(x.shape[1]) or False)
     model(torch.randn(2, 3, 8, 8))
     assert asked == [3, 4]
 
@@ -352,12 +353,17 @@ def test_left_alone(name, monkeypatch):
 def test_patterns_of_mixed_neighbours():
     expected = {
         "elu": ["Conv2d + BatchNorm2d", "Conv2d"],
-        "tutorial_order": ["Conv2d + LeakyReLU"],
+        "tutorial_order": ["Conv2d + LeakyReLU + BatchNorm2d"],
         "instance_norm": ["Conv2d", "Conv2d + ReLU"],
         "batch_norm_1d": ["Conv2d"],
         "negative_slope_below_0": ["Conv2d + BatchNorm2d"],
         "leading_relu": ["Conv2d + Tanh"],
         "shared_activation": ["Conv2d + BatchNorm2d + LeakyReLU", "Conv2d + LeakyReLU"],
+        "Functional": ["Conv2d + ReLU + BatchNorm2d"],
+        "Residual": ["Conv2d + ReLU"],
+        "spectral_norm": ["Conv2d + BatchNorm2d + ReLU"],
+        "sync_batch_norm": ["Conv2d + SyncBatchNorm + ReLU"],
+        "tutorial_order_tanh": ["ConvTranspose2d + Tanh + BatchNorm2d"],
         "InOrder": ["Conv2d + BatchNorm2d", "ConvTranspose2d + BatchNorm2d", "Conv2d"],
     }
     for name, patterns in expected.items():
@@ -365,7 +371,7 @@ def test_patterns_of_mixed_neighbours():
     # named_modules() order, which is that of definition
     rows = fastgan.explain(fastgan.fuse(SharedActivation()))
     assert {row.path: row.pattern for row in rows} == {
-        "conv1": "ConvTranspose2d + LeakyReLU",
+        "conv1": "ConvTranspose2d + LeakyReLU + BatchNorm2d",
         "conv2": "Conv2d + Tanh",
     }
 

@@ -1,0 +1,210 @@
+"""The forward of a module with code of its own, run with fused operators where there are groups of layers for them."""
+
+import functools
+import inspect
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import guard_scalar
+
+from fastgan import functional as fused
+from fastgan.batch_groups import current_groups
+from fastgan.graph_patterns import find_groups
+from fastgan.group_calls import run_layers, run_operator
+from fastgan.patterns import has_hooks, hooks_of
+from fastgan.tracing import TENSOR, Untraceable, freeze, trace
+
+
+class GraphForward:
+    """Takes the place of ``container.forward``: the same calls in the same order, groups of them as one operator.
+
+    The container's own forward runs where no kernels would, and for calls that no trace stands for. A trace stands for
+    calls in one mode, with the same constants among the arguments and in the attributes that it read; it is made when
+    the first such call comes, and anew when layers are replaced or get hooks.
+    """
+
+    def __init__(self, container):
+        self.container = container
+        self._prepare()
+
+    def _prepare(self):
+        self._parameters = _parameters(type(self.container))
+        self._names = tuple(p.name for p in self._parameters)
+        self._positional = sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in self._parameters)
+        self._reads = ()  # names of the attributes that any trace has read
+        self._plans = {}
+        # A constant to torch.compile, which cannot trace a trace; what comes of it is an attribute that it can guard.
+        self._find = torch.compiler.assume_constant_result(lambda key: self._find_plan(key))
+
+    def __getstate__(self):
+        return {"container": self.container}  # copies and pickles trace anew
+
+    def __setstate__(self, state):
+        self.container = state["container"]
+        self._prepare()
+
+    def __call__(self, *args, **kwargs):
+        container = self.container
+        given = dict(zip(self._names, args, strict=False)) | kwargs
+        tensors = [value for value in given.values() if isinstance(value, torch.Tensor)]
+        fits = len(args) <= self._positional and len(given) == len(args) + len(kwargs)
+        if fits and self._wants_graph(given, tensors):
+            names = tuple([name for name, value in given.items() if isinstance(value, torch.Tensor)])
+            constants = tuple([(name, _constant(value)) for name, value in given.items() if name not in names])
+            found = self._find((container.training, names, constants, self._values()))
+            if found is not None:
+                run, reads, values = getattr(self, found)
+                # They are equal, or the plan would be another; but only here torch.compile sees what it depends on.
+                if tuple([_constant(getattr(container, name, None)) for name in reads]) == values:
+                    return run(container, *tensors)
+        return type(container).forward(container, *args, **kwargs)
+
+    def _wants_graph(self, given, tensors):
+        """Whether there are kernels for any of the arguments, and nobody else traces the call to see the layers."""
+        if any([isinstance(value, fx.Proxy) for value in given.values()]):
+            return False
+        return current_groups() > 1 or any([fused.has_kernels_for(tensor) for tensor in tensors])
+
+    def plan(self):
+        """The Plan of a call with tensors for all that has no default, in the container's present mode."""
+        if not self._names:
+            return Plan.without_groups("it takes any number of arguments")
+        needed = [p.name for p in self._parameters if p.default is p.empty]
+        return self._plan_for((self.container.training, tuple(needed), (), self._values()))
+
+    def _values(self):
+        """Those of the attributes that any trace has read."""
+        return tuple([_constant(getattr(self.container, name, None)) for name in self._reads])
+
+    def _find_plan(self, key):
+        """The name of the attribute that runs calls of this kind, or None where the container's own forward has to."""
+        plan = self._plan_for(key)
+        return plan.attribute if plan.run is not None else None
+
+    def _plan_for(self, key):
+        training, names, constants, _ = key
+        frozen = freeze(key)
+        if frozen is None:
+            return Plan.without_groups("it is called with a constant that can change")
+        plan = self._plans.get(frozen)
+        if plan is None or not plan.holds():
+            plan = plan_call(self.container, dict.fromkeys(names, TENSOR) | dict(constants))
+            self._reads = tuple(dict.fromkeys((*self._reads, *plan.reads)))
+            self._plans[freeze((training, names, constants, self._values()))] = plan
+            plan.attribute = f"_run_{len(self._plans)}"
+            setattr(self, plan.attribute, (plan.run, tuple(plan.reads), tuple(plan.reads.values())))
+        return plan
+
+
+def _constant(value):
+    """The value; a number that torch.compile keeps variable becomes one that it compiles for."""
+    compiling = torch.compiler.is_compiling() and isinstance(value, int | float)
+    return guard_scalar(value) if compiling else value
+
+
+def is_graph_forward(container):
+    return isinstance(container.__dict__.get("forward"), GraphForward)
+
+
+class Plan:
+    """How one kind of call runs: `run(container, *tensors)`, or None and `reason`, why only stock will do."""
+
+    def __init__(self):
+        self.reads, self.groups, self.run, self.reason, self.attribute = {}, [], None, "", None
+        self._places, self._modules, self._types, self._hooks = (), (), (), ()
+
+    @classmethod
+    def without_groups(cls, reason):
+        plan = cls()
+        plan.reason = reason
+        return plan
+
+    def watch(self, container, paths):
+        """From now on `holds` says whether the modules at these paths are still the same, and without new hooks."""
+        places = {}
+        for path in paths:
+            owner = container
+            for name in path.split("."):
+                places[id(owner), name] = owner._modules, name
+                owner = owner.get_submodule(name)
+        self._places = tuple(places.values())
+        self._modules = tuple(modules[name] for modules, name in self._places)
+        self._types = tuple(map(type, self._modules))
+        self._hooks = tuple(_hooks(module) for module in self._modules)
+
+    def holds(self):
+        modules = tuple([modules.get(name) for modules, name in self._places])
+        return (
+            modules == self._modules
+            and tuple(map(type, modules)) == self._types
+            and tuple(map(_hooks, modules)) == self._hooks
+        )
+
+
+def _hooks(module):
+    return [list(hooks) for hooks in hooks_of(module)] if has_hooks(module) else None
+
+
+def plan_call(container, arguments):
+    """The Plan for calls with `arguments` (see `fastgan.tracing.trace`) in the container's present mode."""
+    plan = Plan()
+    try:
+        graph = trace(container, arguments, plan.reads)
+    except Untraceable as error:
+        plan.reason = str(error)
+        return plan
+    plan.watch(container, [node.target for node in graph.nodes if node.op == "call_module"])
+    runs = find_groups(graph, container)
+    plan.groups = [run.group for run in runs]
+    if any(group.fused for group in plan.groups):
+        plan.run = _compile(graph, [run for run in runs if run.group.fused], type(container).__name__)
+    return plan
+
+
+def _compile(graph, runs, name):
+    """The function of the graph in which each of the runs is one call."""
+    for run in runs:
+        group, first, last = run.group, run.nodes[0], run.nodes[len(run.group.modules) - 1]
+        with graph.inserting_before(first):
+            paths = [node.target if node.op == "call_module" else None for node in run.nodes]
+            batch_norm = next((p for p, m in zip(paths, group.modules, strict=True) if m is group.batch_norm), None)
+            arguments = (
+                first.args[0],
+                graph.get_attr(paths[0]),
+                graph.get_attr(batch_norm) if batch_norm else None,
+                group.activation,
+                _negative_slope(graph, group, paths),
+                group.activation_first,
+                paths[0],
+            )
+            fused_node = graph.call_function(run_group, arguments)
+        last.replace_all_uses_with(fused_node)
+        for node in reversed(run.nodes):
+            graph.erase_node(node)
+    code = graph.python_code("self")
+    scope = dict(code.globals)
+    exec(compile(code.src, f"<fused forward of {name}>", "exec"), scope)
+    return scope["forward"]
+
+
+def _negative_slope(graph, group, paths):
+    if group.activation != "leaky_relu":
+        return 0.0
+    path = paths[1 if group.activation_first else -1]
+    return group.negative_slope if path is None else graph.get_attr(f"{path}.negative_slope")
+
+
+def run_group(x, conv, batch_norm, activation, negative_slope, activation_first, layer):
+    """Convolution, BatchNorm (if any) and activation (if any) of `x`, as one operator where it has kernels."""
+    if fused.has_kernels_for(x):
+        return run_operator(x, conv, batch_norm, activation, negative_slope, activation_first, layer)
+    act = functools.partial(fused.activate_, activation=activation, negative_slope=negative_slope)
+    norm = [] if batch_norm is None else [batch_norm.forward]
+    return run_layers(x, [conv, act, *norm] if activation_first else [conv, *norm, act], batch_norm)
+
+
+def _parameters(cls):
+    """Those of a forward after self; none where it takes any number of them: a call then has some too many for us."""
+    parameters = list(inspect.signature(cls.forward).parameters.values())[1:]
+    variable = any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD, p.POSITIONAL_ONLY) for p in parameters)
+    return () if variable else tuple(parameters)

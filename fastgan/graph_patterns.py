@@ -1,0 +1,135 @@
+"""Convolution → BatchNorm → activation in a torch.fx graph, where each result may go anywhere.
+
+Two layers are joined only where nothing else uses what passes between them. This file knows the graphs of
+`fastgan.tracing`, in which modules are nodes; what it knows of activations as functions serves
+`fastgan.compile_backend` too.
+"""
+
+import inspect
+import operator
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+from fastgan.patterns import Group, match_first
+from fastgan.tracing import IN_PLACE
+
+_FUNCTIONS = {
+    "relu": (torch.relu, torch.relu_, F.relu, F.relu_, "relu", "relu_"),
+    "leaky_relu": (F.leaky_relu, F.leaky_relu_),
+    "tanh": (torch.tanh, torch.tanh_, F.tanh, "tanh", "tanh_"),
+    "sigmoid": (torch.sigmoid, torch.sigmoid_, F.sigmoid, torch.special.expit, "sigmoid", "sigmoid_"),
+}
+_MODULES = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid}
+_ACTIVATION_OF = {function: name for name, functions in _FUNCTIONS.items() for function in functions}
+_STATEMENTS = IN_PLACE | {getattr(operator, function.__name__) for function in IN_PLACE} | {operator.setitem}
+_LEAKY_RELU = inspect.signature(lambda input, negative_slope=0.01, inplace=False: None)
+
+
+@dataclass
+class Run:
+    """A fused group in a graph: its nodes, the convolution's first, and what they compute."""
+
+    nodes: list[fx.Node]
+    group: Group
+
+
+def activation_of(node):
+    """(name, negative slope) of a node that calls an activation as a function or method; None for any other."""
+    if node.op not in ("call_function", "call_method"):
+        return None
+    name = _ACTIVATION_OF.get(node.target)
+    if name != "leaky_relu":
+        return name and (name, 0.0)
+    slope = _LEAKY_RELU.bind(*node.args, **node.kwargs).arguments.get("negative_slope", 0.01)
+    return (name, slope) if isinstance(slope, int | float) else None
+
+
+def sole_user(node):
+    """(the one node that uses `node`, "") if it does so as its first argument only, or (None, why there is none)."""
+    users = list(node.users)
+    if len(users) != 1:
+        return None, f"its result is used {len(users)} times" if users else "its result is not used"
+    (user,) = users
+    if user.op == "output":
+        return None, ""
+    uses = []
+    fx.map_arg((user.args, user.kwargs), uses.append)
+    if user.args[:1] == (node,) and uses.count(node) == 1:
+        return user, ""
+    return None, f"its result is an argument of {user.name}"
+
+
+def changes_in_place(node, module=None):
+    """Whether a node writes to its first argument (or to `out`), as far as its name and arguments tell.
+
+    Args:
+        module: that which it calls, if it calls one.
+    """
+    if node.op == "call_module":
+        return bool(getattr(module, "inplace", False))
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    in_place_name = name.endswith("_") and not name.endswith("__")
+    return in_place_name or node.target in _STATEMENTS or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
+
+
+# Its gradient is told from its result, where no BatchNorm lies between; stock's is not.
+WRITTEN_TO = "what follows LeakyReLU changes its result in place"
+
+
+def is_written_to(node, container=None):
+    """Whether any user of a node's result changes it in place."""
+    return any(
+        changes_in_place(user, container.get_submodule(user.target) if user.op == "call_module" else None)
+        for user in node.users
+    )
+
+
+def find_groups(graph, container):
+    """The groups of a graph of `fastgan.tracing.trace`: a Run for each convolution among its nodes, fused or not."""
+    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    return [
+        _follow(node, container, calls)
+        for node in graph.nodes
+        if node.op == "call_module" and isinstance(container.get_submodule(node.target), nn.modules.conv._ConvNd)
+    ]
+
+
+def _follow(node, container, calls):
+    """The Run that begins at a convolution."""
+    nodes, modules, why = [node], [container.get_submodule(node.target)], ""
+    if len(node.args) != 1 or node.kwargs:
+        return Run(nodes, Group([node.target], modules, reason="it is called with more than its input"))
+    while len(nodes) < 4:  # one more than a pattern has: what follows it counts too
+        user, why = sole_user(nodes[-1])
+        module = None if user is None else _as_module(user, container)
+        if module is None:
+            break
+        again = isinstance(module, nn.modules.batchnorm._BatchNorm) and calls[user.target] > 1
+        if again and user is not nodes[-1].next:  # the group runs where the convolution stands: earlier than that call
+            why = f"{user.target} is called in between"
+            break
+        nodes.append(user)
+        modules.append(module)
+    group = match_first([n.target if n.op == "call_module" else n.name for n in nodes], modules)
+    if group.fused and len(group.modules) == len(modules):
+        group.reason = group.reason or why
+    if group.fused and group.activation == "leaky_relu" and group.batch_norm is None:
+        if is_written_to(nodes[1], container):
+            group = match_first(group.names[:1], modules[:1])
+            group.reason = WRITTEN_TO
+    return Run(nodes[: len(group.modules)], group)
+
+
+def _as_module(node, container):
+    """The module that a node calls, or one that computes the same as the function it calls; else None."""
+    if node.op == "call_module":
+        return container.get_submodule(node.target) if len(node.args) == 1 and not node.kwargs else None
+    activation = activation_of(node)
+    if activation is None:
+        return None
+    name, slope = activation
+    return nn.LeakyReLU(slope) if name == "leaky_relu" else _MODULES[name]()

@@ -1,0 +1,96 @@
+"""Running a group of layers: as one fused operator on its modules' tensors, or by the layers' own forwards."""
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from fastgan import functional as fused
+from fastgan.batch_groups import current_groups
+from fastgan.patterns import hooks_compute_weight
+from fastgan.weight_copies import weight_copy
+
+_NO_VECTORS = (None,) * 4
+_NO_BATCH_NORM = dict(training=False, momentum=0.0, eps=0.0, batch_groups=1)
+
+
+def run_layers(x, forwards, batch_norm):
+    """The group without kernels: the forwards of its own layers, so that the numbers are stock's to the last bit."""
+    groups = current_groups()
+    for forward in forwards:
+        if groups > 1 and batch_norm is not None and batch_norm.training and forward == batch_norm.forward:
+            x = torch.cat([forward(part) for part in x.chunk(groups)])
+        else:
+            x = forward(x)
+    return x
+
+
+def run_operator(x, conv, batch_norm, activation, negative_slope, activation_first, layer):
+    """The group as one operator; `layer` names it where the operator refuses its input."""
+    if conv._forward_pre_hooks and hooks_compute_weight(conv):
+        for hook in conv._forward_pre_hooks.values():
+            hook(conv, (x,))
+    vectors, options = _batch_norm_arguments(batch_norm, x) if batch_norm is not None else (_NO_VECTORS, _NO_BATCH_NORM)
+    if activation_first:
+        options["activation_first"] = True
+    try:
+        return fused.conv_bn_act(
+            x,
+            conv.weight,  # once: a parametrized one is computed each time
+            conv.bias,
+            *vectors,
+            transposed=conv.transposed,
+            stride=conv.stride,
+            padding=conv.padding,
+            output_padding=conv.output_padding,
+            activation=activation,
+            negative_slope=negative_slope,
+            weight_copy=weight_copy(conv),
+            **options,
+        )
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"layer {layer!r}: {error}") from error
+
+
+def _batch_norm_arguments(bn, x):
+    """A BatchNorm as the operator's (gamma, beta, running_mean, running_var) and options.
+
+    As stock does: count the batch first, update only statistics that are tracked, and take the batch's own where
+    there are none to use.
+    """
+    momentum, batches = bn.momentum, None
+    if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
+        batches = bn.num_batches_tracked
+        if momentum is None:
+            batches.add_(current_groups())
+            # On a GPU a tensor: reading it would wait. In float64, as stock divides.
+            momentum = 1.0 / (batches.double() if batches.is_cuda else float(batches))
+            batches = None
+    momentum = 0.0 if momentum is None else momentum
+    used = bn.track_running_stats or not bn.training
+    running_mean, running_var = (bn.running_mean, bn.running_var) if used else (None, None)
+    gamma = gamma_of_ones(bn.weight, bn.bias, running_mean, bn.num_features, x)
+    training = bn.training or bn.running_mean is None
+    options = dict(
+        training=training,
+        momentum=momentum,
+        eps=bn.eps,
+        batch_groups=current_groups() if training else 1,
+        num_batches_tracked=batches,
+    )
+    if isinstance(bn, nn.SyncBatchNorm) and bn.training and is_distributed(bn):
+        options["process_group"] = bn.process_group or dist.group.WORLD
+    return (gamma, bn.bias, running_mean, running_var), options
+
+
+def gamma_of_ones(gamma, beta, running_mean, channels, like):
+    """A BatchNorm's γ, or ones where all of its vectors are missing: to the operator that means no BatchNorm."""
+    if gamma is None and beta is None and running_mean is None:
+        return torch.ones(channels, device=like.device, dtype=like.dtype)
+    return gamma
+
+
+def is_distributed(sync_batch_norm):
+    """Whether a SyncBatchNorm has other processes to share its statistics with."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    return dist.get_world_size(sync_batch_norm.process_group or dist.group.WORLD) > 1

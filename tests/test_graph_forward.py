@@ -1,0 +1,473 @@
+"""fuse inside forwards of their own: what is followed, what is refused, and that it always equals stock."""
+
+import copy
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+import fastgan
+from fastgan import functional as fused
+from tests.test_fusion import assert_close, assert_same, count_operator_calls, make_pair, one_step
+
+
+@pytest.fixture(autouse=True)
+def _reference(monkeypatch):
+    monkeypatch.setenv("FASTGAN_BACKEND", "reference")
+
+
+class Layers(nn.Module):
+    """Layers for the forwards below, in an order of their own."""
+
+    def __init__(self):
+        super().__init__()
+        self.act = nn.LeakyReLU(0.2)
+        self.bn2 = nn.BatchNorm2d(3)
+        self.bn1 = nn.BatchNorm2d(4)
+        self.conv1 = nn.Conv2d(3, 4, 3, padding=1)
+        self.conv2 = nn.Conv2d(4, 3, 3, padding=1)
+        self.up = nn.ConvTranspose2d(4, 3, 4, 2, 1)
+        self.slope, self.depth, self.skips = 0.3, 2, []
+
+
+def forward_of(function):
+    """A module class with `function` as its forward."""
+    return type(function.__name__, (Layers,), {"forward": function})
+
+
+def functions(self, x):
+    x = F.leaky_relu(self.bn1(self.conv1(x)), 0.1, inplace=True)
+    return torch.tanh(self.bn2(self.conv2(x)).relu())
+
+
+def methods(self, x):
+    return self.conv2(self.bn1(self.conv1(x)).relu_()).sigmoid()
+
+
+def residual(self, x):
+    y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+    y += x
+    return F.relu(y)
+
+
+def residual_of_an_activation(self, x):
+    y = self.act(self.conv2(self.act(self.conv1(x))))
+    y += x
+    return y
+
+
+def skip(self, x):
+    low = self.bn1(self.conv1(x))
+    return torch.cat([self.up(self.act(low)), F.interpolate(low, scale_factor=2)], 1)
+
+
+def used_twice(self, x):
+    y = self.conv1(x)
+    return self.conv2(self.bn1(y)) + y[:, :3].mean()
+
+
+def normalised_used_twice(self, x):
+    y = self.bn1(self.conv1(x))
+    return self.conv2(F.relu(y)) - y.sum(1, keepdim=True)
+
+
+def branches(self, x):
+    left, right = self.conv1(x), self.conv1(x.flip(3))
+    right, left = self.bn1(right), self.bn1(left)
+    return self.conv2(F.relu(left) * torch.sigmoid(right))
+
+
+def input_changed_in_between(self, x):
+    x = x * 2
+    y = self.conv1(x)
+    x.relu_()
+    return self.conv2(self.act(self.bn1(y))) + x
+
+
+def shared_layers(self, x):
+    for _ in range(self.depth):
+        x = self.act(self.bn2(self.conv2(self.act(self.bn1(self.conv1(x))))))
+    return x
+
+
+def dropout(self, x):
+    x = F.dropout(self.act(self.bn1(self.conv1(x))), 0.0, self.training)
+    return self.conv2(x) if self.training else torch.tanh(self.conv2(x))
+
+
+def by_attribute(self, x):
+    return self.conv2(F.leaky_relu(self.bn1(self.conv1(x)), self.slope))
+
+
+def by_shape(self, x):
+    n, _, h, w = x.shape
+    h += 0
+    return self.conv2(F.relu(self.conv1(x))).view(n, 3, h * w).mean(2)
+
+
+def method_of_its_own(self, x):
+    return _block(self, self.conv1, self.bn1, x).sum(1)
+
+
+def _block(self, conv, bn, x):
+    return self.act(bn(conv(x)))
+
+
+def output_size(self, x):
+    return self.up(self.act(self.conv1(x)), output_size=[x.shape[2] * 2, x.shape[3] * 2])
+
+
+def swish(self, x):
+    return F.silu(self.bn1(self.conv1(x))) @ torch.ones(8, 2, dtype=x.dtype)
+
+
+def own_functions(self, x):
+    return torch.relu_(self.conv2(F.elu(self.conv1(x))))
+
+
+# How many calls of operators a forward is, and how many of the model's convolutions each computes with BatchNorm.
+FOLLOWED = {
+    functions: 2,
+    methods: 2,
+    residual: 2,
+    residual_of_an_activation: 2,
+    skip: 2,
+    used_twice: 2,
+    normalised_used_twice: 2,
+    branches: 3,
+    shared_layers: 4,
+    dropout: 2,
+    by_attribute: 2,
+    by_shape: 2,
+    method_of_its_own: 1,
+    output_size: 1,
+    own_functions: 2,
+}
+
+
+@pytest.mark.parametrize("function", FOLLOWED, ids=lambda f: f.__name__)
+def test_followed(function, monkeypatch):
+    stock, model = make_pair(forward_of(function))
+    calls = count_operator_calls(monkeypatch)
+    fastgan.fuse(model)
+    assert_same(model, stock)
+    assert len(calls) == 6 * FOLLOWED[function]  # forward with and without gradients, in three modes
+
+
+@pytest.mark.parametrize("function", FOLLOWED, ids=lambda f: f.__name__)
+def test_compiled(function, monkeypatch):
+    """The operators are in the compiled graph, whichever forward it was, without a graph break."""
+    torch._dynamo.reset()
+    stock, model = make_pair(forward_of(function))
+    calls = count_operator_calls(monkeypatch)
+    compiled = torch.compile(fastgan.fuse(model), fullgraph=True, backend="aot_eager")
+    torch.manual_seed(1)
+    for training in (True, False):
+        x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
+        assert_close(one_step(compiled.train(training), x)[:1], one_step(stock.train(training), x)[:1])
+    assert_close(model.state_dict(), stock.state_dict())
+    assert_close([p.grad for p in model.parameters()], [p.grad for p in stock.parameters()])
+    assert len(calls) == 2 * FOLLOWED[function]
+
+
+def patterns(function, monkeypatch=None):
+    return {row.path: row.pattern for row in fastgan.explain(fastgan.fuse(forward_of(function)()))}
+
+
+def test_input_changed_in_between(monkeypatch):
+    """Without gradients, which stock has none of there either."""
+    stock, model = make_pair(forward_of(input_changed_in_between))
+    monkeypatch.setattr(fused, "has_kernels_for", lambda x: True)
+    fastgan.fuse(model)
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    with torch.no_grad():
+        assert_close(model(x), stock(x))
+    assert_close(model.state_dict(), stock.state_dict())
+
+
+def test_patterns():
+    conv, norm, leaky = "Conv2d", "Conv2d + BatchNorm2d", "Conv2d + BatchNorm2d + LeakyReLU"
+    relu = "Conv2d + BatchNorm2d + ReLU"
+    expected = {
+        functions: (leaky, relu),
+        methods: (relu, "Conv2d + Sigmoid"),
+        residual: (relu, norm),
+        residual_of_an_activation: ("Conv2d + LeakyReLU", conv),
+        used_twice: (conv, conv),
+        normalised_used_twice: (norm, conv),
+        branches: (conv, conv),
+        input_changed_in_between: (leaky, conv),
+        by_attribute: (leaky, conv),
+        swish: (norm, conv),
+        own_functions: (conv, "Conv2d + ReLU"),
+    }
+    for function, (first, second) in expected.items():
+        found = patterns(function)
+        assert (found["conv1"], found["conv2"]) == (first, second), function.__name__
+    assert patterns(skip)["conv1"] == norm and patterns(skip)["up"] == "ConvTranspose2d"
+
+
+def test_reasons():
+    rows = {
+        function: {row.path: row.reason for row in fastgan.explain(fastgan.fuse(forward_of(function)()))}
+        for function in (used_twice, branches, residual_of_an_activation, output_size, skip)
+    }
+    assert "its result is used 2 times" in rows[used_twice]["conv1"]
+    assert "bn1 is called in between" in rows[branches]["conv1"]
+    assert "changes its result in place" in rows[residual_of_an_activation]["conv2"]
+    assert "called with more than its input" in rows[output_size]["up"]
+    assert "does not call conv2" in rows[skip]["conv2"]
+
+
+def data_dependent(self, x):
+    return self.conv2(self.conv1(x)) if x.sum() > 0 else self.conv1(x)
+
+
+def remembers(self, x):
+    self.features = self.conv1(x)
+    return self.conv2(self.features)
+
+
+def collects(self, x):
+    self.skips.append(self.conv1(x))
+    return self.conv2(self.skips[-1])
+
+
+def counts(self, x):
+    self.depth += 1
+    return self.conv2(self.conv1(x))
+
+
+def draws_python(self, x):
+    return self.conv2(self.conv1(x)) if random.random() < 0.5 else self.conv2(self.conv1(x)) * 2
+
+
+def draws_numpy(self, x):
+    return self.conv2(self.conv1(x)) * float(np.random.rand())
+
+
+def draws_torch(self, x):
+    return self.conv2(self.conv1(x)) * torch.rand(1).item()
+
+
+def constant_noise(self, x):
+    return self.conv2(self.conv1(x)) + torch.ones(1)
+
+
+def asks_for_type(self, x):
+    return self.conv2(self.conv1(x)) if isinstance(x, torch.Tensor) else self.conv1(x)
+
+
+def prints(self, x):
+    print("shape", x.shape)
+    return self.conv2(self.conv1(x))
+
+
+def no_gradient(self, x):
+    with torch.no_grad():
+        x = torch.relu(x)
+    return self.conv2(self.conv1(x))
+
+
+def asks_for_gradients(self, x):
+    return self.conv2(self.conv1(x)) if torch.is_grad_enabled() else self.conv2(self.conv1(x)) * 2
+
+
+def any_number(self, *inputs):
+    return self.conv2(self.conv1(inputs[0]))
+
+
+REFUSED = {
+    data_dependent: "torch.fx cannot trace it",
+    remembers: "it sets self.features",
+    collects: "it sets self.skips",
+    counts: "it sets self.depth",
+    draws_python: "random numbers",
+    draws_numpy: "random numbers",
+    draws_torch: "random numbers",
+    constant_noise: "makes tensors",
+    asks_for_type: "it calls isinstance",
+    prints: "it calls print",
+    no_gradient: "under no_grad",
+    asks_for_gradients: "whether gradients",
+}
+
+
+@pytest.mark.parametrize("function", REFUSED, ids=lambda f: f.__name__)
+def test_refused(function, monkeypatch, capsys):
+    torch.manual_seed(0), random.seed(0), np.random.seed(0)
+    model = forward_of(function)().double()
+    state = torch.get_rng_state(), random.getstate()
+    attributes = dict(vars(model))
+    calls = count_operator_calls(monkeypatch)
+    fastgan.fuse(model)
+    assert torch.equal(torch.get_rng_state(), state[0]) and random.getstate() == state[1]
+    assert vars(model) == attributes and model.skips == []
+    assert type(model).__name__ == function.__name__
+    assert capsys.readouterr().out == ""
+    for row in fastgan.explain(model):
+        assert (not row.fused and REFUSED[function] in row.reason) or row.path == "up"
+    model(torch.randn(2, 3, 8, 8, dtype=torch.float64))
+    assert calls == []
+
+
+def test_any_number_of_arguments_runs_stock(monkeypatch):
+    calls = count_operator_calls(monkeypatch)
+    stock, model = make_pair(forward_of(any_number))
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    assert torch.equal(fastgan.fuse(model)(x), stock(x)) and calls == []
+    assert "takes any number of arguments" in fastgan.explain(model)[0].reason
+
+
+class Options(Layers):
+    """Arguments of many kinds decide what it does."""
+
+    def forward(self, x, y=None, *, scale: float = 1.0, flip=False, also=()):
+        x = F.relu(self.bn1(self.conv1(x)))
+        if y is not None:
+            x = x + self.conv1(y)
+        if flip:
+            x = x.flip(2)
+        return self.conv2(x) * scale + len(also)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_arguments(compiled, monkeypatch):
+    torch._dynamo.reset()
+    stock, model = make_pair(Options)
+    calls = count_operator_calls(monkeypatch)
+    fastgan.fuse(model)
+    run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+    x, y = torch.randn(2, 2, 3, 8, 8, dtype=torch.float64)
+    for args, kwargs in (
+        ((x,), {}),
+        ((x, y), {}),
+        ((x, None), dict(flip=True)),
+        ((x,), dict(y=y, scale=0.5)),
+        ((x,), dict(scale=0.25, flip=True)),
+        ((), dict(x=x)),
+        ((x,), dict(also=(1, 2))),
+    ):
+        del calls[:]
+        assert_close(run(*args, **kwargs), stock(*args, **kwargs))
+        assert calls, (args, kwargs)
+    with pytest.raises(TypeError):
+        model()
+    with pytest.raises(TypeError):
+        model(x, z=1)
+    with pytest.raises(TypeError):
+        model(x, y, y)
+    assert_close(model(x, also=[y]), stock(x, also=[y]))  # nothing to trace: a list of tensors
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_attributes_that_change(compiled, monkeypatch):
+    torch._dynamo.reset()
+    stock, model = make_pair(forward_of(by_attribute))
+    monkeypatch.setattr(fused, "has_kernels_for", lambda x: True)
+    fastgan.fuse(model)
+    run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    for slope in (0.3, 0.7, 0.3, -0.5):
+        stock.slope = model.slope = slope
+        assert_close(run(x), stock(x))
+    stock.depth = model.depth = 5  # which it does not read
+    assert_close(run(x), stock(x))
+
+
+def test_changes_of_layers_take_effect(monkeypatch):
+    stock, model = make_pair(forward_of(functions))
+    calls = count_operator_calls(monkeypatch)
+    fastgan.fuse(model)
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    assert_close(model(x), stock(x))
+    handles = [network.bn1.register_forward_hook(lambda m, args, out: 2 * out) for network in (stock, model)]
+    del calls[:]
+    assert_close(model(x), stock(x))
+    assert len(calls) == 2  # convolution alone
+    assert "hooks" in fastgan.explain(model)[-3].reason
+    for handle in handles:
+        handle.remove()
+    for network in (stock, model):
+        torch.manual_seed(5)
+        network.conv1 = nn.Conv2d(3, 4, 1).double()
+        network.bn2 = nn.InstanceNorm2d(3).double()
+        network.conv2.forward = lambda x, layer=network.conv2: 3 * nn.Conv2d.forward(layer, x)
+    assert_same(model, stock)
+
+
+def test_layers_below_the_children():
+    class Deep(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3)) for _ in range(2))
+            self.norms = nn.ModuleDict({"a:b": nn.BatchNorm2d(3)})
+            self.last = nn.Conv2d(3, 3, 1)
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = F.relu(block[1](block[0](x)))
+            return self.norms["a:b"](self.last(x))
+
+    stock, model = make_pair(Deep)
+    fastgan.fuse(model)
+    rows = {row.path: row.pattern for row in fastgan.explain(model)}
+    assert rows == {
+        "blocks.0.0": "Conv2d + BatchNorm2d + ReLU",
+        "blocks.1.0": "Conv2d + BatchNorm2d + ReLU",
+        "last": "Conv2d + BatchNorm2d",
+    }
+    assert_same(model, stock)
+    for network in (stock, model):
+        network.blocks[1] = nn.Sequential(nn.Conv2d(3, 3, 5, padding=1), nn.Identity()).double()
+        nn.init.ones_(network.blocks[1][0].weight)
+        nn.init.ones_(network.blocks[1][0].bias)
+    assert_same(model, stock)
+
+
+def test_lazy_layers(monkeypatch):
+    class Lazy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d()
+            self.rest = nn.Sequential(nn.LazyConvTranspose2d(3, 4, 2, 1), nn.ReLU())
+
+        def forward(self, x):
+            return self.rest(F.relu(self.bn(self.conv(x))))
+
+    torch.manual_seed(0)
+    model = fastgan.fuse(Lazy())
+    calls = count_operator_calls(monkeypatch)
+    x = torch.randn(2, 3, 8, 8)
+    model(x)
+    assert not calls
+    stock = fastgan.unfuse(copy.deepcopy(model))
+    torch.testing.assert_close(model(x), stock(x))
+    assert len(calls) == 2
+    assert [row.fused for row in fastgan.explain(model)] == [True, True]
+
+
+def test_others_trace_the_layers():
+    """A fused model under somebody else's torch.fx trace shows its own layers."""
+    for make in (forward_of(functions), lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())):
+        stock, model = make_pair(make)
+        graphs = [fx.symbolic_trace(network).graph.python_code("self").src for network in (stock, fastgan.fuse(model))]
+        assert graphs[0] == graphs[1]
+
+
+def test_parallel_groups_of_a_batch_run_the_layers(monkeypatch):
+    """Two halves of a batch with statistics of their own, without kernels."""
+    from fastgan.batch_groups import batch_groups
+
+    for function in (functions, residual, by_attribute):
+        stock, model = make_pair(forward_of(function))
+        fastgan.fuse(model)
+        x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
+        with batch_groups(2):
+            ours = model(x)
+        theirs = torch.cat([stock(part) for part in x.chunk(2)])
+        assert_close(ours, theirs)
+        assert_close(model.state_dict(), stock.state_dict())
