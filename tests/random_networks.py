@@ -21,14 +21,14 @@ MODULES = {
     ),
     "tanh": ("nn.Tanh()",),
     "sigmoid": ("nn.Sigmoid()",),
-    "other": ("nn.PReLU()", "nn.ELU()", "nn.ELU(inplace=True)", "nn.SiLU()", "nn.ReLU6()", "nn.Identity()"),
+    "other": ("nn.PReLU()", "nn.ELU()", "nn.ELU(inplace=True)", "nn.SiLU()", "nn.SiLU(True)", "nn.Identity()"),
 }
 FUNCTIONS = {
     "relu": ("F.relu({})", "torch.relu({})", "{}.relu()", "F.relu({}, inplace=True)", "{}.relu_()"),
     "leaky": ("F.leaky_relu({}, 0.2)", "F.leaky_relu({}, negative_slope=0.1, inplace=True)", "F.leaky_relu({})"),
     "tanh": ("torch.tanh({})", "F.tanh({})", "{}.tanh()", "{}.tanh_()"),
     "sigmoid": ("torch.sigmoid({})", "F.sigmoid({})", "{}.sigmoid()"),
-    "other": ("F.elu({})", "F.silu({})", "F.relu6({})", "{} * 2"),
+    "other": ("F.elu({})", "F.silu({})", "{}.mul_(2)", "{} * 2"),
 }
 ORDERS = [
     ("norm", "act"),
@@ -42,6 +42,7 @@ ORDERS = [
     ("instance", "act"),
     ("norm", "norm"),
     ("act", "act"),
+    ("act", "act", "norm"),
     ("norm", "act", "norm"),
 ]
 HOOKS = (
@@ -81,7 +82,8 @@ class _Writer:
         self.size = self.first_size = draw(st.integers(SMALLEST, LARGEST))
         self.channels, self.value = 3, "x"
         self.values = [("x", self.channels, self.size)]
-        self.convolutions, self.norms, self.plain = [], [], []  # indices of modules; plain: all that may get hooks
+        self.convolutions, self.norms = [], []  # (index of the module, channels of its input, …)
+        self.without_norm = []  # indices of the convolutions whose weight is a plain parameter
         self.shared = {}  # activation → index of the instance that is used again
 
     def pick(self, *options):
@@ -139,7 +141,6 @@ class _Writer:
 
     def module(self, source):
         self.modules.append(source)
-        self.plain.append(len(self.modules) - 1)
         self.call(len(self.modules) - 1)
         return len(self.modules) - 1
 
@@ -153,10 +154,14 @@ class _Writer:
         self.convolution()
         for part in self.pick(*ORDERS):
             getattr(self, part)()
-            if not self.in_sequential and self.flip(6):
-                self.join()
+            if not self.in_sequential and self.flip(4):
+                self.pick(self.join, self.go_back)()
         if not self.in_sequential and self.flip(3):
             self.join()
+
+    def go_back(self):
+        """On with an earlier value: a branch. What was the last may be joined again, or be of no use to anybody."""
+        self.value, self.channels, self.size = self.pick(*self.values)
 
     def join(self):
         """Use an earlier value again: a residual, or a concatenation."""
@@ -171,7 +176,7 @@ class _Writer:
 
     def convolution(self):
         again = [i for i, c, kept in self.convolutions if kept and c == self.channels]
-        if again and not self.in_sequential and self.flip(6):
+        if again and not self.in_sequential and self.flip(3):
             self.call(self.pick(*again))
             return
         keeps = self.flip(3)  # the shape, so that it can be added to what went in
@@ -189,8 +194,10 @@ class _Writer:
         arguments += [f"groups={groups}"] * (groups > 1) + ["bias=False"] * self.flip()
         before, self.channels, self.size = self.channels, after, size
         source = f"{kind}({before}, {after}, {', '.join(arguments)})"
-        norm = self.pick("spectral_norm", "weight_norm") if self.flip(6) else ""
-        self.convolutions.append((self.module(f"{norm}({source})" if norm else source), before, keeps))
+        norm = self.pick("spectral_norm", "weight_norm", "nn.utils.spectral_norm") if self.flip(6) else ""
+        index = self.module(f"{norm}({source})" if norm else source)
+        self.convolutions.append((index, before, keeps))
+        self.without_norm += [] if norm else [index]
 
     def strided(self):
         """(arguments, size of the result) of a convolution."""
@@ -218,7 +225,7 @@ class _Writer:
 
     def norm(self):
         again = [i for i, c in self.norms if c == self.channels]
-        if again and not self.in_sequential and self.flip(6):
+        if again and not self.in_sequential and self.flip(3):
             self.call(self.pick(*again))
             return
         arguments = [self.pick("", "0.8", "eps=0.1"), self.pick("", "momentum=None", "momentum=0.9", "momentum=0.0")]
@@ -227,7 +234,7 @@ class _Writer:
         self.norms.append((self.module(f"nn.BatchNorm2d({source})"), self.channels))
 
     def act(self):
-        kind = self.pick("relu", "leaky", "tanh", "sigmoid", "other")
+        kind = self.pick("relu", "leaky", "leaky", "tanh", "sigmoid", "other")
         if not self.in_sequential and self.flip():
             self.then(self.pick(*FUNCTIONS[kind]).format(self.value))
             return
@@ -252,11 +259,11 @@ class _Writer:
     def changes(self):
         lines = []
         if self.flip(5):
-            lines.append(f"{self.name(self.pick(*self.plain))}.requires_grad_(False)")
+            lines.append(f"{self.name(self.pick(*range(len(self.modules))))}.requires_grad_(False)")
         if self.flip(5):
-            lines.append(f"{self.name(self.pick(*self.plain))}.{self.pick(*HOOKS)}")
-        if self.flip(5):
-            first, *others = [self.name(i) for i, *_ in self.convolutions]
+            lines.append(f"{self.name(self.pick(*range(len(self.modules))))}.{self.pick(*HOOKS)}")
+        if self.flip(5) and self.without_norm:
+            first, *others = map(self.name, self.without_norm)
             for other in others:
                 lines.append(f"if {first}.weight.shape == {other}.weight.shape and type({first}) is type({other}):")
                 lines.append(f"    {other}.weight = {first}.weight")
