@@ -40,7 +40,7 @@ def device_section(run, profile, plots):
     parts += _train_steps(run)
     parts += _plot(run, plots, "throughput", "Images per second over batch size")
     parts += _profile(profile) + _plot(run, plots, "profile", "Where the time of a step goes, kernel by kernel")
-    parts += _layers(run) + _losses(run) + _generate(run) + _data(run) + _not_run(run)
+    parts += _layers(run) + _models(run) + _losses(run) + _generate(run) + _data(run) + _not_run(run)
     return parts
 
 
@@ -198,7 +198,7 @@ def _layers(run):
             row += [_percent(fused and layer_floor(run, fused))]
             row += [_number(e and e.get("peak_memory_mb")) for e in (stock, fused)]
             rows.append(row)
-        means = [f"{math.exp(sum(map(math.log, r)) / len(r)):.2f}" if r else "–" for r in ratios.values()]
+        means = [_geometric_mean(found) for found in ratios.values()]
         rows.append(["geometric mean", "", "", means[0], "", "", means[1], "", "", ""])
         parts.append(f"### Layers of the 64×64 DCGAN, batch {batch}, {of_batch[0]['dtype']}")
         head = "layer | forward: stock, µs | fused, µs | ratio | forward + backward: stock, µs | fused, µs | ratio | "
@@ -217,6 +217,33 @@ def layer_floor(run, entry):
         return None
     least = max(entry["flops"] / (tflops * 1e12), entry["bytes"] / (copy * 1e12))
     return least * 1e6 / entry["microseconds"]
+
+
+def _models(run):
+    entries = run.of("models")
+    if not entries:
+        return ["### Models", "Nobody has measured them here yet."] if run.on_gpu else []
+    rows, ratios = [], {"fused": [], "fused-backend": []}
+    for network in dict.fromkeys(e["network"] for e in entries):
+        found = {e["variant"]: e for e in entries if e["network"] == network}
+        times = {variant: entry["microseconds"] for variant, entry in found.items()}
+        any_of = next(iter(found.values()))
+        row = [network, f"{any_of['image_size']}×{any_of['image_size']}", any_of["batch"], _number(times.get("stock"))]
+        for variant, of_variant in ratios.items():
+            row += [_number(times.get(variant)), _ratio(times.get("stock"), times.get(variant))]
+            of_variant += [times["stock"] / times[variant]] if {"stock", variant} <= times.keys() else []
+        memory = [found.get(variant, {}).get("peak_memory_mb") for variant in ("stock", *ratios)]
+        rows.append([*row, *map(_number, memory)])
+    means = [_geometric_mean(of_variant) for of_variant in ratios.values()]
+    rows.append(["geometric mean", "", "", "", "", means[0], "", means[1], "", "", ""])
+    head = "network | images | batch | stock, µs | fused, µs | ratio | backend, µs | ratio | "
+    said = "Forward and backward in training mode of the networks in `tests/models_zoo.py`, " + (
+        'compiled, in CUDA graphs; backend is `torch.compile(backend="fastgan")` of the stock one.'
+        if run.on_gpu
+        else "not compiled."
+    )
+    table = _table(head + "memory: stock | fused | backend", rows)
+    return [f"### Models, {entries[0]['dtype']}", table, said]
 
 
 def _losses(run):
@@ -293,6 +320,10 @@ def _number(value):
 
 def _ratio(value, base):
     return "–" if not value or not base else f"{value / base:.2f}"
+
+
+def _geometric_mean(ratios):
+    return f"{math.exp(sum(map(math.log, ratios)) / len(ratios)):.2f}" if ratios else "–"
 
 
 def _percent(share):

@@ -35,6 +35,11 @@ def layer(name, variant, direction, microseconds):
     return benchmark("layers", microseconds / 1e6, variant=variant, batch=128, images_per_sec=1.0, **info)
 
 
+def model(network, variant, microseconds, memory):
+    info = {"network": network, "image_size": 32, "microseconds": microseconds, "peak_memory_mb": memory}
+    return benchmark("models", microseconds / 1e6, variant=variant, batch=8, images_per_sec=1.0, **info)
+
+
 def content(*benchmarks, not_run=()):
     return {"datetime": "2026-01-02T03:04:05+00:00", "benchmarks": list(benchmarks), "not_run": list(not_run)}
 
@@ -51,6 +56,10 @@ def complete():
     layers = [
         *(layer("G1", variant, "forward", t) for variant, t in (("stock", 30.0), ("fused", 10.0))),
         *(layer("G1", variant, "forward+backward", t) for variant, t in (("stock", 60.0), ("fused", 80.0))),
+    ]
+    models = [
+        *(model("unet", v, t, m) for v, t, m in (("stock", 90, 20), ("fused", 60, 15), ("fused-backend", 45, 16))),
+        *(model("critic", v, t, m) for v, t, m in (("stock", 30, 9), ("fused", 45, 8))),
     ]
     others = [
         benchmark("ceilings", 1.0, tflops=500.0),
@@ -75,7 +84,7 @@ def complete():
     info = {"variant": "compile-bf16", "batch": 128, "image_size": 64}
     reason = "AssertionError: a | b"
     not_run = [{"fullname": "bench_train_step.py::test_train_step[x]", "extra_info": info, "reason": reason}]
-    return content(*steps, *layers, *others, not_run=not_run)
+    return content(*steps, *layers, *models, *others, not_run=not_run)
 
 
 PROFILE = {
@@ -124,6 +133,10 @@ def test_numbers_of_the_tables(write):
     assert cells(page, 128, "eager-fp32")[4:7] == ["0.05", "1.00", "–"]  # no ceiling in float32 was measured
     assert cells(page, 128, "stock-step-graph-bf16")[4] == "1.25"
     assert cells(page, "G1") == ["G1", "30", "10", "3.00", "60", "80", "0.75", "5%", "–", "–"]
+    assert cells(page, "unet") == ["unet", "32×32", "8", "90", "60", "1.50", "45", "2.00", "20", "15", "16"]
+    # A losing row stays, and one whose backend could not run.
+    assert cells(page, "critic") == ["critic", "32×32", "8", "30", "45", "0.67", "–", "–", "9", "8", "–"]
+    assert cells(page, "geometric mean", "", "", "", "", "1.00")[7] == "2.00"
     assert cells(page, "generator", 8)[2:] == ["in a graph", "40", "20", "5", "4.00"]
     assert cells(page, 128, "fused-graph-bf16")[2:4] == ["2,000,000", "2.00"]
     assert cells(page, 128, "resident")[2] == "3,000,000"

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-LATENT = 6
+LATENT = 100
 
 
 def halvings(size, smallest=4):

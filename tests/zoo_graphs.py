@@ -7,7 +7,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from tests.zoo_chains import LATENT, halvings
 
-LABELS = 3
+LABELS = 10
 
 
 class UnetBlock(nn.Module):
