@@ -56,6 +56,9 @@ def conv_transpose2d_bn_act(
     Returns:
         (N, out_channels, Ho, Wo) in the dtype of x; channels_last in memory where the kernels ran.
 
+    Gradients of any order can be had (WGAN-GP, R1), in eager mode: torch.compile has no double backward. Within the
+    transforms of torch.func and forward-mode differentiation plain torch runs.
+
     Raises:
         ValueError, TypeError: an argument has the wrong shape, dtype, device or value; said before any work starts.
 
