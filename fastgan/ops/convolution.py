@@ -125,8 +125,8 @@ def conv_statistics(
 
     The statistics are (groups, C): the batch consists of that many equal parts, each normalised by itself.
     Only y is differentiable, and its gradient must come through `batch_norm_act(..., batch_statistics=True)`: it is
-    then the whole gradient, the statistics' part included, and sums to zero over each channel. Hence so does bias's
-    where there is no activation.
+    then the whole gradient, the statistics' part included, and sums to zero over each channel (over that of all
+    processes with `synchronised.batch_norm_act`). Hence bias's is zero where there is no activation.
     """
     size = out_size(x, weight, transposed, stride, padding, output_padding)
     problem = conv_problem(x, weight, transposed, stride, padding, size, then="statistics")
