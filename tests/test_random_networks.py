@@ -1,0 +1,52 @@
+"""fuse on random networks: whatever they consist of, a step shows what stock shows, with the operators and without."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, note, reject, settings
+
+import fastgan
+from tests.networks import assert_equal, one_step
+from tests.random_networks import build, sources
+from tests.test_fusion import count_operator_calls, make_pair
+
+# The same examples in every run, so that a failure in CI is a failure here.
+reproducible = settings(
+    max_examples=500, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+)
+
+
+def steps(network, inputs):
+    """What two steps in training and one in eval show."""
+    return [one_step(network.train(i < 2), [x], seed=i) for i, x in enumerate(inputs)]
+
+
+@reproducible
+@given(sources())
+def test_fused_equals_stock(source):
+    note(source)
+    stock, model = make_pair(lambda: build(source)[0])
+    size = build(source)[1]
+    inputs = [torch.randn(2, 3, size, size, dtype=torch.float64) for _ in range(3)]
+    attributes = [set(vars(module)) for module in stock.modules()]
+    try:
+        expected = steps(stock, inputs)
+    except RuntimeError as error:
+        if "inplace" not in str(error):
+            raise
+        reject()  # stock itself cannot: something that backward needs is changed in place
+
+    fastgan.fuse(model)
+    forwards = [vars(module).get("forward") for module in model.modules()]
+    fastgan.fuse(model)
+    assert [vars(module).get("forward") for module in model.modules()] == forwards
+    restored, without_kernels = fastgan.unfuse(copy.deepcopy(model)), copy.deepcopy(model)
+    assert [set(vars(module)) for module in restored.modules()] == attributes
+    assert_equal(steps(restored, inputs), expected)
+    assert_equal(steps(without_kernels, inputs), expected)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        calls = count_operator_calls(monkeypatch)
+        found = steps(model, inputs)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    assert bool(calls) == any(row.fused for row in fastgan.explain(model))
