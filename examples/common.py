@@ -106,29 +106,26 @@ def _train(options, build):
     if options.image_size not in IMAGE_SIZES:
         raise ValueError(f"image_size must be one of {', '.join(map(str, IMAGE_SIZES))}; got {options.image_size}")
     device, out = pick_device(options.device), _picture_file(options.out)
+    torch.backends.cudnn.benchmark = True  # worth it: all batches have one shape
     training, drawn = _load(options)
     drawn = data.scale(drawn).to(device)
 
     gan = _make(build, options, training.nc, device)
     with _precision(options, device):
         print(fastgan.explain(gan, *gan.inputs(drawn)), flush=True)
+    every = max(1, options.steps // 10)
     with closing(data.HostImages(training, options.batch_size, device=device, seed=SEED)) as images:
-        seconds, done, every = 0.0, 0, max(1, options.steps // 10)
+        reported, clock = 0, time.perf_counter()
         for step in range(1, options.steps + 1):
-            start = time.perf_counter()
             with _precision(options, device):
                 losses = gan.train_step(images.before_step())
             if step % every == 0 or step == options.steps:
+                values = ", ".join(f"{name} {loss.item():.3f}" for name, loss in losses.items())
                 synchronize(device)
-            seconds, done = seconds + time.perf_counter() - start, done + 1
-            if step % every == 0 or step == options.steps:
-                text = ", ".join(f"{name} {loss.item():.3f}" for name, loss in losses.items())
-                print(
-                    f"step {step}/{options.steps}: {text}; {done * options.batch_size / seconds:.0f} images/s",
-                    flush=True,
-                )
+                speed = (step - reported) * options.batch_size / (time.perf_counter() - clock)
+                print(f"step {step}/{options.steps}: {values}, {speed:.0f} images/s", flush=True)
                 _draw(gan, drawn, out)
-                seconds, done = 0.0, 0
+                reported, clock = step, time.perf_counter()
         print(f"pictures: {out}")
         print(_speed_up(build, options, images.before_step()))
 
@@ -175,46 +172,51 @@ def _draw(gan, images, out):
 
 
 def _speed_up(build, options, images):
-    """What the one line gives: the same training step with stock and with fused layers, checked and then timed."""
+    """What the one line gives: the training step with stock layers and with fused ones, compared and then timed."""
     device = images.device
     if device.type != "cuda":
         return f"speed-up: measured on a GPU only, and this ran on {device.type}"
-    gans, results = {}, {}
-    for fused in (False, True):
-        options = copy.copy(options)
-        options.fused = fused
-        gans[fused] = _make(build, options, images.shape[1], device)
-        for module in gans[fused].modules():
-            if isinstance(module, nn.Dropout):
-                module.eval()  # its mask depends on the memory layout of what it gets
-        with _precision(options, device):
-            output = gans[fused](*gans[fused].inputs(images))
-            losses = gans[fused].train_step(images)
-        results[fused] = [tensor.detach().float() for tensor in (*output, *losses.values())]
-        gans[fused].train()
-    differences = [((b - a).norm() / a.norm()).item() for a, b in zip(results[False], results[True], strict=True)]
-    if not max(differences) < AGREEMENT:
-        return f"speed-up: not measured, because fused and stock layers differ by {max(differences):.1%}"
+    gans, difference = _stock_and_fused(build, options, images)
+    if not difference < AGREEMENT:
+        return f"speed-up: not measured, because results of fused and stock layers differ by {difference:.1%}"
     with _precision(options, device):
-        milliseconds = _medians({fused: lambda gan=gan: gan.train_step(images) for fused, gan in gans.items()})
-    stock, fused = milliseconds[False], milliseconds[True]
+        stock, fused = _medians([lambda gan=gan: gan.train_step(images) for gan in gans])
     return (
         f"speed-up: {stock / fused:.2f} ({stock:.2f} ms a step with stock layers, {fused:.2f} ms with fused ones, on "
-        f"{torch.cuda.get_device_name(device)}; first their results agreed to {max(differences):.2%})"
+        f"{torch.cuda.get_device_name(device)}; their results agree to {difference:.2%})"
     )
 
 
-def _medians(calls, *, warm_up=10, rounds=5, steps=10):
-    """{name: median milliseconds} of GPU calls {name: call} that take turns."""
-    events = {name: [] for name in calls}
-    for round in range(rounds + 1):
-        for name, call in calls.items():
-            for _ in range(steps if round else warm_up):
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                start.record()
+def _stock_and_fused(build, options, images):
+    """The same GAN with stock and with fused layers, and how far apart their outputs and first losses are."""
+    gans, results = [], []
+    for fused in (False, True):
+        options = copy.copy(options)
+        options.fused = fused
+        gan = _make(build, options, images.shape[1], images.device)
+        for module in gan.modules():
+            if isinstance(module, nn.Dropout):
+                module.eval()  # its mask depends on the memory layout of what it gets
+        with _precision(options, images.device):
+            outputs, losses = gan(*gan.inputs(images)), gan.train_step(images)
+        results.append([tensor.detach().float() for tensor in (*outputs, *losses.values())])
+        gans.append(gan.train())
+    # Relative, except where everything is small: the difference of two scores, say.
+    return gans, max(((b - a).norm() / a.norm().clamp(min=1)).item() for a, b in zip(*results, strict=True))
+
+
+def _medians(calls, *, warm_up=10, rounds=9, repeats=10):
+    """Median milliseconds of each GPU call in `calls`; they take turns, `repeats` times in a row."""
+    milliseconds = [[] for _ in calls]
+    for call in calls * warm_up:
+        call()
+    for _ in range(rounds):
+        for call, times in zip(calls, milliseconds, strict=True):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for _ in range(repeats):
                 call()
-                end.record()
-                if round:
-                    events[name].append((start, end))
-            torch.cuda.synchronize()
-    return {name: median(start.elapsed_time(end) for start, end in pairs) for name, pairs in events.items()}
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) / repeats)
+    return [median(times) for times in milliseconds]

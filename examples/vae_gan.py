@@ -17,7 +17,7 @@ from torch.nn import functional as F
 import fastgan
 
 NZ, WIDTH = 32, 32  # length of a latent vector; channels of the layers next to the image
-BETA, GAMMA = 0.02, 10.0  # weight of the prior for the encoder, and of the reconstruction for the decoder
+BETA, GAMMA = 0.06, 10.0  # weight of the prior for the encoder, and of the reconstruction for the decoder
 
 
 class Encoder(nn.Module):
