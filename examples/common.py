@@ -72,12 +72,12 @@ def widths(image_size, width):
     return [width << i for i in range(image_size.bit_length() - 3)]
 
 
-def real(logits):
+def real_loss(logits):
     """The loss of a discriminator's logits that should say: real."""
     return F.binary_cross_entropy_with_logits(logits, torch.ones_like(logits))
 
 
-def fake(logits):
+def fake_loss(logits):
     """The loss of a discriminator's logits that should say: fake."""
     return F.binary_cross_entropy_with_logits(logits, torch.zeros_like(logits))
 
@@ -87,11 +87,9 @@ def _parse(argv, description, steps, batch_size):
     parser.add_argument("--steps", type=int, default=steps, help="training steps (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=batch_size, help="images in a step (default: %(default)s)")
     parser.add_argument("--image-size", type=int, default=32, help="side of the images (default: %(default)s)")
-    parser.add_argument(
-        "--dataroot", metavar="FOLDER", help="learn the pictures in this folder, instead of 5,000 digits"
-    )
+    parser.add_argument("--dataroot", metavar="FOLDER", help="pictures to learn (default: 5,000 handwritten digits)")
     name = description.split()[0].lower()
-    parser.add_argument("--out", default=f"runs/{name}.png", help="PNG file of the pictures (default: %(default)s)")
+    parser.add_argument("--out", default=f"runs/{name}.png", help="PNG file to draw (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda or cuda:N")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16, by autocast")
     parser.add_argument("--no-fused", dest="fused", action="store_false", help="stock layers: leave the one line out")
@@ -105,10 +103,10 @@ def _train(options, build):
         raise ValueError("batch_size must be at least 2: BatchNorm compares the images of a batch; got 1")
     if options.image_size not in IMAGE_SIZES:
         raise ValueError(f"image_size must be one of {', '.join(map(str, IMAGE_SIZES))}; got {options.image_size}")
-    device, out = pick_device(options.device), _picture_file(options.out)
-    torch.backends.cudnn.benchmark = True  # worth it: all batches have one shape
+    device = pick_device(options.device)
     training, drawn = _load(options)
-    drawn = data.scale(drawn).to(device)
+    drawn, out = data.scale(drawn).to(device), _picture_file(options.out)
+    torch.backends.cudnn.benchmark = True  # worth it: all batches have one shape
 
     gan = _make(build, options, training.nc, device)
     with _precision(options, device):
@@ -136,6 +134,7 @@ def _picture_file(out):
         raise ValueError(f"out must be a file; {str(out)!r} is a folder")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
+        out.touch()
     except OSError as error:
         raise ValueError(f"out {str(out)!r} cannot be written: {error}") from error
     return out
@@ -145,13 +144,17 @@ def _load(options):
     """(the images to train with, a few more to draw: uint8 (n, C, S, S))."""
     name = "folder" if options.dataroot else "digits"
     images = data.load(name, root=options.dataroot, image_size=options.image_size)
-    count = max(1, min(DRAWN, len(images) // 8))
+    count = max(2, min(DRAWN, len(images) // 8))
     chosen = torch.linspace(0, len(images) - 1, count).round().long()
     drawn = torch.stack([images[i] for i in chosen.tolist()])
     if isinstance(images, data.ImagesInMemory):  # of more than fit there, the drawn ones stay in
         others = torch.ones(len(images), dtype=torch.bool).index_fill(0, chosen, False)
         images = data.ImagesInMemory(name, images.images[others])
-    data.steps_per_epoch(images, options.batch_size)  # fails where there is not one whole batch
+    if len(images) < options.batch_size:
+        raise ValueError(
+            f"batch_size must be at most the {len(images)} pictures to learn from, beside {count} kept to draw; "
+            f"got {options.batch_size}"
+        )
     return images, drawn
 
 
@@ -161,7 +164,8 @@ def _make(build, options, channels, device):
 
 
 def _precision(options, device):
-    return torch.autocast(device.type, torch.bfloat16, enabled=options.bf16)
+    # No cache of weights in bfloat16: it would outlive an optimizer's step.
+    return torch.autocast(device.type, torch.bfloat16, enabled=options.bf16, cache_enabled=False)
 
 
 @torch.no_grad()

@@ -100,7 +100,8 @@ class DCGAN(nn.Module):
 def build(options, channels):
     gan = DCGAN(options.image_size, channels)
     if options.fused:
-        fastgan.fuse(gan)  # the one line
+        # The one line. Where you compile your networks, torch.compile(network, backend="fastgan") does the same.
+        fastgan.fuse(gan)
     return gan
 
 

@@ -78,13 +78,13 @@ class DiscoGAN(nn.Module):
         fake_a, fake_b = self.to_a(b), self.to_b(a)
 
         self.optimizer_d.zero_grad()
-        loss_a = common.real(self.judge_a(a)) + common.fake(self.judge_a(fake_a.detach()))
-        loss_b = common.real(self.judge_b(b)) + common.fake(self.judge_b(fake_b.detach()))
+        loss_a = common.real_loss(self.judge_a(a)) + common.fake_loss(self.judge_a(fake_a.detach()))
+        loss_b = common.real_loss(self.judge_b(b)) + common.fake_loss(self.judge_b(fake_b.detach()))
         (loss_a + loss_b).backward()
         self.optimizer_d.step()
 
         self.optimizer_g.zero_grad()
-        loss_g = common.real(self.judge_a(fake_a)) + common.real(self.judge_b(fake_b))
+        loss_g = common.real_loss(self.judge_a(fake_a)) + common.real_loss(self.judge_b(fake_b))
         loss_rec = self.reconstruction(self.to_a(fake_b), a) + self.reconstruction(self.to_b(fake_a), b)
         (loss_g + LAMBDA * loss_rec).backward()
         self.optimizer_g.step()

@@ -79,14 +79,14 @@ class Pix2Pix(nn.Module):
         fake = self.generator(drawing)
 
         self.optimizer_d.zero_grad()
-        loss_real = common.real(self.discriminator(drawing, pictures))
-        loss_fake = common.fake(self.discriminator(drawing, fake.detach()))
+        loss_real = common.real_loss(self.discriminator(drawing, pictures))
+        loss_fake = common.fake_loss(self.discriminator(drawing, fake.detach()))
         loss_d = (loss_real + loss_fake) / 2
         loss_d.backward()
         self.optimizer_d.step()
 
         self.optimizer_g.zero_grad()
-        loss_adversarial = common.real(self.discriminator(drawing, fake))
+        loss_adversarial = common.real_loss(self.discriminator(drawing, fake))
         loss_l1 = self.l1(fake, pictures)
         (loss_adversarial + LAMBDA * loss_l1).backward()
         self.optimizer_g.step()

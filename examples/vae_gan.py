@@ -85,7 +85,7 @@ class VAEGAN(nn.Module):
         rebuilt, new = self.decoder(latent), self.decoder(torch.randn_like(mean))
 
         logits = [self.discriminator(x)[0] for x in (images, rebuilt.detach(), new.detach())]
-        loss_d = common.real(logits[0]) + (common.fake(logits[1]) + common.fake(logits[2])) / 2
+        loss_d = common.real_loss(logits[0]) + (common.fake_loss(logits[1]) + common.fake_loss(logits[2])) / 2
         self.update(loss_d, self.discriminator)
 
         with torch.no_grad():
@@ -93,7 +93,7 @@ class VAEGAN(nn.Module):
         (logits_rebuilt, features), (logits_new, _) = self.discriminator(rebuilt), self.discriminator(new)
         loss_features = F.mse_loss(features, wanted)
         loss_prior = (mean**2 + log_var.exp() - 1 - log_var).mean() / 2
-        loss_g = (common.real(logits_rebuilt) + common.real(logits_new)) / 2
+        loss_g = (common.real_loss(logits_rebuilt) + common.real_loss(logits_new)) / 2
         # The encoder learns nothing from deceiving the discriminator.
         self.update(loss_features + BETA * loss_prior, self.encoder, retain_graph=True)
         self.update(GAMMA * loss_features + loss_g, self.decoder)

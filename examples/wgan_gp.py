@@ -84,7 +84,7 @@ def build(options, channels):
 
 
 def main(argv=None):
-    return common.run(argv, build, description=__doc__, steps=1500, batch_size=64)
+    return common.run(argv, build, description=__doc__, steps=3000, batch_size=32)
 
 
 if __name__ == "__main__":

@@ -115,7 +115,7 @@ def test_the_comparison_sees_what_differs():
         (["--steps", "-3"], ["steps", "-3"]),
         (["--batch-size", "0"], ["batch_size", "0"]),
         (["--batch-size", "1"], ["batch_size", "at least 2"]),
-        (["--batch-size", "15"], ["batch_size", "15", "14"]),
+        (["--batch-size", "15"], ["batch_size", "15", "14", "2 kept"]),
         (["--image-size", "28"], ["image_size", "28", "16", "32"]),
         (["--dataroot", "missing"], ["missing", "folder"]),
         (["--dataroot", "out"], ["out", "folder"]),
