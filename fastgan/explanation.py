@@ -8,6 +8,7 @@ from torch import nn
 from fastgan import backend
 from fastgan.compile_backend import find
 from fastgan.fusion import all_groups, check_module, groups_of, is_sequential, plan_of, running_stock
+from fastgan.group_calls import is_distributed
 from fastgan.ops.choice import choose, conv_problem
 
 
@@ -85,9 +86,15 @@ def explain(model, *inputs):
             rows.append(Row(path, type(conv).__name__, shape, False, "stock", reason))
             continue
         implementation, reason = _implementation(group, sizes)
-        reason = "; ".join(filter(None, (group.reason, reason)))
+        reason = "; ".join(filter(None, (group.reason, _whose_statistics(group.batch_norm), reason)))
         rows.append(Row(path, group.pattern, shape, True, implementation, reason))
     return rows
+
+
+def _whose_statistics(batch_norm):
+    if isinstance(batch_norm, nn.SyncBatchNorm) and not is_distributed():
+        return "torch.distributed is not up: SyncBatchNorm takes the statistics of this process"
+    return ""
 
 
 def _implementation(group, sizes):
