@@ -199,7 +199,7 @@ def _conv_bn_act_reference(
             y, mean, var = synchronised.batch_norm_reference(y, gamma, beta, eps, batch_groups, process_group)
             if running_mean is not None:
                 _lerp_running(running_mean, running_var, mean, var, momentum)
-            return _activate_(y, activation, negative_slope)
+            return activate_(y, activation, negative_slope)
         parts = y.chunk(batch_groups) if training else (y,)
         # In order, because each part updates the running statistics.
         parts = [F.batch_norm(p, running_mean, running_var, gamma, beta, training, float(momentum), eps) for p in parts]
