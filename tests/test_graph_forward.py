@@ -378,6 +378,20 @@ def test_attributes_that_change(compiled, monkeypatch):
     assert_close(run(x), stock(x))
 
 
+def test_ever_new_constants_end_in_stock(monkeypatch):
+    stock, model = make_pair(Options)
+    calls = count_operator_calls(monkeypatch)
+    fastgan.fuse(model)
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    with pytest.warns(RuntimeWarning, match=r"Options.forward\(x, scale=.*run stock") as warned:
+        for step in range(40):
+            assert_close(model(x, scale=step / 40), stock(x, scale=step / 40))
+    assert len(warned) == 1 and 2 * 25 < len(calls) < 2 * 40
+    del calls[:]
+    model(x, scale=0.0)
+    assert calls  # known ones stay fused
+
+
 def test_changes_of_layers_take_effect(monkeypatch):
     stock, model = make_pair(forward_of(functions))
     calls = count_operator_calls(monkeypatch)
