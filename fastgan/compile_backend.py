@@ -14,7 +14,7 @@ from torch import fx
 from torch.nn import functional as F
 
 from fastgan import functional as fused
-from fastgan.graph_patterns import WRITTEN_TO, activation_of, changes_in_place, is_written_to, sole_user
+from fastgan.graph_patterns import WRITTEN_TO, activation_of, changes_in_place, is_written_to, sole_user, stays_stock
 from fastgan.group_calls import gamma_of_ones
 
 _CONVOLUTIONS = {  # how each is called
@@ -121,8 +121,10 @@ def _find(conv):
         match.fused = False
         return match
     while len(match.nodes) < 3:
-        user, match.reason = sole_user(match.nodes[-1])
+        user, why = sole_user(match.nodes[-1])
         if user is None or not _join(match, user):
+            if match.activation[0] is None:
+                match.reason = match.reason or why or stays_stock(user)
             break
     if match.activation[0] == "leaky_relu" and match.batch_norm is None and is_written_to(match.nodes[-1]):
         match.nodes.pop()

@@ -213,13 +213,15 @@ def test_patterns():
 def test_reasons():
     rows = {
         function: {row.path: row.reason for row in fastgan.explain(fastgan.fuse(forward_of(function)()))}
-        for function in (used_twice, branches, residual_of_an_activation, output_size, skip)
+        for function in (used_twice, branches, residual, residual_of_an_activation, output_size, skip, swish)
     }
     assert "its result is used 2 times" in rows[used_twice]["conv1"]
     assert "bn1 is called in between" in rows[branches]["conv1"]
     assert "changes its result in place" in rows[residual_of_an_activation]["conv2"]
     assert "called with more than its input" in rows[output_size]["up"]
     assert "does not call conv2" in rows[skip]["conv2"]
+    assert "silu after it stays stock" in rows[swish]["conv1"]
+    assert rows[residual]["conv1"] == "FASTGAN_BACKEND=reference"  # all of it is in the operator: nothing to explain
 
 
 def data_dependent(self, x):
