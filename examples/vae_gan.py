@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 import fastgan
 
-NZ, WIDTH = 32, 32  # length of a latent vector; channels of the layers next to the image
-BETA, GAMMA = 0.06, 10.0  # weight of the prior for the encoder, and of the reconstruction for the decoder
+NZ, WIDTH = 16, 32  # length of a latent vector; channels of the layers next to the image
+BETA, GAMMA = 0.15, 10.0  # weight of the prior for the encoder, and of the reconstruction for the decoder
 
 
 class Encoder(nn.Module):
@@ -118,7 +118,7 @@ def build(options, channels):
 
 
 def main(argv=None):
-    return common.run(argv, build, description=__doc__, steps=800, batch_size=64)
+    return common.run(argv, build, description=__doc__, steps=1600, batch_size=32)
 
 
 if __name__ == "__main__":
