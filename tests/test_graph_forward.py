@@ -35,7 +35,8 @@ class Layers(nn.Module):
 
 def forward_of(function):
     """A module class with `function` as its forward."""
-    return type(function.__name__, (Layers,), {"forward": function})
+    parts = {"forward": function, "block": _block, "asks": _asks}
+    return type(function.__name__, (Layers,), parts)
 
 
 def functions(self, x):
@@ -109,7 +110,7 @@ def by_shape(self, x):
 
 
 def method_of_its_own(self, x):
-    return _block(self, self.conv1, self.bn1, x).sum(1)
+    return self.block(self.conv1, self.bn1, x).sum(1)
 
 
 def _block(self, conv, bn, x):
@@ -125,6 +126,7 @@ def swish(self, x):
 
 
 def own_functions(self, x):
+    x = x.type(x.dtype)  # a method, and no question for a type
     return torch.relu_(self.conv2(F.elu(self.conv1(x))))
 
 
@@ -278,6 +280,14 @@ def asks_for_gradients(self, x):
     return self.conv2(self.conv1(x)) if torch.is_grad_enabled() else self.conv2(self.conv1(x)) * 2
 
 
+def asks_in_a_method(self, x):
+    return self.conv2(self.conv1(x)) if all(self.asks(y) for y in (x,)) else x
+
+
+def _asks(self, x):
+    return type(x) is torch.Tensor
+
+
 def any_number(self, *inputs):
     return self.conv2(self.conv1(inputs[0]))
 
@@ -293,6 +303,7 @@ REFUSED = {
     constant_noise: "makes tensors",
     asks_for_type: "it calls isinstance",
     prints: "it calls print",
+    asks_in_a_method: "it calls type",
     no_gradient: "under no_grad",
     asks_for_gradients: "whether gradients",
 }
