@@ -5,6 +5,7 @@ import os
 from contextlib import contextmanager
 
 import torch
+from torch.autograd import forward_ad
 
 _CHOICES = ("auto", "triton", "reference")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -43,6 +44,16 @@ def interpreted():
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
 
 
+@torch.compiler.assume_constant_result
+def transformed():
+    """Whether we are inside of torch.func's transforms (grad, vmap, jvp, …) or of forward-mode differentiation.
+
+    Custom operators do not work there: PyTorch refuses their reverse mode, and forward mode takes their results for
+    constants.
+    """
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def select(device, dtype):
     """(name, reason): "triton" or "reference" for tensors of this device and dtype, and why.
 
@@ -69,6 +80,8 @@ def select(device, dtype):
         return "reference", "the triton package is not installed"
     if dtype not in KERNEL_DTYPES:
         return "reference", f"no kernels for {dtype}"
+    if transformed():
+        return "reference", "plain torch inside of torch.func's transforms and forward-mode differentiation"
     return "triton", "FASTGAN_BACKEND=triton" if choice == "triton" else "the tensors are on CUDA"
 
 

@@ -36,6 +36,7 @@ def check_conv_bn_act(
     negative_slope,
     activation_first,
     batch_groups,
+    process_group,
 ):
     """Raise ValueError or TypeError for what `functional.conv2d_bn_act` and its transposed twin cannot take."""
     _check_tensors(x=x, weight=weight)
@@ -80,9 +81,10 @@ def check_conv_bn_act(
     if not isinstance(batch_groups, int) or batch_groups < 1 or x.shape[0] % batch_groups:
         raise ValueError(f"batch_groups must divide the batch of {x.shape[0]} images; got {batch_groups!r}")
     images = x.shape[0] // batch_groups
-    _check_sizes(
-        x, weight, images, out_channels, transposed, stride, padding, output_padding, training and with_batch_norm
-    )
+    if process_group is not None and x.numel() == 0:
+        raise ValueError(f"x must not be empty where processes share their statistics; got shape {tuple(x.shape)}")
+    alone = training and with_batch_norm and process_group is None
+    _check_sizes(x, weight, images, out_channels, transposed, stride, padding, output_padding, alone)
 
 
 def _check_sizes(x, weight, images, out_channels, transposed, stride, padding, output_padding, batch_statistics):

@@ -14,7 +14,7 @@ from torch import fx
 from torch.nn import functional as F
 
 from fastgan import functional as fused
-from fastgan.graph_patterns import WRITTEN_TO, activation_of, changes_in_place, is_written_to, sole_user
+from fastgan.graph_patterns import WRITTEN_TO, activation_of, changes_in_place, is_written_to, sole_user, stays_stock
 from fastgan.group_calls import gamma_of_ones
 
 _CONVOLUTIONS = {  # how each is called
@@ -48,59 +48,94 @@ class Found:
     """A convolution in a captured graph: the nodes that run as one operator, or why it stays as it is."""
 
     nodes: list[fx.Node]
-    options: dict  # of the operator: see `_fused_call`
+    convolution: dict  # its arguments by name, as the other two
+    batch_norm: dict | None = None
+    activation: tuple = (None, 0.0)  # its name and negative slope
+    activation_first: bool = False
     reason: str = ""
     fused: bool = True
 
     @property
+    def transposed(self):
+        return "output_padding" in self.convolution
+
+    @property
+    def x(self):
+        return self.convolution["x"].meta["example_value"]
+
+    @property
+    def weight(self):
+        return self.convolution["weight"].meta["example_value"]
+
+    @property
+    def result(self):
+        """Of the convolution."""
+        return self.nodes[0].meta["example_value"]
+
+    @property
+    def where(self):
+        """(transposed, stride, padding)."""
+        return self.transposed, _pair(self.convolution["stride"]), _pair(self.convolution["padding"])
+
+    @property
+    def then(self):
+        """What the operator does after the convolution: see `fastgan.patterns.Group.then`."""
+        if self.batch_norm is not None and self.batch_norm["training"]:
+            return "statistics"
+        plain = self.convolution["bias"] is None and self.batch_norm is None and self.activation[0] is None
+        return "" if plain else "epilogue"
+
+    @property
     def path(self):
         """Of the module that the convolution was called in."""
-        stack = self.nodes[0].meta.get("nn_module_stack") or {"": ("", None)}
-        return re.sub(r"^L\['\w+'\]\.?|\._modules|\['(\w+)'\]", r"\1", list(stack.values())[-1][0]).lstrip(".")
+        stack = self.nodes[0].meta.get("nn_module_stack")
+        names = list(stack.values())[-1][0] if stack else ""
+        # Like L['self'].main.0 or L['self']._modules['main']._modules['0'], by version.
+        return re.sub(r"^L\['\w+'\]\.?", "", re.sub(r"\._modules\['([^']*)'\]", r".\1", names)).lstrip(".")
 
     @property
     def pattern(self):
         return " + ".join(getattr(node.target, "__name__", str(node.target)).rstrip("_") for node in self.nodes)
 
 
-def rewrite(graph_module):
-    """Replace every convolution that has kernels, with what follows it, by a call of the operator; in place.
+def find(graph):
+    """[Found] of all convolutions of a captured graph, in its order."""
+    nodes = [node for node in graph.nodes if node.op == "call_function" and node.target in _CONVOLUTIONS]
+    return [_find(node) for node in nodes]
 
-    Returns:
-        [Found] of all convolutions of the graph, in its order.
-    """
-    graph, found = graph_module.graph, []
-    for node in list(graph.nodes):
-        if node.op == "call_function" and node.target in _CONVOLUTIONS:
-            found.append(_find(node))
+
+def rewrite(graph_module):
+    """Replace every convolution that has kernels, with what follows it, by a call of the operator; in place."""
+    found = [match for match in find(graph_module.graph) if match.fused]
     for match in found:
-        if match.fused:
-            _replace(graph, match)
-    if any(match.fused for match in found):
-        graph.lint()
+        _replace(graph_module.graph, match)
+    if found:
+        graph_module.graph.lint()
         graph_module.recompile()
-    return found
 
 
 def _find(conv):
-    given = _CONVOLUTIONS[conv.target].bind(*conv.args, **conv.kwargs)
-    given.apply_defaults()
-    arguments = given.arguments
-    transposed = "output_padding" in arguments
-    match = Found([conv], dict(transposed=transposed, where=_pairs(arguments), batch_norm=None, activation=(None, 0.0)))
-    match.reason = _why_not_conv(arguments)
+    match = Found([conv], _arguments(_CONVOLUTIONS[conv.target], conv))
+    match.reason = _why_not_conv(match.convolution)
     if match.reason:
         match.fused = False
         return match
     while len(match.nodes) < 3:
-        user, match.reason = sole_user(match.nodes[-1])
+        user, why = sole_user(match.nodes[-1])
         if user is None or not _join(match, user):
+            if match.activation[0] is None:
+                match.reason = match.reason or why or stays_stock(user)
             break
-    if match.options["activation"][0] == "leaky_relu" and match.options["batch_norm"] is None:
-        if is_written_to(match.nodes[-1]):
-            match.nodes.pop()
-            match.options["activation"], match.reason = (None, 0.0), WRITTEN_TO
+    if match.activation[0] == "leaky_relu" and match.batch_norm is None and is_written_to(match.nodes[-1]):
+        match.nodes.pop()
+        match.activation, match.reason = (None, 0.0), WRITTEN_TO
     return match
+
+
+def _arguments(signature, node):
+    bound = signature.bind(*node.args, **node.kwargs)
+    bound.apply_defaults()
+    return bound.arguments
 
 
 def _why_not_conv(arguments):
@@ -122,41 +157,32 @@ def _pair(value):
     return tuple(value) if isinstance(value, list | tuple) and len(value) == 2 else (value, value)[:2]
 
 
-def _pairs(arguments):
-    names = ("stride", "padding", "output_padding")
-    return {name: arguments.get(name, 0) for name in names}
-
-
 def _join(match, node):
     """Take `node` into the match, if it continues the pattern and may run in the same place; else say why not."""
-    activation, options = activation_of(node), match.options
-    is_norm = node.op == "call_function" and node.target is F.batch_norm
-    if is_norm and options["batch_norm"] is None:
-        arguments = _BATCH_NORM.bind(*node.args, **node.kwargs)
-        arguments.apply_defaults()
-        options = {**options, "batch_norm": arguments.arguments, "activation_first": len(match.nodes) == 2}
-        if not isinstance(arguments.arguments["momentum"], int | float):
+    activation = activation_of(node)
+    if node.op == "call_function" and node.target is F.batch_norm and match.batch_norm is None:
+        batch_norm = _arguments(_BATCH_NORM, node)
+        match.reason = _why_not_together(match.nodes, node, batch_norm)
+        if not isinstance(batch_norm["momentum"], int | float):
             match.reason = "the momentum of its BatchNorm is no number"
-            return False
-    elif activation is not None and options["activation"][0] is None:
-        if activation[0] == "leaky_relu" and activation[1] < 0:
+        if not match.reason:
+            match.batch_norm, match.activation_first = batch_norm, match.activation[0] is not None
+    elif activation is not None and match.activation[0] is None:
+        match.reason = _why_not_together(match.nodes, node, match.batch_norm or {})
+        if activation[1] < 0:
             match.reason = f"negative_slope={activation[1]}"
-            return False
-        options = {**options, "activation": activation}
+        if not match.reason:
+            match.activation = activation
     else:
         return False
-    match.reason = _why_not_together(match.nodes, node, options)
-    if match.reason:
-        return False
-    match.nodes.append(node)
-    match.options = options
-    return True
+    if not match.reason:
+        match.nodes.append(node)
+    return not match.reason
 
 
-def _why_not_together(nodes, last, options):
+def _why_not_together(nodes, last, batch_norm):
     """Whether the group can run where its last node stands: what stands between must not care for that."""
-    norm = options["batch_norm"] or {}
-    statistics = {norm.get("running_mean"), norm.get("running_var")} - {None}
+    statistics = {batch_norm.get("running_mean"), batch_norm.get("running_var")} - {None}
     inputs = {argument for node in (*nodes, last) for argument in node.all_input_nodes}
     node = nodes[0].next
     while node is not last:
@@ -181,19 +207,23 @@ _SWITCHES = ("torch._C", "torch.amp.autocast_mode", "torch._C._functorch", "torc
 
 
 def _replace(graph, match):
-    conv, last = match.nodes[0], match.nodes[-1]
-    given = _CONVOLUTIONS[conv.target].bind(*conv.args, **conv.kwargs).arguments
-    norm = match.options["batch_norm"]
+    last = match.nodes[-1]
+    # As they are now: an operator may have taken the place of the layer before.
+    conv = _arguments(_CONVOLUTIONS[match.nodes[0].target], match.nodes[0])
+    batch_norm = match.batch_norm
+    if batch_norm is not None:
+        batch_norm = _arguments(_BATCH_NORM, next(node for node in match.nodes if node.target is F.batch_norm))
+        del batch_norm["x"]
     with graph.inserting_before(last):
         call = graph.call_function(
             _fused_call,
-            (given["x"], given["weight"], given.get("bias")),
+            (conv["x"], conv["weight"], conv["bias"]),
             dict(
-                norm=None if norm is None else {name: value for name, value in norm.items() if name != "x"},
-                transposed=match.options["transposed"],
-                activation=match.options["activation"],
-                activation_first=match.options.get("activation_first", False) and len(match.nodes) == 3,
-                **match.options["where"],
+                batch_norm=batch_norm,
+                transposed=match.transposed,
+                activation=match.activation,
+                activation_first=match.activation_first,
+                **{name: list(_pair(conv.get(name, 0))) for name in ("stride", "padding", "output_padding")},
             ),
         )
         call.meta = dict(last.meta)
@@ -202,27 +232,13 @@ def _replace(graph, match):
         graph.erase_node(node)
 
 
-def _fused_call(x, weight, bias, *, norm, transposed, stride, padding, output_padding, activation, activation_first):
+def _fused_call(x, weight, bias, *, batch_norm, transposed, activation, **options):
     """A captured group as one operator, on tensors."""
-    vectors, options = (None,) * 4, dict(training=False, momentum=0.0, eps=0.0)
-    if norm is not None:
-        channels = weight.shape[1 if transposed else 0]
-        gamma = gamma_of_ones(norm["weight"], norm["bias"], norm["running_mean"], channels, weight)
-        vectors = (gamma, norm["bias"], norm["running_mean"], norm["running_var"])
-        options = {name: norm[name] for name in ("training", "momentum", "eps")}
+    vectors, norm_options = (None,) * 4, dict(training=False, momentum=0.0, eps=0.0)
+    if batch_norm is not None:
+        gamma, beta, mean, var = (batch_norm[name] for name in ("weight", "bias", "running_mean", "running_var"))
+        vectors = (gamma_of_ones(gamma, beta, mean, weight.shape[1 if transposed else 0], weight), beta, mean, var)
+        norm_options = {name: batch_norm[name] for name in norm_options}
     name, slope = activation
-    return fused.conv_bn_act(
-        x,
-        weight,
-        bias,
-        *vectors,
-        transposed=transposed,
-        stride=list(_pair(stride)),
-        padding=list(_pair(padding)),
-        output_padding=list(_pair(output_padding)),
-        activation=name,
-        negative_slope=slope,
-        activation_first=activation_first,
-        batch_groups=1,
-        **options,
-    )
+    named = dict(transposed=transposed, activation=name, negative_slope=slope, batch_groups=1)
+    return fused.conv_bn_act(x, weight, bias, *vectors, **named, **norm_options, **options)

@@ -6,7 +6,9 @@ import torch
 from torch import nn
 
 from fastgan import backend
+from fastgan.compile_backend import find
 from fastgan.fusion import all_groups, check_module, groups_of, is_sequential, plan_of, running_stock
+from fastgan.group_calls import is_distributed
 from fastgan.ops.choice import choose, conv_problem
 
 
@@ -50,6 +52,8 @@ class Explanation(list):
 def explain(model, *inputs):
     """Say of every convolution in `model` what it runs as: fused or stock, by which implementation, and why.
 
+    Of a model compiled with ``backend="fastgan"`` it shows the convolutions in the graphs that a call captures.
+
     On CUDA each shape was, or was not, measured to be faster by our Triton kernel than by cuDNN, so a choice can only
     be named where inputs are given; it is that of the forward in the mode in which the model is.
 
@@ -62,8 +66,12 @@ def explain(model, *inputs):
 
     Raises:
         TypeError: not an nn.Module, or a scripted one.
+        ValueError: the model was compiled with ``backend="fastgan"``, and no inputs are given.
     """
     check_module(model)
+    if hasattr(model, "dynamo_ctx"):  # of torch.compile
+        explain_original = _explain_compiled if _backend_name(model) == "fastgan" else explain
+        return explain_original(model._orig_mod, *inputs)
     shapes = _shapes(model, inputs) if inputs else {}
     groups = all_groups(model)
     rows = Explanation(type(model).__name__)
@@ -78,16 +86,29 @@ def explain(model, *inputs):
             rows.append(Row(path, type(conv).__name__, shape, False, "stock", reason))
             continue
         implementation, reason = _implementation(group, sizes)
-        reason = "; ".join(filter(None, (group.reason, reason)))
+        reason = "; ".join(filter(None, (group.reason, _whose_statistics(group.batch_norm), reason)))
         rows.append(Row(path, group.pattern, shape, True, implementation, reason))
     return rows
+
+
+def _whose_statistics(batch_norm):
+    if isinstance(batch_norm, nn.SyncBatchNorm) and not is_distributed():
+        return "torch.distributed is not up: SyncBatchNorm takes the statistics of this process"
+    return ""
 
 
 def _implementation(group, sizes):
     """(implementation, reason) of a fused group's forward; sizes: those of its input and output, where known."""
     conv = group.modules[0]
     parameter = next(conv.parameters())  # to look at a parametrized weight would compute it
-    device, dtype = parameter.device, parameter.dtype
+    channels = (conv.in_channels, conv.out_channels) if conv.transposed else (conv.out_channels, conv.in_channels)
+    where = (conv.transposed, conv.stride, conv.padding)
+    return _choice(parameter, sizes, (*channels, *conv.kernel_size), where, group.then)
+
+
+def _choice(like, sizes, weight_shape, where, then):
+    """(implementation, reason) of a convolution of tensors like `like`."""
+    device, dtype = like.device, like.dtype
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
     implementation, reason = backend.select(device, dtype)
@@ -95,12 +116,43 @@ def _implementation(group, sizes):
         return implementation, reason
     if not sizes:
         return "by shape", "Triton or cuDNN, as measured for each shape: explain(model, inputs) says which"
-    x, (*_, height, width) = torch.empty(sizes[0], dtype=dtype, device="meta"), sizes[1]
-    channels = (conv.in_channels, conv.out_channels) if conv.transposed else (conv.out_channels, conv.in_channels)
-    weight = torch.empty(*channels, *conv.kernel_size, device="meta")
-    where = (conv.transposed, conv.stride, conv.padding)
-    choice = choose(conv_problem(x, weight, *where, (height, width), then=group.then), device)
+    x, weight = (torch.empty(shape, dtype=dtype, device="meta") for shape in (sizes[0], weight_shape))
+    choice = choose(conv_problem(x, weight, *where, sizes[1][2:], then=then), device)
     return choice.implementation, choice.why
+
+
+def _backend_name(compiled):
+    """The name under which torch.compile was given its backend, if it was one."""
+    from torch._dynamo.eval_frame import innermost_backend
+
+    return getattr(innermost_backend(compiled.dynamo_ctx.callback), "compiler_name", None)
+
+
+def _explain_compiled(model, *inputs):
+    """The rows of a model that was compiled with backend="fastgan"."""
+    if not inputs:
+        raise ValueError("a compiled model is explained by the graphs of a call: inputs must be given, got none")
+    rows = Explanation(f"{type(model).__name__}, compiled")
+
+    def record(graph_module, example_inputs):
+        rows.extend(map(_captured_row, find(graph_module.graph)))
+        return graph_module.forward
+
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with torch.no_grad(), torch.random.fork_rng(_cuda_devices(inputs)):
+        torch.compile(model, backend=record)(*inputs)
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
+    return rows
+
+
+def _captured_row(found):
+    sizes = [tuple(value.shape) for value in (found.x, found.result)]
+    shape = " → ".join("×".join(map(str, size)) for size in sizes)
+    if not found.fused:
+        return Row(found.path, found.pattern, shape, False, "stock", found.reason)
+    implementation, reason = _choice(found.x, sizes, tuple(found.weight.shape), found.where, found.then)
+    return Row(found.path, found.pattern, shape, True, implementation, "; ".join(filter(None, (found.reason, reason))))
 
 
 def _why_untouched(model, path):
@@ -132,16 +184,19 @@ def _shapes(model, inputs):
 
         return hook
 
-    devices = [tensor.device for tensor in inputs if isinstance(tensor, torch.Tensor) and tensor.is_cuda]
     # Whatever the call writes to, running statistics say, is a copy.
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     try:
         for path, module in model.named_modules():
             if isinstance(module, nn.modules.conv._ConvNd):
                 handles.append(module.register_forward_hook(hook_for(path)))
-        with running_stock(model), torch.no_grad(), torch.random.fork_rng(devices):
+        with running_stock(model), torch.no_grad(), torch.random.fork_rng(_cuda_devices(inputs)):
             torch.func.functional_call(model, buffers, inputs)
     finally:
         for handle in handles:
             handle.remove()
     return shapes
+
+
+def _cuda_devices(inputs):
+    return [tensor.device for tensor in inputs if isinstance(tensor, torch.Tensor) and tensor.is_cuda]

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from fastgan import backend
 from fastgan.checks import check_conv_bn_act, check_loss, pair
-from fastgan.ops import batch_norm, convolution, losses, running
+from fastgan.ops import batch_norm, convolution, losses, running, synchronised
 
 
 def conv_transpose2d_bn_act(
@@ -55,6 +55,9 @@ def conv_transpose2d_bn_act(
 
     Returns:
         (N, out_channels, Ho, Wo) in the dtype of x; channels_last in memory where the kernels ran.
+
+    Gradients of any order can be had (WGAN-GP, R1), in eager mode: torch.compile has no double backward. Within the
+    transforms of torch.func and forward-mode differentiation plain torch runs.
 
     Raises:
         ValueError, TypeError: an argument has the wrong shape, dtype, device or value; said before any work starts.
@@ -113,13 +116,30 @@ def conv2d_bn_act(
     )
 
 
-def conv_bn_act(x, weight, *tensors, weight_copy=None, num_batches_tracked=None, activation_first=False, **options):
+def conv_bn_act(
+    x,
+    weight,
+    *tensors,
+    weight_copy=None,
+    num_batches_tracked=None,
+    activation_first=False,
+    process_group=None,
+    **options,
+):
     """Both of them in one: `transposed` says which, and strides and paddings are pairs.
 
     `weight_copy` holds the weight's values in the dtype that is computed in, or None: see `fastgan.weight_copies`.
     `num_batches_tracked`, if any, counts the batches that the running statistics are updated with.
+
+    With a torch.distributed `process_group`, BatchNorm in training normalises with the statistics of the batches of all
+    its processes, as torch.nn.SyncBatchNorm does, each of `batch_groups` with the same one of the others. Gradients are
+    of the sum of the processes' losses; those of the parameters are this process's part of them (of a bias right before
+    BatchNorm it is given as zero, which the parts sum to). It has no double backward, torch.compile breaks its graph
+    there, and an empty batch is refused.
     """
-    options["activation_first"] = activation_first
+    if process_group is not None and torch.distributed.get_world_size(process_group) == 1:
+        process_group = None
+    options.update(activation_first=activation_first, process_group=process_group)
     check_conv_bn_act(x, weight, *tensors, **options)
     implementation, _ = backend.select(x.device, _compute_dtype(x))
     # An empty batch has nothing to launch; stock knows what to say of it.
@@ -164,6 +184,7 @@ def _conv_bn_act_reference(
     negative_slope,
     activation_first,
     batch_groups,
+    process_group,
 ):
     """The same in plain torch: what the kernels are tested against, and what runs without them."""
     if transposed:
@@ -174,6 +195,11 @@ def _conv_bn_act_reference(
         y = activate_(y, activation, negative_slope)
         activation = None
     if not (gamma is None and beta is None and running_mean is None and running_var is None):
+        if training and process_group is not None:
+            y, mean, var = synchronised.batch_norm_reference(y, gamma, beta, eps, batch_groups, process_group)
+            if running_mean is not None:
+                _lerp_running(running_mean, running_var, mean, var, momentum)
+            return activate_(y, activation, negative_slope)
         parts = y.chunk(batch_groups) if training else (y,)
         # In order, because each part updates the running statistics.
         parts = [F.batch_norm(p, running_mean, running_var, gamma, beta, training, float(momentum), eps) for p in parts]
@@ -217,6 +243,7 @@ def _conv_bn_act_fused(
     negative_slope,
     activation_first,
     batch_groups,
+    process_group,
     weight_copy,
     num_batches_tracked,
 ):
@@ -233,10 +260,15 @@ def _conv_bn_act_fused(
         return convolution.conv(x, *weights, bias, None, None, None, None, 0.0, *where, *act)
     if training:
         y, mean, invstd, var = convolution.conv_statistics(x, *weights, bias, eps, *where, *before, batch_groups)
+        if process_group is not None:
+            rows = y.numel() // (batch_groups * y.shape[1])
+            mean, invstd, var, count = synchronised.share_statistics(mean, var, rows, eps, process_group)
         if running_mean is not None:
             _update_running(running_mean, running_var, mean, var, momentum, num_batches_tracked)
         elif num_batches_tracked is not None:
             num_batches_tracked.add_(batch_groups)
+        if process_group is not None:
+            return synchronised.batch_norm_act(y, mean, invstd, gamma, beta, count, *after, process_group)
         return batch_norm.batch_norm_act(y, mean, invstd, gamma, beta, True, *after)
     needs_grad = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (x, *weights, bias, gamma, beta)
@@ -254,13 +286,17 @@ def _update_running(running_mean, running_var, mean, var, momentum, batches):
     if not isinstance(momentum, torch.Tensor) and running_mean.is_contiguous() and running_var.is_contiguous():
         running.update_running(running_mean, running_var, mean.detach(), var.detach(), batches, float(momentum))
         return
-    with torch.no_grad():
-        if batches is not None:
-            batches.add_(len(mean))
-        for statistic, batch in ((running_mean, mean), (running_var, var)):
-            for part in batch.to(statistic.dtype):  # lerp_ takes no other
-                weight = momentum.to(statistic.dtype) if isinstance(momentum, torch.Tensor) else momentum
-                statistic.lerp_(part, weight)
+    if batches is not None:
+        batches.add_(len(mean))
+    _lerp_running(running_mean, running_var, mean, var, momentum)
+
+
+@torch.no_grad()
+def _lerp_running(running_mean, running_var, mean, var, momentum):
+    for statistic, batch in ((running_mean, mean), (running_var, var)):
+        for part in batch.to(statistic.dtype):  # lerp_ takes no other
+            weight = momentum.to(statistic.dtype) if isinstance(momentum, torch.Tensor) else momentum
+            statistic.lerp_(part, weight)
 
 
 def discriminator_bce(real_logits, fake_logits, *, real_target=1.0, fake_target=0.0, return_means=False):

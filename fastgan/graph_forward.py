@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import warnings
 
 import torch
 from torch import fx
@@ -13,6 +14,9 @@ from fastgan.graph_patterns import find_groups
 from fastgan.group_calls import run_layers, run_operator
 from fastgan.patterns import has_hooks, hooks_of
 from fastgan.tracing import TENSOR, Untraceable, freeze, trace
+
+# A trace takes some 10 ms: of a call with another number each time, say, it would cost more than fusing gains.
+MOST_PLANS = 32
 
 
 class GraphForward:
@@ -32,7 +36,7 @@ class GraphForward:
         self._names = tuple(p.name for p in self._parameters)
         self._positional = sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in self._parameters)
         self._reads = ()  # names of the attributes that any trace has read
-        self._plans = {}
+        self._plans, self._warned = {}, False
         # A constant to torch.compile, which cannot trace a trace; what comes of it is an attribute that it can guard.
         self._find = torch.compiler.assume_constant_result(lambda key: self._find_plan(key))
 
@@ -87,6 +91,8 @@ class GraphForward:
         if frozen is None:
             return Plan.without_groups("it is called with a constant that can change")
         plan = self._plans.get(frozen)
+        if plan is None and len(self._plans) >= MOST_PLANS:
+            return self._too_many(names, constants)
         if plan is None or not plan.holds():
             plan = plan_call(self.container, dict.fromkeys(names, TENSOR) | dict(constants))
             self._reads = tuple(dict.fromkeys((*self._reads, *plan.reads)))
@@ -94,6 +100,15 @@ class GraphForward:
             plan.attribute = f"_run_{len(self._plans)}"
             setattr(self, plan.attribute, (plan.run, tuple(plan.reads), tuple(plan.reads.values())))
         return plan
+
+    def _too_many(self, names, constants):
+        why = f"it was called in more than {MOST_PLANS} ways: other constants or attributes each time"
+        if not self._warned:
+            self._warned = True
+            given = ", ".join([*names, *(f"{name}={value!r}" for name, value in constants)])
+            text = f"{type(self.container).__name__}.forward({given}) and other new calls run stock from here on: {why}"
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
+        return Plan.without_groups(why)
 
 
 def _constant(value):

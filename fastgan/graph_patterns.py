@@ -23,6 +23,7 @@ _FUNCTIONS = {
     "tanh": (torch.tanh, torch.tanh_, F.tanh, "tanh", "tanh_"),
     "sigmoid": (torch.sigmoid, torch.sigmoid_, F.sigmoid, torch.special.expit, "sigmoid", "sigmoid_"),
 }
+_ACTIVATIONS = {name.lower() for name in nn.modules.activation.__all__}
 _MODULES = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid}
 _ACTIVATION_OF = {function: name for name, functions in _FUNCTIONS.items() for function in functions}
 _STATEMENTS = IN_PLACE | {getattr(operator, function.__name__) for function in IN_PLACE} | {operator.setitem}
@@ -76,6 +77,13 @@ def changes_in_place(node, module=None):
     return in_place_name or node.target in _STATEMENTS or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
 
 
+def stays_stock(user):
+    """What to say of a function that follows and is an activation, but none of the operators'; "" of any other."""
+    name = getattr(user, "target", None)
+    name = name if isinstance(name, str) else getattr(name, "__name__", "")
+    return f"{name} after it stays stock" if name.replace("_", "") in _ACTIVATIONS else ""
+
+
 # Its gradient is told from its result, where no BatchNorm lies between; stock's is not.
 WRITTEN_TO = "what follows LeakyReLU changes its result in place"
 
@@ -107,6 +115,7 @@ def _follow(node, container, calls):
         user, why = sole_user(nodes[-1])
         module = None if user is None else _as_module(user, container)
         if module is None:
+            why = why or stays_stock(user)
             break
         again = isinstance(module, nn.modules.batchnorm._BatchNorm) and calls[user.target] > 1
         if again and user is not nodes[-1].next:  # the group runs where the convolution stands: earlier than that call
@@ -115,7 +124,7 @@ def _follow(node, container, calls):
         nodes.append(user)
         modules.append(module)
     group = match_first([n.target if n.op == "call_module" else n.name for n in nodes], modules)
-    if group.fused and len(group.modules) == len(modules):
+    if group.fused and group.activation is None and len(group.modules) == len(modules):
         group.reason = group.reason or why
     if group.fused and group.activation == "leaky_relu" and group.batch_norm is None:
         if is_written_to(nodes[1], container):

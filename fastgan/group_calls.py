@@ -77,7 +77,7 @@ def _batch_norm_arguments(bn, x):
         batch_groups=current_groups() if training else 1,
         num_batches_tracked=batches,
     )
-    if isinstance(bn, nn.SyncBatchNorm) and bn.training and is_distributed(bn):
+    if isinstance(bn, nn.SyncBatchNorm) and bn.training and is_distributed():
         options["process_group"] = bn.process_group or dist.group.WORLD
     return (gamma, bn.bias, running_mean, running_var), options
 
@@ -89,8 +89,6 @@ def gamma_of_ones(gamma, beta, running_mean, channels, like):
     return gamma
 
 
-def is_distributed(sync_batch_norm):
-    """Whether a SyncBatchNorm has other processes to share its statistics with."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return False
-    return dist.get_world_size(sync_batch_norm.process_group or dist.group.WORLD) > 1
+def is_distributed():
+    """Whether there is a torch.distributed group of processes to share statistics with."""
+    return dist.is_available() and dist.is_initialized()

@@ -5,6 +5,7 @@ what could decide it is either part of the question (the mode, arguments that ar
 forward reads), or makes the forward one that is not followed: `Untraceable` says why.
 """
 
+import dis
 import inspect
 import operator
 import random
@@ -19,7 +20,7 @@ TENSOR = object()  # stands for one among the arguments of a trace
 _CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.memory_format)
 _DEFINITIONS = (types.FunctionType, types.BuiltinFunctionType, type)
 # Each tells a symbolic trace something else than a real call, or does something that a trace would do once for all.
-_BLIND_SPOTS = {"isinstance", "issubclass", "type", "hasattr", "id", "print", "input", "open", "breakpoint", "globals"}
+_BLIND_SPOTS = {"isinstance", "issubclass", "type", "hasattr", "id", "print", "input", "open", "breakpoint"}
 _OWN_ATTRIBUTES = frozenset(vars(nn.Module()))
 
 
@@ -63,21 +64,34 @@ def freeze(value):
 
 def _check_code(container):
     """Look for questions to which a trace gets another answer than a call, in the forward and the methods it uses."""
-    cls = type(container)
-    waiting, seen = ["forward"], set()
+    classes = [base for base in type(container).__mro__ if issubclass(base, nn.Module) and base is not nn.Module]
+    waiting, seen = {"forward"}, set()
     while waiting:
         name = waiting.pop()
-        function = inspect.unwrap(getattr(cls, name))
-        if not isinstance(function, types.FunctionType):
-            raise Untraceable(f"its {name} is not a plain function")
-        names = set(function.__code__.co_names)
-        if names & _BLIND_SPOTS:
-            raise Untraceable(f"it calls {min(names & _BLIND_SPOTS)}")
         seen.add(name)
-        methods = {
-            n for n in names if n not in vars(nn.Module) and isinstance(getattr(cls, n, None), types.FunctionType)
-        }
-        waiting += methods - seen
+        for function in (vars(base)[name] for base in classes if name in vars(base)):
+            function = inspect.unwrap(getattr(function, "__func__", function))  # of a static or class method, too
+            if isinstance(function, types.FunctionType):
+                questions, attributes = _names(function.__code__)
+                if questions & _BLIND_SPOTS:
+                    raise Untraceable(f"it calls {min(questions & _BLIND_SPOTS)}")
+                waiting |= attributes - seen
+
+
+def _names(code):
+    """The global names and the attributes that a function uses, and those in it do, as two sets."""
+    names, attributes = set(), set()
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+            names.add(instruction.argval)
+        elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"):
+            attributes.add(instruction.argval)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            inner_names, inner_attributes = _names(constant)
+            names |= inner_names
+            attributes |= inner_attributes
+    return names, attributes
 
 
 class _Proxy(fx.Proxy):

@@ -166,6 +166,7 @@ def batch_norm_input_grad_kernel(
     gamma_ptr,  # (C,), as beta, or None
     beta_ptr,
     sums_ptr,  # (groups, 2, C): Σ dz and Σ dz·x̂ over a group's rows, or None where mean and invstd are constants
+    count_ptr,  # (groups,) float32: how many rows those are, or None: `rows`
     out_ptr,  # (groups · rows, C)
     rows,
     C,
@@ -189,7 +190,11 @@ def batch_norm_input_grad_kernel(
     )
     if sums_ptr is not None:
         sums_ptr += group * 2 * C
-        count = tl.full((1,), 0.0, tl.float32) + rows
+        count = tl.full((1,), 0.0, tl.float32)
+        if count_ptr is None:
+            count += rows
+        else:
+            count += tl.load(count_ptr + group)
         mean_dz = channel_vector(sums_ptr, column, column_ok, 0.0) / count
         mean_dz_x_hat = channel_vector(sums_ptr + C, column, column_ok, 0.0) / count
         dy = dy - mean_dz - x_hat * mean_dz_x_hat
@@ -210,10 +215,14 @@ def batch_norm_grad(grad, y, mean, invstd, gamma, beta, *, activation, slope, ba
     Returns:
         dy (N, C, H, W) channels_last in y's dtype; sums (groups, 2, C) float32, each group's part of dβ and dγ.
     """
-    groups, rows, channels = group_rows(y, mean)
-    constants = dict(ACTIVATION=activation, SLOPE=slope, INT64=needs_int64(y))
-    vectors = (mean, invstd, gamma, beta)
+    tensors, act = (grad, y, mean, invstd, gamma, beta), dict(activation=activation, slope=slope)
+    sums = batch_norm_grad_sums(*tensors, **act)
+    return batch_norm_input_grad(*tensors, sums if batch_statistics else None, **act), sums
 
+
+def batch_norm_grad_sums(grad, y, mean, invstd, gamma, beta, *, activation, slope):
+    """[Σ dz, Σ dz·x̂] of each group and channel, (groups, 2, C) float32; see `batch_norm_grad`."""
+    groups, rows, channels = group_rows(y, mean)
     block_r, block_c = reduction_tile(rows, channels)
     most = max(1, MOST_PROGRAMS // (groups * triton.cdiv(channels, block_c)))
     blocks = triton.next_power_of_2(triton.cdiv(rows, block_r * most))
@@ -222,28 +231,40 @@ def batch_norm_grad(grad, y, mean, invstd, gamma, beta, *, activation, slope, ba
     launch(
         batch_norm_grad_sums_kernel,
         (programs, triton.cdiv(channels, block_c), groups),
-        *(grad, y, *vectors, parts, rows, channels),
+        *(grad, y, mean, invstd, gamma, beta, parts, rows, channels),
         device=y.device,
+        ACTIVATION=activation,
+        SLOPE=slope,
+        INT64=needs_int64(y),
         BLOCKS=blocks,
         BLOCK_R=block_r,
         BLOCK_C=block_c,
-        **constants,
     )
     sums = torch.empty((groups, 2 * channels), dtype=torch.float32, device=y.device)
     sum_rows(parts, out=sums)
+    return sums.view(groups, 2, channels)
 
+
+def batch_norm_input_grad(grad, y, mean, invstd, gamma, beta, sums, count=None, *, activation, slope):
+    """dy of `batch_norm_grad`; sums: as `batch_norm_grad_sums` gives them, or None for constant statistics.
+
+    `count`, (groups,) float32, says of how many rows the statistics and the sums are, if of more than are here.
+    """
+    groups, rows, channels = group_rows(y, mean)
     dy = empty_nhwc(y.shape, y)
     block_r, block_c = rows_tile(rows, channels)
     launch(
         batch_norm_input_grad_kernel,
         (triton.cdiv(rows, block_r), triton.cdiv(channels, block_c), groups),
-        *(grad, y, *vectors, sums if batch_statistics else None, dy, rows, channels),
+        *(grad, y, mean, invstd, gamma, beta, sums, count, dy, rows, channels),
         device=y.device,
+        ACTIVATION=activation,
+        SLOPE=slope,
+        INT64=needs_int64(y),
         BLOCK_R=block_r,
         BLOCK_C=block_c,
-        **constants,
     )
-    return dy, sums.view(groups, 2, channels)
+    return dy
 
 
 @triton.jit

@@ -35,7 +35,8 @@ class Layers(nn.Module):
 
 def forward_of(function):
     """A module class with `function` as its forward."""
-    return type(function.__name__, (Layers,), {"forward": function})
+    parts = {"forward": function, "block": _block, "asks": _asks}
+    return type(function.__name__, (Layers,), parts)
 
 
 def functions(self, x):
@@ -109,7 +110,7 @@ def by_shape(self, x):
 
 
 def method_of_its_own(self, x):
-    return _block(self, self.conv1, self.bn1, x).sum(1)
+    return self.block(self.conv1, self.bn1, x).sum(1)
 
 
 def _block(self, conv, bn, x):
@@ -125,6 +126,7 @@ def swish(self, x):
 
 
 def own_functions(self, x):
+    x = x.type(x.dtype)  # a method, and no question for a type
     return torch.relu_(self.conv2(F.elu(self.conv1(x))))
 
 
@@ -213,13 +215,15 @@ def test_patterns():
 def test_reasons():
     rows = {
         function: {row.path: row.reason for row in fastgan.explain(fastgan.fuse(forward_of(function)()))}
-        for function in (used_twice, branches, residual_of_an_activation, output_size, skip)
+        for function in (used_twice, branches, residual, residual_of_an_activation, output_size, skip, swish)
     }
     assert "its result is used 2 times" in rows[used_twice]["conv1"]
     assert "bn1 is called in between" in rows[branches]["conv1"]
     assert "changes its result in place" in rows[residual_of_an_activation]["conv2"]
     assert "called with more than its input" in rows[output_size]["up"]
     assert "does not call conv2" in rows[skip]["conv2"]
+    assert "silu after it stays stock" in rows[swish]["conv1"]
+    assert rows[residual]["conv1"] == "FASTGAN_BACKEND=reference"  # all of it is in the operator: nothing to explain
 
 
 def data_dependent(self, x):
@@ -276,6 +280,14 @@ def asks_for_gradients(self, x):
     return self.conv2(self.conv1(x)) if torch.is_grad_enabled() else self.conv2(self.conv1(x)) * 2
 
 
+def asks_in_a_method(self, x):
+    return self.conv2(self.conv1(x)) if all(self.asks(y) for y in (x,)) else x
+
+
+def _asks(self, x):
+    return type(x) is torch.Tensor
+
+
 def any_number(self, *inputs):
     return self.conv2(self.conv1(inputs[0]))
 
@@ -291,6 +303,7 @@ REFUSED = {
     constant_noise: "makes tensors",
     asks_for_type: "it calls isinstance",
     prints: "it calls print",
+    asks_in_a_method: "it calls type",
     no_gradient: "under no_grad",
     asks_for_gradients: "whether gradients",
 }
@@ -376,6 +389,20 @@ def test_attributes_that_change(compiled, monkeypatch):
         assert_close(run(x), stock(x))
     stock.depth = model.depth = 5  # which it does not read
     assert_close(run(x), stock(x))
+
+
+def test_ever_new_constants_end_in_stock(monkeypatch):
+    stock, model = make_pair(Options)
+    calls = count_operator_calls(monkeypatch)
+    fastgan.fuse(model)
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    with pytest.warns(RuntimeWarning, match=r"Options.forward\(x, scale=.*run stock") as warned:
+        for step in range(40):
+            assert_close(model(x, scale=step / 40), stock(x, scale=step / 40))
+    assert len(warned) == 1 and 2 * 25 < len(calls) < 2 * 40
+    del calls[:]
+    model(x, scale=0.0)
+    assert calls  # known ones stay fused
 
 
 def test_changes_of_layers_take_effect(monkeypatch):

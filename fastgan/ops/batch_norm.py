@@ -67,6 +67,49 @@ def _(dout, y, mean, invstd, gamma, beta, batch_statistics, activation, slope):
     return dy, y.new_empty((mean.numel() // y.shape[1], 2, y.shape[1]), dtype=torch.float32)
 
 
+def differentiable_grad(dout, y, mean, invstd, gamma, beta, batch_statistics, activation, slope):
+    """`batch_norm_act_grad` in plain torch, computed in float32 and differentiable in dout, y, γ and β."""
+    channels = y.shape[1]
+    groups = mean.numel() // channels
+
+    def in_groups(tensor):
+        return tensor.float().view(groups, -1, *tensor.shape[1:])  # (groups, N / groups, C, H, W)
+
+    def of_channel(vector):
+        return vector.float().reshape(-1, 1, channels, 1, 1)
+
+    over_batch = dict(dim=(1, 3, 4), keepdim=True)
+    wide, mean, invstd = in_groups(y), of_channel(mean), of_channel(invstd)
+    if batch_statistics:
+        # Their values stay what forward used; as functions of y they are made anew. What invstd holds beside y's own
+        # variance, eps above all, is a constant.
+        own_var, own_mean = torch.var_mean(wide, correction=0, **over_batch)
+        mean = mean + (own_mean - own_mean.detach())
+        invstd = (own_var + (invstd**-2 - own_var.detach())).rsqrt()
+    x_hat = (wide - mean) * invstd
+    scale = 1.0 if gamma is None else of_channel(gamma)
+    z = x_hat * scale if beta is None else x_hat * scale + of_channel(beta)
+    dz = in_groups(dout) * _derivative(z, activation, slope)
+    dx_hat = dz
+    if batch_statistics:
+        dx_hat = dz - dz.mean(**over_batch) - x_hat * (dz * x_hat).mean(**over_batch)
+    dy = (dx_hat * invstd * scale).flatten(0, 1).to(y.dtype)
+    return dy, torch.stack([dz.sum((1, 3, 4)), (dz * x_hat).sum((1, 3, 4))], 1)
+
+
+def _derivative(z, activation, slope):
+    """act'(z), differentiable."""
+    if activation == "relu":
+        return (z > 0).to(z.dtype)
+    if activation == "leaky_relu":
+        return torch.where(z > 0, 1.0, slope).to(z.dtype)
+    if activation == "tanh":
+        return 1.0 - z.tanh() ** 2
+    if activation == "sigmoid":
+        return z.sigmoid() * (1.0 - z.sigmoid())
+    return torch.ones_like(z)
+
+
 def _save(ctx, inputs, output):
     *tensors, ctx.batch_statistics, ctx.activation, ctx.slope = inputs
     ctx.save_for_backward(*tensors)
@@ -74,7 +117,9 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, dout):
     y, mean, invstd, gamma, beta = ctx.saved_tensors
-    dy, sums = batch_norm_act_grad(dout, y, mean, invstd, gamma, beta, ctx.batch_statistics, ctx.activation, ctx.slope)
+    # With create_graph=True the gradient is to have one of its own; the kernels have none, plain torch does.
+    backward = differentiable_grad if torch.is_grad_enabled() else batch_norm_act_grad
+    dy, sums = backward(dout, y, mean, invstd, gamma, beta, ctx.batch_statistics, ctx.activation, ctx.slope)
     sums = sums.sum(0) if len(sums) > 1 else sums[0]
     dgamma = sums[1].to(gamma.dtype) if ctx.needs_input_grad[3] else None
     dbeta = sums[0].to(beta.dtype) if ctx.needs_input_grad[4] else None

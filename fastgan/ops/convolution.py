@@ -6,6 +6,9 @@ follows (see batch_norm.py). `transposed` chooses the direction; the input gradi
 The weight may have another dtype than x: float32 parameters under mixed precision. `weight_copy`, if given, holds the
 same values in the dtype of x (somebody keeps them, to save a cast at each use), and the weight's gradient comes out in
 the weight's own dtype, never rounded to x's.
+
+Backward is made of these operators and of plain torch, each with a gradient of its own, so gradients of any order can
+be had.
 """
 
 from collections.abc import Sequence
@@ -14,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastgan.ops.choice import choose, conv_problem, weight_grad_problem
-from fastgan.ops.geometry import conv_size, conv_transpose_size, lost_rows
+from fastgan.ops.geometry import conv_size, conv_transpose_size, lost_rows, missing_rows
 from fastgan.ops.implementations import channels_last, run_conv, run_conv_statistics, run_weight_grad
 
 
@@ -23,6 +26,12 @@ def out_size(x, weight, transposed, stride, padding, output_padding):
     if transposed:
         return conv_transpose_size(x.shape[2:], weight.shape[2:], stride, padding, output_padding)
     return conv_size(x.shape[2:], weight.shape[2:], stride, padding)
+
+
+def plain_conv(x, weight, weight_copy, transposed, stride, padding, output_padding):
+    """conv(x, weight) and nothing after it."""
+    nothing = (None, None, None, None, None, 0.0)
+    return conv(x, weight, weight_copy, *nothing, transposed, stride, padding, output_padding, None, 0.0)
 
 
 def _empty_result(x, weight, transposed, stride, padding, output_padding):
@@ -116,8 +125,8 @@ def conv_statistics(
 
     The statistics are (groups, C): the batch consists of that many equal parts, each normalised by itself.
     Only y is differentiable, and its gradient must come through `batch_norm_act(..., batch_statistics=True)`: it is
-    then the whole gradient, the statistics' part included, and sums to zero over each channel. Hence so does bias's
-    where there is no activation.
+    then the whole gradient, the statistics' part included, and sums to zero over each channel (over that of all
+    processes with `synchronised.batch_norm_act`). Hence bias's is zero where there is no activation.
     """
     size = out_size(x, weight, transposed, stride, padding, output_padding)
     problem = conv_problem(x, weight, transposed, stride, padding, size, then="statistics")
@@ -157,6 +166,27 @@ def _(low, high, weight, stride, padding):
     return torch.empty_like(weight)
 
 
+def _save_weight_grad(ctx, inputs, output):
+    low, high, _, ctx.stride, ctx.padding = inputs
+    ctx.save_for_backward(low, high)
+
+
+def _weight_grad_backward(ctx, grad):
+    """The weight's gradient is linear in low and in high: its own gradients are convolutions with `grad` as weight."""
+    low, high = ctx.saved_tensors
+    stride, padding = ctx.stride, ctx.padding
+    low_grad = high_grad = None
+    if ctx.needs_input_grad[0]:
+        low_grad = plain_conv(high, grad, None, False, stride, padding, [0, 0])
+    if ctx.needs_input_grad[1]:
+        extra = missing_rows(high.shape[2:], low.shape[2:], grad.shape[2:], stride, padding)
+        high_grad = plain_conv(low, grad, None, True, stride, padding, extra)
+    return low_grad, high_grad, None, None, None
+
+
+conv_weight_grad.register_autograd(_weight_grad_backward, setup_context=_save_weight_grad)
+
+
 @torch.library.custom_op("fastgan::activation_grad", mutates_args=())
 def activation_grad(grad: Tensor, out: Tensor, activation: str, slope: float) -> Tensor:
     """grad · act'(z) where out = act(z)."""
@@ -170,6 +200,25 @@ def _(grad, out, activation, slope):
     return torch.empty_like(out, memory_format=torch.channels_last)
 
 
+def _save_activation_grad(ctx, inputs, output):
+    grad, out, ctx.activation, ctx.slope = inputs
+    ctx.save_for_backward(grad, out)
+
+
+def _activation_grad_backward(ctx, d):
+    grad, out = ctx.saved_tensors
+    grad_grad = activation_grad(d, out, ctx.activation, ctx.slope) if ctx.needs_input_grad[0] else None
+    out_grad = None
+    if ctx.needs_input_grad[1] and ctx.activation in ("tanh", "sigmoid"):  # the others are straight lines
+        wide = out.float()
+        derivative = -2.0 * wide if ctx.activation == "tanh" else 1.0 - 2.0 * wide  # of act' in act
+        out_grad = (d.float() * grad.float() * derivative).to(out.dtype)
+    return grad_grad, out_grad, None, None
+
+
+activation_grad.register_autograd(_activation_grad_backward, setup_context=_save_activation_grad)
+
+
 def _backward(ctx, x, weight, weight_copy, out, dout):
     """(dx, dweight, dz) of out = act(z), z = conv(x, weight) + bias; dx and dweight are None where not wanted."""
     dz = activation_grad(dout, out, ctx.activation, ctx.slope) if ctx.activation else dout
@@ -177,8 +226,7 @@ def _backward(ctx, x, weight, weight_copy, out, dout):
     dx = dweight = None
     if ctx.needs_input_grad[0]:
         extra = [0, 0] if transposed else lost_rows(x.shape[2:], weight.shape[2:], stride, padding)
-        plain = (None, None, None, None, None, 0.0)
-        dx = conv(dz, weight, weight_copy, *plain, not transposed, stride, padding, extra, None, 0.0)
+        dx = plain_conv(dz, weight, weight_copy, not transposed, stride, padding, extra)
     if ctx.needs_input_grad[1]:
         low, high = (x, dz) if transposed else (dz, x)
         dweight = conv_weight_grad(low, high, weight, stride, padding)
@@ -221,7 +269,8 @@ def _conv_statistics_backward(ctx, dy, *_):
     dx, dweight, dz = _backward(ctx, x, weight, weight_copy, y, dy)
     dbias = None
     if ctx.needs_input_grad[3]:
-        dbias = dz.sum((0, 2, 3), dtype=bias.dtype) if ctx.activation else torch.zeros_like(bias)
+        zero = not ctx.activation and not torch.is_grad_enabled()  # with create_graph=True it is to have a gradient
+        dbias = torch.zeros_like(bias) if zero else dz.sum((0, 2, 3), dtype=bias.dtype)
     return dx, dweight, None, dbias, *[None] * 8
 
 

@@ -27,20 +27,23 @@ def _(real, fake, real_target, fake_target):
 
 
 def _save(ctx, inputs, output):
-    real, fake, *_ = inputs
-    ctx.dtypes = real.dtype, None if fake is None else fake.dtype
-    ctx.save_for_backward(*output[1:])
+    real, fake, *ctx.targets = inputs
+    ctx.save_for_backward(real, fake, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # or zeros are written for the gradients' gradients
 
 
 def _backward(ctx, dsums, *_):
-    # The gradients stay in float32 until the loss scale of mixed precision is in them: 1/N is small in float16.
-    real_grad, fake_grad = (
-        (grad * dsums[0]).to(dtype) if wanted else None
-        for grad, dtype, wanted in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:2], strict=True)
-    )
-    return real_grad, fake_grad, None, None
+    *logits, real_grad, fake_grad = ctx.saved_tensors
+    found = []
+    for x, grad, target, wanted in zip(
+        logits, (real_grad, fake_grad), ctx.targets, ctx.needs_input_grad[:2], strict=True
+    ):
+        if wanted and torch.is_grad_enabled():  # create_graph=True: a gradient that has one of its own
+            grad = (x.float().sigmoid() - target) / x.numel()
+        # It stays in float32 until the loss scale of mixed precision is in it: 1/N is small in float16.
+        found.append((grad * dsums[0]).to(x.dtype) if wanted else None)
+    return *found, None, None
 
 
 bce.register_autograd(_backward, setup_context=_save)

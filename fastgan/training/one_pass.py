@@ -25,7 +25,10 @@ def one_pass_obstacle(discriminator, real_images, fake_images):
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.momentum is None:
             return f"the BatchNorm {name} averages over all batches (momentum=None), and each half would be one"
     real, fake = (images[:IMAGES].detach().double() for images in (real_images, fake_images))
-    together, apart = (copy.deepcopy(discriminator).double() for _ in range(2))
+    try:
+        together, apart = (copy.deepcopy(discriminator).double() for _ in range(2))
+    except RuntimeError as error:  # the older weight_norm keeps a weight that torch does not copy
+        return f"it cannot be copied to try it ({str(error).partition('.')[0]})"
     devices = [real.device] if real.is_cuda else []
     with torch.no_grad(), torch.random.fork_rng(devices):
         with batch_groups(2):

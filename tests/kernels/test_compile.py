@@ -16,6 +16,7 @@ KERNELS = {
     "weight_grad_kernel",
     "sum_rows_kernel",
     "merge_statistics_kernel",
+    "tile_statistics_kernel",
     "normalize_activate_kernel",
     "batch_norm_grad_sums_kernel",
     "batch_norm_input_grad_kernel",

@@ -26,6 +26,7 @@ def _operator_calls(device):
     x, weight, vector = _operands(device)
     constant = vector.detach()
     y = torch.randn(2, 4, 4, 5, device=device, requires_grad=True)
+    high = torch.randn(2, 3, 8, 10, device=device, requires_grad=True)
     where = ([1, 1], [1, 1])
     plain = (None, None, None, None, 0.0)
     return {
@@ -36,8 +37,10 @@ def _operator_calls(device):
             conv_statistics,
             (y, weight, None, vector.detach()[:3].requires_grad_(), 1e-5, True, *where, [0, 0], "tanh", 0.0, 1),
         ),
-        "conv_weight_grad": (conv_weight_grad, (y.detach(), x.detach(), weight.detach(), *where)),
-        "activation_grad": (activation_grad, (y.detach(), y.detach(), "sigmoid", 0.0)),
+        "conv_weight_grad": (conv_weight_grad, (y, x, weight.detach(), *where)),
+        "conv_weight_grad_transposed": (conv_weight_grad, (y, high, weight.detach(), [2, 2], [1, 1])),
+        "activation_grad": (activation_grad, (y, y.detach().requires_grad_(), "sigmoid", 0.0)),
+        "activation_grad_straight": (activation_grad, (y, y.detach(), "leaky_relu", 0.2)),
         "update_running": (
             update_running,
             (constant.clone(), constant + 1, constant.new_ones(2, 4), constant.new_ones(2, 4), None, 0.1),

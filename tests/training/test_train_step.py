@@ -320,6 +320,16 @@ def test_two_passes_where_one_would_not_be_exact(layers, reason):
     step(real_batches(1)[0])
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
+def test_two_passes_where_one_cannot_be_tried():
+    torch.manual_seed(0)
+    discriminator = nn.Sequential(nn.utils.weight_norm(nn.Conv2d(2, 1, 16)), nn.Flatten()).double()
+    step = TrainStep(make_networks()[0], discriminator, latent_dim=NZ, one_pass=True)
+    with pytest.warns(UserWarning, match="cannot be copied"):
+        step(real_batches(1)[0])
+    assert not step.one_pass
+
+
 def test_one_pass_is_tried_on_copies():
     step = TrainStep(*make_networks(), latent_dim=NZ, one_pass=True)
     before, rng = copy.deepcopy(step.discriminator.state_dict()), torch.get_rng_state()
