@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from fastgan import functional as fused
 from fastgan.graph_patterns import WRITTEN_TO, activation_of, changes_in_place, is_written_to, sole_user, stays_stock
 from fastgan.group_calls import gamma_of_ones
+from fastgan.layout import suggests_channels_last
 
 _CONVOLUTIONS = {  # how each is called
     torch.conv2d: inspect.signature(lambda x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1: None),
@@ -106,11 +107,16 @@ def find(graph):
 
 def rewrite(graph_module):
     """Replace every convolution that has kernels, with what follows it, by a call of the operator; in place."""
-    found = [match for match in find(graph_module.graph) if match.fused]
-    for match in found:
-        _replace(graph_module.graph, match)
-    if found:
-        graph_module.graph.lint()
+    graph = graph_module.graph
+    calls = [_replace(graph, match) for match in find(graph) if match.fused]
+    for call in calls:
+        others = [user for user in call.users if user not in calls]
+        if others and not suggests_channels_last(call.meta["example_value"]):  # which is stock's result
+            with graph.inserting_after(call):
+                restored = graph.call_method("contiguous", (call,))
+            call.replace_all_uses_with(restored, lambda user, others=others: user in others)
+    if calls:
+        graph.lint()
         graph_module.recompile()
 
 
@@ -207,6 +213,7 @@ _SWITCHES = ("torch._C", "torch.amp.autocast_mode", "torch._C._functorch", "torc
 
 
 def _replace(graph, match):
+    """Returns the call that takes the place of the group."""
     last = match.nodes[-1]
     # As they are now: an operator may have taken the place of the layer before.
     conv = _arguments(_CONVOLUTIONS[match.nodes[0].target], match.nodes[0])
@@ -230,6 +237,7 @@ def _replace(graph, match):
     last.replace_all_uses_with(call)
     for node in reversed(match.nodes):
         graph.erase_node(node)
+    return call
 
 
 def _fused_call(x, weight, bias, *, batch_norm, transposed, activation, **options):

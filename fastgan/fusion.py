@@ -18,6 +18,7 @@ from torch import fx, nn
 from fastgan import functional as fused
 from fastgan.graph_forward import GraphForward, Plan, is_graph_forward
 from fastgan.group_calls import run_layers, run_operator
+from fastgan.layout import in_stock_layout
 from fastgan.patterns import has_hooks, hooks_of, match
 
 
@@ -177,14 +178,17 @@ def _forward_in_groups(container, *args, **kwargs):
     (x,) = (*args, *kwargs.values())
     if isinstance(x, fx.Proxy):
         return type(container).forward(container, x)  # somebody else's trace shows the layers
-    kernels = None
+    kernels, entry, convolutions = None, None, []
     for group in _kept_groups(container):
+        if group.fused and kernels is None:
+            # Once for groups in a row: none moves x to another device, or to a dtype without kernels.
+            kernels, entry, convolutions = fused.has_kernels_for(x), x, []
+        elif not group.fused and kernels:
+            x = in_stock_layout(x, entry, convolutions)
         if not group.fused:
             x, kernels = group.modules[0](x), None
-            continue
-        if kernels is None:  # once for groups in a row: none moves x to another device, or to a dtype without kernels
-            kernels = fused.has_kernels_for(x)
-        if kernels:
+        elif kernels:
+            convolutions.append(group.modules[0])
             x = run_operator(
                 x,
                 group.modules[0],
@@ -196,4 +200,4 @@ def _forward_in_groups(container, *args, **kwargs):
             )
         else:
             x = run_layers(x, group.forwards, group.batch_norm)
-    return x
+    return in_stock_layout(x, entry, convolutions) if kernels else x

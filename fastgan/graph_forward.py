@@ -12,6 +12,7 @@ from fastgan import functional as fused
 from fastgan.batch_groups import current_groups
 from fastgan.graph_patterns import find_groups
 from fastgan.group_calls import run_layers, run_operator
+from fastgan.layout import in_stock_layout
 from fastgan.patterns import has_hooks, hooks_of
 from fastgan.tracing import TENSOR, Untraceable, freeze, trace
 
@@ -178,24 +179,29 @@ def plan_call(container, arguments):
 
 def _compile(graph, runs, name):
     """The function of the graph in which each of the runs is one call."""
+    calls = {}  # a call → the node that the run of calls in a row begins with, the convolutions in it
     for run in runs:
-        group, first, last = run.group, run.nodes[0], run.nodes[len(run.group.modules) - 1]
+        group, first, last = run.group, run.nodes[0], run.nodes[-1]
+        x = first.args[0]
         with graph.inserting_before(first):
             paths = [node.target if node.op == "call_module" else None for node in run.nodes]
             batch_norm = next((p for p, m in zip(paths, group.modules, strict=True) if m is group.batch_norm), None)
-            arguments = (
-                first.args[0],
-                graph.get_attr(paths[0]),
-                graph.get_attr(batch_norm) if batch_norm else None,
-                group.activation,
-                _negative_slope(graph, group, paths),
-                group.activation_first,
-                paths[0],
-            )
-            fused_node = graph.call_function(run_group, arguments)
-        last.replace_all_uses_with(fused_node)
+            conv = graph.get_attr(paths[0])
+            norm = graph.get_attr(batch_norm) if batch_norm else None
+            slope = _negative_slope(graph, group, paths)
+            arguments = (x, conv, norm, group.activation, slope, group.activation_first, paths[0])
+            call = graph.call_function(run_group, arguments)
+        last.replace_all_uses_with(call)
         for node in reversed(run.nodes):
             graph.erase_node(node)
+        entry, convolutions = calls.get(x, (x, ()))
+        calls[call] = entry, (*convolutions, conv)
+    for call, arguments in calls.items():
+        others = [user for user in call.users if user not in calls]
+        if others:
+            with graph.inserting_after(call):
+                restored = graph.call_function(in_stock_layout, (call, *arguments))
+            call.replace_all_uses_with(restored, lambda user, others=others: user in others)
     code = graph.python_code("self")
     scope = dict(code.globals)
     exec(compile(code.src, f"<fused forward of {name}>", "exec"), scope)

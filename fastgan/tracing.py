@@ -128,6 +128,11 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, module, qualified_name):
         return True
 
+    def call_module(self, module, forward, args, kwargs):
+        if module not in self.submodule_paths:  # made by the forward itself: what it does counts, not what it is
+            return forward(*args, **kwargs)
+        return super().call_module(module, forward, args, kwargs)
+
     def create_args_for_root(self, root_fn, is_module, concrete_args=None):
         given = {
             name: self.create_proxy("placeholder", name, (), {}) if value is TENSOR else value

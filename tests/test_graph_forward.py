@@ -125,6 +125,11 @@ def swish(self, x):
     return F.silu(self.bn1(self.conv1(x))) @ torch.ones(8, 2, dtype=x.dtype)
 
 
+def modules_of_its_own(self, x):
+    x = nn.LeakyReLU(0.1)(self.bn1(self.conv1(x)))
+    return nn.Sequential(nn.Sigmoid(), nn.Identity())(self.conv2(x))
+
+
 def own_functions(self, x):
     x = x.type(x.dtype)  # a method, and no question for a type
     return torch.relu_(self.conv2(F.elu(self.conv1(x))))
@@ -146,6 +151,7 @@ FOLLOWED = {
     by_shape: 2,
     method_of_its_own: 1,
     output_size: 1,
+    modules_of_its_own: 2,
     own_functions: 2,
 }
 
@@ -204,6 +210,7 @@ def test_patterns():
         input_changed_in_between: (leaky, conv),
         by_attribute: (leaky, conv),
         swish: (norm, conv),
+        modules_of_its_own: (leaky, "Conv2d + Sigmoid"),
         own_functions: (conv, "Conv2d + ReLU"),
     }
     for function, (first, second) in expected.items():

@@ -71,17 +71,10 @@ def test_compiled_without_a_graph_break(name, training, monkeypatch):
     assert_same_when_compiled(compiled, model, stock, draw(name))
 
 
-@pytest.fixture
-def fastgan_backend():
-    """Skips where torch.compile does not know the backend yet."""
-    if "fastgan" not in torch._dynamo.list_backends(exclude_tags=()):
-        pytest.skip('torch.compile has no backend "fastgan" here')
-    torch._dynamo.reset()
-
-
 @every_network_compiled
-def test_backend_rewrites_to_what_stock_computes(name, training, monkeypatch, fastgan_backend):
+def test_backend_rewrites_to_what_stock_computes(name, training, monkeypatch):
     """The graph that the backend hands to inductor, which takes some twenty seconds for each: run as it is."""
+    torch._dynamo.reset()
     stock, model = (network.train(training) for network in make_pair(ZOO[name].make))
     calls = count_operator_calls(monkeypatch)
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda graph, inputs, **_: graph.forward)
@@ -90,13 +83,16 @@ def test_backend_rewrites_to_what_stock_computes(name, training, monkeypatch, fa
     assert len(calls) == ZOO[name].fused
 
 
-def test_backend_through_inductor(fastgan_backend):
+def test_backend_through_inductor():
+    torch._dynamo.reset()
     stock, model = make_pair(ZOO["mnist_discriminator"].make)
     compiled = torch.compile(model, backend="fastgan", fullgraph=True)
     assert_same_when_compiled(compiled, model, stock, draw("mnist_discriminator"), tolerance=1e-9)
 
 
-@pytest.mark.parametrize("name", ["conditional_discriminator", "tutorial_discriminator", "infogan_heads"])
+@pytest.mark.parametrize(
+    "name", ["conditional_discriminator", "tutorial_discriminator", "infogan_heads", "sngan_critic"]
+)
 def test_kernels(name, device, triton_backend, monkeypatch):
     """Forward, backward and running statistics through the kernels, in float32."""
     stock, model = (network.float().to(device) for network in make_pair(ZOO[name].make))

@@ -1,0 +1,36 @@
+"""Memory layouts: the fused operators give channels_last, and what follows a fused layer may count on stock's."""
+
+
+def suggests_channels_last(tensor):
+    """Whether ATen takes a 4-dimensional tensor for a channels_last one; where sizes of one make it both, for neither.
+
+    Source: `is_channels_last_strides_2d` in PyTorch's c10/core/MemoryFormat.h.
+    """
+    if tensor.dim() != 4:
+        return False
+    sizes, strides = tensor.shape, tensor.stride()
+    if strides[1] == 0:
+        return False
+    least = 0
+    for axis in (1, 3, 2, 0):
+        if sizes[axis] == 0 or strides[axis] < least or (axis == 0 and least == strides[1]):
+            return False
+        least = strides[axis] * max(sizes[axis], 1)
+    return True
+
+
+def in_stock_layout(y, x, convolutions):
+    """The result `y` of a run of fused layers in the layout in which stock would give it.
+
+    A stock convolution's result is channels_last where its input or its weight is, and what follows keeps that.
+
+    Args:
+        x: the input of the first.
+        convolutions: the modules of the run.
+    """
+    if suggests_channels_last(x):
+        return y
+    # Of a parametrized weight what it is computed from: to look at itself would compute it.
+    if any([suggests_channels_last(tensor) for conv in convolutions for tensor in conv.parameters()]):
+        return y
+    return y.contiguous()

@@ -1,0 +1,84 @@
+"""Results of fused layers lie in memory as stock's do: what follows may view them, and dropout masks are the same."""
+
+import copy
+from itertools import product
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations
+
+import fastgan
+from fastgan.layout import suggests_channels_last
+
+LAYOUTS = (torch.contiguous_format, torch.channels_last)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 1, 4, 5), (2, 3, 1, 1), (1, 3, 4, 4), (1, 1, 1, 1), (2, 3, 1, 4)])
+def test_as_aten_sees_it(shape):
+    """Its own convolutions show it: they give the layout of their input, where that of the weight does not decide."""
+    _, c, h, w = shape
+    weight = torch.empty(4, c, 2, 2)
+    by_channel = torch.empty_strided(shape, (h * w * c, 1, w * c, c))
+    for tensor in (torch.empty(shape), by_channel, by_channel.transpose(2, 3), torch.empty(2 * shape[0], c, h, w)[::2]):
+        out = F.conv2d(tensor, weight, padding=1)
+        assert suggests_channels_last(tensor) == (not out.is_contiguous()), (shape, tensor.stride())
+
+
+def test_neither():
+    for tensor in (torch.empty(2, 3, 0, 4), torch.empty(2, 3), torch.empty(1, 1, 1, 1).expand(2, 3, 4, 4)):
+        assert not suggests_channels_last(tensor)
+
+
+class Flattens(nn.Module):
+    """What discriminators do: convolutions in a row, then a view."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 4, 4, 2, 1), nn.LeakyReLU(0.2), nn.Conv2d(4, 4, 3, 1, 1))
+        self.norm = nn.BatchNorm2d(4)
+        self.last = parametrizations.spectral_norm(nn.Conv2d(4, 4, 3, 1, 1))
+        self.drop = nn.Sequential(nn.ConvTranspose2d(4, 4, 3, 1, 1), nn.Dropout(0.5), nn.Conv2d(4, 2, 1), nn.Tanh())
+        self.linear = nn.Linear(2 * 16, 1)
+
+    def forward(self, x):
+        x = self.features(x)
+        skip = F.relu(self.norm(self.last(x)))
+        x = self.drop(skip) + skip[:, :2] * F.dropout(x, 0.5, self.training)[:, 2:]
+        return self.linear(x.view(x.size(0), -1)) if self.training or x.is_contiguous() else x
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("weights, images", list(product(LAYOUTS, LAYOUTS)), ids=str)
+@pytest.mark.parametrize("how", ["fuse", "fuse and compile", "backend"])
+def test_views_and_dropout_after_fused_layers(how, weights, images, backend, device, monkeypatch):
+    monkeypatch.setenv("FASTGAN_BACKEND", backend)
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    stock = Flattens().to(device, memory_format=weights)
+    model = copy.deepcopy(stock)
+    run = model if how == "backend" else fastgan.fuse(model)
+    if how == "backend":
+        from torch._dynamo.backends.debugging import aot_eager
+
+        from fastgan.compile_backend import rewrite
+
+        def backend_without_inductor(graph_module, example_inputs):
+            rewrite(graph_module)
+            return aot_eager(graph_module, example_inputs)
+
+        run = torch.compile(model, backend=backend_without_inductor, fullgraph=True)
+    elif how == "fuse and compile":
+        run = torch.compile(model, backend="aot_eager", fullgraph=True)
+    x = torch.randn(3, 3, 8, 8, device=device).to(memory_format=images)
+    for network in (stock, model):
+        network.train(weights is images is torch.contiguous_format)  # stock itself cannot view the others
+    results = []
+    for network in (stock, run):
+        torch.manual_seed(1)
+        results.append(network(x))
+    theirs, ours = results
+    assert ours.stride() == theirs.stride()
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+    assert model.features(x).stride() == stock.features(x).stride()
