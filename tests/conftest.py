@@ -5,6 +5,10 @@ import os
 import pytest
 import torch
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the workers share the cores
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the programs that tests start, too
+
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
