@@ -124,6 +124,9 @@ def conv_bn_act(
     num_batches_tracked=None,
     activation_first=False,
     process_group=None,
+    x_activation=None,
+    x_slope=0.0,
+    gets_dz=False,
     **options,
 ):
     """Both of them in one: `transposed` says which, and strides and paddings are pairs.
@@ -136,6 +139,9 @@ def conv_bn_act(
     of the sum of the processes' losses; those of the parameters are this process's part of them (of a bias right before
     BatchNorm it is given as zero, which the parts sum to). It has no double backward, torch.compile breaks its graph
     there, and an empty batch is refused.
+
+    `x_activation`, `x_slope` and `gets_dz` are those of `fastgan.ops.convolution.conv`, for two calls in a row of which
+    both or none run kernels. Without kernels they mean nothing.
     """
     if process_group is not None and torch.distributed.get_world_size(process_group) == 1:
         process_group = None
@@ -148,6 +154,7 @@ def conv_bn_act(
             num_batches_tracked.add_(options["batch_groups"])
         return _conv_bn_act_reference(x, weight, *tensors, **options)
     more = dict(weight_copy=weight_copy, num_batches_tracked=num_batches_tracked)
+    more |= dict(of_x=(x_activation, x_slope), gets_dz=gets_dz)
     return _conv_bn_act_fused(x, weight, *tensors, **more, **options)
 
 
@@ -246,6 +253,8 @@ def _conv_bn_act_fused(
     process_group,
     weight_copy,
     num_batches_tracked,
+    of_x,
+    gets_dz,
 ):
     # The operators take the weight and the vectors as they are: mixed precision casts no more than it must.
     x = x.to(_compute_dtype(x))
@@ -253,13 +262,13 @@ def _conv_bn_act_fused(
         weight_copy = None
     weights = (weight, weight_copy)
     where = (transposed, stride, padding, output_padding)
-    act, no_act = (activation, negative_slope), (None, 0.0)
+    act, no_act, no_batch_norm = (activation, negative_slope), (None, 0.0), (None, None, None, None, 0.0)
     # Before BatchNorm the convolution's kernel activates, after it BatchNorm's does.
     before, after = (act, no_act) if activation_first else (no_act, act)
     if all(tensor is None for tensor in (gamma, beta, running_mean, running_var)):
-        return convolution.conv(x, *weights, bias, None, None, None, None, 0.0, *where, *act)
+        return convolution.conv(x, *weights, bias, *no_batch_norm, *where, *act, *of_x, gets_dz)
     if training:
-        y, mean, invstd, var = convolution.conv_statistics(x, *weights, bias, eps, *where, *before, batch_groups)
+        y, mean, invstd, var = convolution.conv_statistics(x, *weights, bias, eps, *where, *before, batch_groups, *of_x)
         if process_group is not None:
             rows = y.numel() // (batch_groups * y.shape[1])
             mean, invstd, var, count = synchronised.share_statistics(mean, var, rows, eps, process_group)
@@ -275,7 +284,7 @@ def _conv_bn_act_fused(
     )
     if needs_grad or activation_first:
         # γ's gradient needs what BatchNorm is of, so it is kept; and the epilogue activates last.
-        y = convolution.conv(x, *weights, bias, None, None, None, None, 0.0, *where, *before)
+        y = convolution.conv(x, *weights, bias, *no_batch_norm, *where, *before, *of_x)
         mean, invstd = running_mean.float(), (running_var.float() + eps).rsqrt()
         return batch_norm.batch_norm_act(y, mean, invstd, gamma, beta, False, *after)
     return convolution.conv(x, *weights, bias, running_mean, running_var, gamma, beta, eps, *where, *act)

@@ -16,6 +16,7 @@ import torch
 from torch import fx, nn
 
 from fastgan import functional as fused
+from fastgan.first_order import only_first_order
 from fastgan.graph_forward import GraphForward, Plan, is_graph_forward
 from fastgan.group_calls import run_layers, run_operator
 from fastgan.layout import in_stock_layout
@@ -178,26 +179,42 @@ def _forward_in_groups(container, *args, **kwargs):
     (x,) = (*args, *kwargs.values())
     if isinstance(x, fx.Proxy):
         return type(container).forward(container, x)  # somebody else's trace shows the layers
-    kernels, entry, convolutions = None, None, []
-    for group in _kept_groups(container):
-        if group.fused and kernels is None:
-            # Once for groups in a row: none moves x to another device, or to a dtype without kernels.
-            kernels, entry, convolutions = fused.has_kernels_for(x), x, []
-        elif not group.fused and kernels:
-            x = in_stock_layout(x, entry, convolutions)
-        if not group.fused:
-            x, kernels = group.modules[0](x), None
-        elif kernels:
-            convolutions.append(group.modules[0])
-            x = run_operator(
-                x,
-                group.modules[0],
-                group.batch_norm,
-                group.activation,
-                group.negative_slope,
-                group.activation_first,
-                group.names[0],
-            )
+    groups, i = _kept_groups(container), 0
+    while i < len(groups):
+        if not groups[i].fused:
+            x, i = groups[i].modules[0](x), i + 1
+            continue
+        end = i + 1
+        while end < len(groups) and groups[end].fused:
+            end += 1
+        # Asked once for groups in a row: none moves x to another device, or to a dtype without kernels.
+        if fused.has_kernels_for(x):
+            x = _run_operators(groups[i:end], x)
         else:
-            x = run_layers(x, group.forwards, group.batch_norm)
-    return in_stock_layout(x, entry, convolutions) if kernels else x
+            for group in groups[i:end]:
+                x = run_layers(x, group.forwards, group.batch_norm)
+        i = end
+    return x
+
+
+def _run_operators(groups, x):
+    """Fused groups in a row, with the result where stock would put it."""
+    entry, before, first_order = x, None, only_first_order()
+    for group, after in zip(groups, [*groups[1:], None], strict=True):
+        of_neighbours = {}
+        if first_order and before is not None and before.ends_in_activation:
+            of_neighbours.update(x_activation=before.activation, x_slope=before.negative_slope)
+        if first_order and after is not None and group.ends_in_activation:
+            of_neighbours.update(gets_dz=True)
+        x = run_operator(
+            x,
+            group.modules[0],
+            group.batch_norm,
+            group.activation,
+            group.negative_slope,
+            group.activation_first,
+            group.names[0],
+            **of_neighbours,
+        )
+        before = group
+    return in_stock_layout(x, entry, [group.modules[0] for group in groups])

@@ -10,6 +10,7 @@ from torch.fx.experimental.symbolic_shapes import guard_scalar
 
 from fastgan import functional as fused
 from fastgan.batch_groups import current_groups
+from fastgan.first_order import only_first_order
 from fastgan.graph_patterns import find_groups
 from fastgan.group_calls import run_layers, run_operator
 from fastgan.layout import in_stock_layout
@@ -179,7 +180,7 @@ def plan_call(container, arguments):
 
 def _compile(graph, runs, name):
     """The function of the graph in which each of the runs is one call."""
-    calls = {}  # a call → the node that the run of calls in a row begins with, the convolutions in it
+    calls = {}  # a call → the node that the run of calls in a row begins with, the convolutions in it, the call's group
     for run in runs:
         group, first, last = run.group, run.nodes[0], run.nodes[-1]
         x = first.args[0]
@@ -194,14 +195,19 @@ def _compile(graph, runs, name):
         last.replace_all_uses_with(call)
         for node in reversed(run.nodes):
             graph.erase_node(node)
-        entry, convolutions = calls.get(x, (x, ()))
-        calls[call] = entry, (*convolutions, conv)
-    for call, arguments in calls.items():
+        entry, convolutions, _ = calls.get(x, (x, (), None))
+        calls[call] = entry, (*convolutions, conv), group
+    for call, (entry, convolutions, group) in calls.items():
         others = [user for user in call.users if user not in calls]
         if others:
             with graph.inserting_after(call):
-                restored = graph.call_function(in_stock_layout, (call, *arguments))
+                restored = graph.call_function(in_stock_layout, (call, entry, convolutions))
             call.replace_all_uses_with(restored, lambda user, others=others: user in others)
+        elif len(call.users) == 1 and group.ends_in_activation:
+            (after,) = call.users
+            call.update_kwarg("gets_dz", True)
+            after.update_kwarg("x_activation", group.activation)
+            after.update_kwarg("x_slope", call.args[4])
     code = graph.python_code("self")
     scope = dict(code.globals)
     exec(compile(code.src, f"<fused forward of {name}>", "exec"), scope)
@@ -215,10 +221,11 @@ def _negative_slope(graph, group, paths):
     return group.negative_slope if path is None else graph.get_attr(f"{path}.negative_slope")
 
 
-def run_group(x, conv, batch_norm, activation, negative_slope, activation_first, layer):
+def run_group(x, conv, batch_norm, activation, negative_slope, activation_first, layer, **of_neighbours):
     """Convolution, BatchNorm (if any) and activation (if any) of `x`, as one operator where it has kernels."""
     if fused.has_kernels_for(x):
-        return run_operator(x, conv, batch_norm, activation, negative_slope, activation_first, layer)
+        more = of_neighbours if only_first_order() else {}
+        return run_operator(x, conv, batch_norm, activation, negative_slope, activation_first, layer, **more)
     act = functools.partial(fused.activate_, activation=activation, negative_slope=negative_slope)
     norm = [] if batch_norm is None else [batch_norm.forward]
     return run_layers(x, [conv, act, *norm] if activation_first else [conv, *norm, act], batch_norm)

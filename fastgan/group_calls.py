@@ -24,8 +24,11 @@ def run_layers(x, forwards, batch_norm):
     return x
 
 
-def run_operator(x, conv, batch_norm, activation, negative_slope, activation_first, layer):
-    """The group as one operator; `layer` names it where the operator refuses its input."""
+def run_operator(x, conv, batch_norm, activation, negative_slope, activation_first, layer, **of_neighbours):
+    """The group as one operator; `layer` names it where the operator refuses its input.
+
+    `of_neighbours`: x_activation, x_slope and gets_dz of `fastgan.functional.conv_bn_act`.
+    """
     if conv._forward_pre_hooks and hooks_compute_weight(conv):
         for hook in conv._forward_pre_hooks.values():
             hook(conv, (x,))
@@ -46,6 +49,7 @@ def run_operator(x, conv, batch_norm, activation, negative_slope, activation_fir
             negative_slope=negative_slope,
             weight_copy=weight_copy(conv),
             **options,
+            **of_neighbours,
         )
     except (ValueError, TypeError) as error:
         raise type(error)(f"layer {layer!r}: {error}") from error

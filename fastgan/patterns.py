@@ -47,6 +47,11 @@ class Group:
         return "" if plain else "epilogue"
 
     @property
+    def ends_in_activation(self):
+        """Whether it is a convolution and an activation, and nothing else."""
+        return self.fused and self.activation is not None and self.batch_norm is None
+
+    @property
     def negative_slope(self):
         """Of the activation as it is now; 0 for those that have none."""
         if self.activation != "leaky_relu":

@@ -10,6 +10,7 @@ import triton.language as tl
 from fastgan.kernels.launch import channels_last, empty_nhwc, geometry, launch, matrix_tile, needs_int64
 from fastgan.kernels.pieces import (
     NOWHERE,
+    backward_epilogue,
     conv_epilogue,
     load_block,
     multiply_add,
@@ -29,6 +30,7 @@ def down_kernel(
     var_ptr,
     gamma_ptr,
     beta_ptr,
+    activated_ptr,  # (N, H, W, A) or None: see `activated` of down()
     count_ptr,  # (groups, tiles) or None; mean and m2 (groups, tiles, A): statistics to write
     tile_mean_ptr,
     tile_m2_ptr,
@@ -94,25 +96,16 @@ def down_kernel(
             w = load_block(weight_ptr + step * BLOCK_K + weight_offset, k_ok, weight_column_ok)
         acc = multiply_add(acc, y, w, PRECISION, transposed)
 
-    acc = conv_epilogue(
-        tl.trans(acc) if transposed else acc,
-        bias_ptr,
-        mean_ptr,
-        var_ptr,
-        gamma_ptr,
-        beta_ptr,
-        eps,
-        column,
-        column_ok,
-        ACTIVATION,
-        SLOPE,
-    )
-    low = (n * (H * W) + row % (H * W)) * A
-    tl.store(
-        low_ptr + low[:, None] + column[None, :],
-        acc.to(low_ptr.dtype.element_ty),
-        mask=row_ok[:, None] & column_ok[None, :],
-    )
+    acc = tl.trans(acc) if transposed else acc
+    cell = ((n * (H * W) + row % (H * W)) * A)[:, None] + column[None, :]
+    ok = row_ok[:, None] & column_ok[None, :]
+    if activated_ptr is None:
+        acc = conv_epilogue(
+            acc, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, column, column_ok, ACTIVATION, SLOPE
+        )
+    else:
+        acc = backward_epilogue(acc, activated_ptr, cell, ok, ACTIVATION, SLOPE)
+    tl.store(low_ptr + cell, acc.to(low_ptr.dtype.element_ty), mask=ok)
     if count_ptr is not None:
         count = tl.minimum(rows - pid_m * BLOCK_M, BLOCK_M).to(tl.float32)
         tile = group * (tl.num_programs(0) // column_tiles) + pid_m
@@ -132,6 +125,7 @@ def down(
     eps=0.0,
     activation=None,
     slope=0.0,
+    activated=None,
     statistics=False,
     groups=1,
     tile=None,
@@ -143,6 +137,8 @@ def down(
         weight: (A, B, KH, KW), same dtype; copied where it is not channels_last.
         out_size: (H, W).
         batch_norm: (mean, var, gamma, beta), each (A,) or None; no mean means no BatchNorm.
+        activated: None, or act(z) in the shape of the result, which then is the convolution times act'(z): the
+            gradient for z, of a transposed convolution's input act(z). Nothing else follows the convolution.
         statistics: also return the TileStatistics of the result,
         groups: with those of so many equal parts of the batch apart.
         tile: a MatrixTile, or None for an untuned one.
@@ -160,7 +156,7 @@ def down(
     launch(
         down_kernel,
         (triton.cdiv(a, tile.block_n) * row_tiles, groups),
-        *(high, weight, low, bias, *batch_norm, *tiles, eps, n // groups),
+        *(high, weight, low, bias, *batch_norm, activated, *tiles, eps, n // groups),
         device=high.device,
         ACTIVATION=activation,
         SLOPE=slope,

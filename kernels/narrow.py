@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from fastgan.kernels.launch import MatrixTile, geometry, launch, needs_int64, power_of_two
-from fastgan.kernels.pieces import conv_epilogue, load_block, multiply_add
+from fastgan.kernels.pieces import backward_epilogue, conv_epilogue, load_block, multiply_add
 
 # What a tuner may try, as `launch.TILES`; block_n is the kernel's own affair.
 TILES = {
@@ -33,6 +33,7 @@ def up_narrow_kernel(
     var_ptr,
     gamma_ptr,
     beta_ptr,
+    activated_ptr,  # (N, HO, WO, B) or None: see `activated` of up()
     eps,
     A: tl.constexpr,
     B: tl.constexpr,
@@ -119,14 +120,15 @@ def up_narrow_kernel(
 
     c = tl.arange(0, OUTPUTS)
     c_ok = c < SH * SW * B
-    out = conv_epilogue(out, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, c % B, c_ok, ACTIVATION, SLOPE)
     out_h, out_w = h[:, None] * SH + (c // (SW * B))[None, :], w[:, None] * SW + (c // B % SW)[None, :]
     own = (row_h >= 0) & (row_h < inner_h) & (row_w >= 0) & (row_w < inner_w)
-    tl.store(
-        high_ptr + ((n * HO + out_h) * WO + out_w) * B + (c % B)[None, :],
-        out.to(high_ptr.dtype.element_ty),
-        mask=own[:, None] & c_ok[None, :] & (out_h < HO) & (out_w < WO),
-    )
+    cell = ((n * HO + out_h) * WO + out_w) * B + (c % B)[None, :]
+    ok = own[:, None] & c_ok[None, :] & (out_h < HO) & (out_w < WO)
+    if activated_ptr is None:
+        out = conv_epilogue(out, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, c % B, c_ok, ACTIVATION, SLOPE)
+    else:
+        out = backward_epilogue(out, activated_ptr, cell, ok, ACTIVATION, SLOPE)
+    tl.store(high_ptr + cell, out.to(high_ptr.dtype.element_ty), mask=ok)
 
 
 def is_narrow(weight, stride):
@@ -134,14 +136,16 @@ def is_narrow(weight, stride):
     return weight.shape[1] <= MOST_CHANNELS and math.prod(_columns(weight, stride).values()) <= MOST_COLUMNS
 
 
-def up_narrow(low, weight, high, *, stride, padding, precision, bias, batch_norm, eps, activation, slope, tile=None):
+def up_narrow(
+    low, weight, high, *, stride, padding, precision, bias, batch_norm, eps, activation, slope, activated, tile=None
+):
     """up() into `high`, for layers that are narrow; of `tile`, block_m, block_k, warps and stages count."""
     tile = tile or MatrixTile(256, 0, power_of_two(low.shape[1], 16, 64 if low.dtype.itemsize == 2 else 32), 8, 1)
     patch, programs = _patch(tile.block_m, low.shape, high.shape, weight.shape[2:], stride, padding)
     launch(
         up_narrow_kernel,
         (programs,),
-        *(low, weight, high, bias, *batch_norm, eps),
+        *(low, weight, high, bias, *batch_norm, activated, eps),
         device=low.device,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,

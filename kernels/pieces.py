@@ -144,6 +144,13 @@ def conv_epilogue(
 
 
 @triton.jit
+def backward_epilogue(acc, activated_ptr, cell, ok, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
+    """acc · act'(z), where act(z) stands at `cell`: a gradient on its way back through that activation."""
+    activated = tl.load(activated_ptr + cell, mask=ok, other=0.0).to(tl.float32)
+    return acc * activation_grad(activated, ACTIVATION, SLOPE)
+
+
+@triton.jit
 def mean_and_m2(values, ok, count):
     """Mean and centred sum of squares of each column, over its `count` rows that are ok."""
     rows = tl.maximum(count, 1.0)

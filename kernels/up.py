@@ -12,6 +12,7 @@ from fastgan.kernels.launch import channels_last, empty_nhwc, geometry, launch, 
 from fastgan.kernels.narrow import is_narrow, up_narrow
 from fastgan.kernels.pieces import (
     NOWHERE,
+    backward_epilogue,
     conv_epilogue,
     load_block,
     multiply_add,
@@ -31,6 +32,7 @@ def up_kernel(
     var_ptr,
     gamma_ptr,
     beta_ptr,
+    activated_ptr,  # (N, HO, WO, B) or None: see `activated` of up()
     count_ptr,  # (groups, tiles) or None; mean and m2 (groups, tiles, B): statistics to write
     tile_mean_ptr,
     tile_m2_ptr,
@@ -108,25 +110,17 @@ def up_kernel(
         w = load_block(weight_ptr + weight_step + weight_offset, a_ok, weight_column_ok)
         acc = multiply_add(acc, x, w, PRECISION, transposed)
 
-    acc = conv_epilogue(
-        tl.trans(acc) if transposed else acc,
-        bias_ptr,
-        mean_ptr,
-        var_ptr,
-        gamma_ptr,
-        beta_ptr,
-        eps,
-        column % CHANNELS,
-        column_ok,
-        ACTIVATION,
-        SLOPE,
-    )
-    high = ((n * HO + out_h) * WO + out_w) * B
-    tl.store(
-        high_ptr + high[:, None] + column[None, :],
-        acc.to(high_ptr.dtype.element_ty),
-        mask=row_ok[:, None] & column_ok[None, :],
-    )
+    acc = tl.trans(acc) if transposed else acc
+    cell = (((n * HO + out_h) * WO + out_w) * B)[:, None] + column[None, :]
+    ok = row_ok[:, None] & column_ok[None, :]
+    if activated_ptr is None:
+        vectors = column % CHANNELS
+        acc = conv_epilogue(
+            acc, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, vectors, column_ok, ACTIVATION, SLOPE
+        )
+    else:
+        acc = backward_epilogue(acc, activated_ptr, cell, ok, ACTIVATION, SLOPE)
+    tl.store(high_ptr + cell, acc.to(high_ptr.dtype.element_ty), mask=ok)
     if count_ptr is not None:
         count = tl.minimum(tl.maximum(rows - pid_m * BLOCK_M, 0), BLOCK_M).to(tl.float32)
         tile = (group * phases + phase) * (tl.num_programs(0) // (phases * column_tiles)) + pid_m
@@ -148,6 +142,7 @@ def up(
     eps=0.0,
     activation=None,
     slope=0.0,
+    activated=None,
     statistics=False,
     groups=1,
     tile=None,
@@ -159,6 +154,8 @@ def up(
         weight: (A, B, KH, KW), same dtype; copied where it is not channels_last.
         out_size: (Ho, Wo).
         batch_norm: (mean, var, gamma, beta), each (B,) or None; no mean means no BatchNorm.
+        activated: None, or act(z) in the shape of the result, which then is the convolution times act'(z): the
+            gradient for z, of a convolution's input act(z). Nothing else follows the convolution.
         statistics: also return the TileStatistics of the result,
         groups: with those of so many equal parts of the batch apart.
         tile: a MatrixTile, or None for an untuned one.
@@ -173,9 +170,12 @@ def up(
         # Each image is the product of one vector and the whole weight, whose memory is that matrix as it stands:
         # every element of the image is a column of its own.
         weight, high = as_columns(weight), as_columns(high)
+        activated = None if activated is None else as_columns(activated)
         stride = (1, 1)
     elif not statistics and is_narrow(weight, stride):
-        epilogue = dict(bias=bias, batch_norm=batch_norm, eps=eps, activation=activation, slope=slope)
+        epilogue = dict(
+            bias=bias, batch_norm=batch_norm, eps=eps, activation=activation, slope=slope, activated=activated
+        )
         up_narrow(low, weight, high, stride=stride, padding=padding, precision=precision, tile=tile, **epilogue)
         return result
     columns = weight.shape[1]
@@ -188,7 +188,7 @@ def up(
     launch(
         up_kernel,
         (phases * triton.cdiv(columns, tile.block_n) * row_tiles, groups),
-        *(low, weight, high, bias, *batch_norm, *tiles, eps, n // groups),
+        *(low, weight, high, bias, *batch_norm, activated, *tiles, eps, n // groups),
         device=low.device,
         CHANNELS=channels,
         ACTIVATION=activation,

@@ -61,10 +61,17 @@ def conv(
     output_padding: Sequence[int],
     activation: str | None,
     slope: float,
+    x_activation: str | None = None,
+    x_slope: float = 0.0,
+    gets_dz: bool = False,
 ) -> Tensor:
     """act(γ·(y − mean)/sqrt(var + eps) + β) with y = conv(x, weight) + bias; no mean means no BatchNorm.
 
     Differentiable in x, weight and bias where there is no BatchNorm. The result is channels_last.
+
+    Of two operators in a row the second can take over the activation's part of the first one's backward: `gets_dz` says
+    that what comes back to this one is the gradient for z of its result act(z), and `x_activation`, `x_slope` that x is
+    act(z) of such a one. They then have no gradients of gradients (see `fastgan.first_order`).
     """
     size = out_size(x, weight, transposed, stride, padding, output_padding)
     plain = bias is None and mean is None and activation is None
@@ -102,6 +109,9 @@ def _(
     output_padding,
     activation,
     slope,
+    x_activation=None,
+    x_slope=0.0,
+    gets_dz=False,
 ):
     return _empty_result(x, weight, transposed, stride, padding, output_padding)
 
@@ -120,6 +130,8 @@ def conv_statistics(
     activation: str | None,
     slope: float,
     groups: int,
+    x_activation: str | None = None,
+    x_slope: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y = act(conv(x, weight) + bias) and, per channel in float32: mean, 1/sqrt(var + eps), unbiased variance of y.
 
@@ -127,6 +139,7 @@ def conv_statistics(
     Only y is differentiable, and its gradient must come through `batch_norm_act(..., batch_statistics=True)`: it is
     then the whole gradient, the statistics' part included, and sums to zero over each channel (over that of all
     processes with `synchronised.batch_norm_act`). Hence bias's is zero where there is no activation.
+    `x_activation` and `x_slope` are those of `conv`.
     """
     size = out_size(x, weight, transposed, stride, padding, output_padding)
     problem = conv_problem(x, weight, transposed, stride, padding, size, then="statistics")
@@ -147,9 +160,59 @@ def conv_statistics(
 
 
 @conv_statistics.register_fake
-def _(x, weight, weight_copy, bias, eps, transposed, stride, padding, output_padding, activation, slope, groups):
+def _(
+    x,
+    weight,
+    weight_copy,
+    bias,
+    eps,
+    transposed,
+    stride,
+    padding,
+    output_padding,
+    activation,
+    slope,
+    groups,
+    x_activation=None,
+    x_slope=0.0,
+):
     y = _empty_result(x, weight, transposed, stride, padding, output_padding)
     return y, *(x.new_empty((groups, y.shape[1]), dtype=torch.float32) for _ in range(3))
+
+
+@torch.library.custom_op("fastgan::conv_activation_grad", mutates_args=())
+def conv_activation_grad(
+    dz: Tensor,
+    weight: Tensor,
+    weight_copy: Tensor | None,
+    activated: Tensor,
+    transposed: bool,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    output_padding: Sequence[int],
+    activation: str,
+    slope: float,
+) -> Tensor:
+    """conv(dz, weight)·act'(z) where activated = act(z): the way back through a convolution and what was before it."""
+    size = out_size(dz, weight, transposed, stride, padding, output_padding)
+    problem = conv_problem(dz, weight, transposed, stride, padding, size)
+    return run_conv(
+        choose(problem, dz.device),
+        dz,
+        _in_dtype_of(dz, weight, weight_copy),
+        size,
+        transposed=transposed,
+        stride=stride,
+        padding=padding,
+        activation=activation,
+        slope=slope,
+        activated=activated,
+    )
+
+
+@conv_activation_grad.register_fake
+def _(dz, weight, weight_copy, activated, transposed, stride, padding, output_padding, activation, slope):
+    return _empty_result(dz, weight, transposed, stride, padding, output_padding)
 
 
 @torch.library.custom_op("fastgan::conv_weight_grad", mutates_args=())
@@ -221,12 +284,20 @@ activation_grad.register_autograd(_activation_grad_backward, setup_context=_save
 
 def _backward(ctx, x, weight, weight_copy, out, dout):
     """(dx, dweight, dz) of out = act(z), z = conv(x, weight) + bias; dx and dweight are None where not wanted."""
-    dz = activation_grad(dout, out, ctx.activation, ctx.slope) if ctx.activation else dout
+    if torch.is_grad_enabled() and (ctx.gets_dz or ctx.x_activation):
+        raise RuntimeError("fused layers that ran within fastgan.first_order have no backward with create_graph=True")
+    dz = dout
+    if ctx.activation and not ctx.gets_dz:
+        dz = activation_grad(dout, out, ctx.activation, ctx.slope)
     transposed, stride, padding = ctx.transposed, ctx.stride, ctx.padding
     dx = dweight = None
     if ctx.needs_input_grad[0]:
         extra = [0, 0] if transposed else lost_rows(x.shape[2:], weight.shape[2:], stride, padding)
-        dx = plain_conv(dz, weight, weight_copy, not transposed, stride, padding, extra)
+        where = (not transposed, stride, padding, extra)
+        if ctx.x_activation:
+            dx = conv_activation_grad(dz, weight, weight_copy, x, *where, ctx.x_activation, ctx.x_slope)
+        else:
+            dx = plain_conv(dz, weight, weight_copy, *where)
     if ctx.needs_input_grad[1]:
         low, high = (x, dz) if transposed else (dz, x)
         dweight = conv_weight_grad(low, high, weight, stride, padding)
@@ -234,12 +305,13 @@ def _backward(ctx, x, weight, weight_copy, out, dout):
 
 
 def _save_conv(ctx, inputs, output):
-    x, weight, weight_copy, bias, mean, *_, transposed, stride, padding, _, activation, slope = inputs
+    x, weight, weight_copy, bias, mean, *_, transposed, stride, padding, _, activation, slope = inputs[:15]
+    ctx.x_activation, ctx.x_slope, ctx.gets_dz = inputs[15:]
     ctx.with_batch_norm = mean is not None
     ctx.transposed, ctx.stride, ctx.padding = transposed, stride, padding
     ctx.activation, ctx.slope = activation, slope
     # A linear result is not needed again; every activation's derivative can be told from its output.
-    ctx.save_for_backward(x, weight, weight_copy, output if activation else None)
+    ctx.save_for_backward(x, weight, weight_copy, output if activation and not ctx.gets_dz else None)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
@@ -249,14 +321,16 @@ def _conv_backward(ctx, dout):
     x, weight, weight_copy, out = ctx.saved_tensors
     dx, dweight, dz = _backward(ctx, x, weight, weight_copy, out, dout)
     dbias = dz.sum((0, 2, 3), dtype=ctx.bias_dtype) if ctx.needs_input_grad[3] else None
-    return dx, dweight, None, dbias, *[None] * 11
+    return dx, dweight, None, dbias, *[None] * 14
 
 
 conv.register_autograd(_conv_backward, setup_context=_save_conv)
 
 
 def _save_conv_statistics(ctx, inputs, output):
-    x, weight, weight_copy, bias, _, transposed, stride, padding, _, activation, slope, _ = inputs
+    x, weight, weight_copy, bias, _, transposed, stride, padding, _, activation, slope, _ = inputs[:12]
+    ctx.x_activation, ctx.x_slope = inputs[12:]
+    ctx.gets_dz = False
     ctx.transposed, ctx.stride, ctx.padding = transposed, stride, padding
     ctx.activation, ctx.slope = activation, slope
     ctx.save_for_backward(x, weight, weight_copy, bias, output[0] if activation else None)
@@ -271,7 +345,7 @@ def _conv_statistics_backward(ctx, dy, *_):
     if ctx.needs_input_grad[3]:
         zero = not ctx.activation and not torch.is_grad_enabled()  # with create_graph=True it is to have a gradient
         dbias = torch.zeros_like(bias) if zero else dz.sum((0, 2, 3), dtype=bias.dtype)
-    return dx, dweight, None, dbias, *[None] * 8
+    return dx, dweight, None, dbias, *[None] * 10
 
 
 conv_statistics.register_autograd(_conv_statistics_backward, setup_context=_save_conv_statistics)

@@ -31,6 +31,7 @@ def run_conv(
     eps=0.0,
     activation=None,
     slope=0.0,
+    activated=None,
 ):
     """act(BatchNorm(conv(x, weight) + bias)) with known statistics; see `fastgan.kernels.up` and `down`.
 
@@ -38,11 +39,17 @@ def run_conv(
         choice: see `fastgan.ops.choice`.
         out_size: the (h, w) of the result.
         batch_norm: (mean, var, gamma, beta), each (C,) or None; no mean means no BatchNorm.
+        activated: None, or act(z) in the shape of the result, which then is conv(x, weight)·act'(z).
     """
     epilogue = dict(bias=bias, batch_norm=batch_norm, eps=eps, activation=activation, slope=slope)
     if choice.implementation == "triton":
+        epilogue["activated"] = None if activated is None else channels_last(activated)
         return _matrix_kernel(choice, x, weight, out_size, transposed, stride, padding, **epilogue)
     y = _cudnn(x, weight, out_size, transposed, stride, padding)
+    if activated is not None:
+        from fastgan.kernels.batch_norm import activation_input_grad
+
+        return activation_input_grad(y, channels_last(activated), activation=activation, slope=slope)
     if bias is not None or batch_norm[0] is not None or activation is not None:
         from fastgan.kernels.epilogue import conv_epilogue_
 

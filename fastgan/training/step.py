@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from fastgan.backend import held_choice
 from fastgan.batch_groups import batch_groups
+from fastgan.first_order import first_order
 from fastgan.training.devices import check_precision
 from fastgan.training.graph import StepGraph
 from fastgan.training.one_pass import one_pass_obstacle
@@ -137,7 +138,7 @@ class TrainStep:
                 raise ValueError("real_images are missing, and this TrainStep has no source to draw them from")
         elif not real_images.is_floating_point():
             raise ValueError(f"real_images must be floating point, in [-1, 1]; got {real_images.dtype}")
-        with held_choice(), self._copies_g.in_use(), self._copies_d.in_use():
+        with held_choice(), first_order(), self._copies_g.in_use(), self._copies_d.in_use():
             return self._run(real_images)
 
     def _run(self, real_images):

@@ -101,6 +101,10 @@ def workload(dtype, batch=8):
         to_image = torch.empty(64, 3, 4, 4, dtype=dtype)
         up.up(high, to_image, (32, 32), activation="tanh", **where)
         down.down(image, to_image, (16, 16), activation="leaky_relu", slope=0.2, **where)
+        # Gradients on their way back through an activation too.
+        up.up(low, weight, (16, 16), activated=high, **leaky, **where)
+        up.up(high, to_image, (32, 32), activated=image, activation="tanh", **where)
+        down.down(high, weight, (8, 8), activated=low, activation="relu", **where)
         vector = torch.empty(64)
         down.down(image, to_image, (16, 16), batch_norm=(vector,) * 4, eps=1e-5, activation="relu", **where)
 

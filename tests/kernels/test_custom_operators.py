@@ -8,7 +8,7 @@ from torch.library import opcheck
 
 import fastgan
 from fastgan.ops.batch_norm import batch_norm_act, batch_norm_act_grad
-from fastgan.ops.convolution import activation_grad, conv, conv_statistics, conv_weight_grad
+from fastgan.ops.convolution import activation_grad, conv, conv_activation_grad, conv_statistics, conv_weight_grad
 from fastgan.ops.losses import bce
 from fastgan.ops.running import update_running
 
@@ -36,6 +36,18 @@ def _operator_calls(device):
         "conv_statistics_activated": (
             conv_statistics,
             (y, weight, None, vector.detach()[:3].requires_grad_(), 1e-5, True, *where, [0, 0], "tanh", 0.0, 1),
+        ),
+        "conv_activation_grad": (
+            conv_activation_grad,
+            (y.detach(), weight.detach(), None, high.detach(), True, [2, 2], [1, 1], [1, 0], "tanh", 0.0),
+        ),
+        "conv_of_first_order": (
+            conv,
+            (x, weight, None, vector, *plain, False, *where, [0, 0], "relu", 0.0, "leaky_relu", 0.2, True),
+        ),
+        "conv_statistics_of_first_order": (
+            conv_statistics,
+            (x, weight, None, vector, 1e-5, False, *where, [0, 0], None, 0.0, 1, "sigmoid", 0.0),
         ),
         "conv_weight_grad": (conv_weight_grad, (y, x, weight.detach(), *where)),
         "conv_weight_grad_transposed": (conv_weight_grad, (y, high, weight.detach(), [2, 2], [1, 1])),

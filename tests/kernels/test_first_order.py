@@ -1,0 +1,175 @@
+"""Activations whose gradient is in the kernel that makes what reaches them, against stock in float64."""
+
+import contextlib
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import fastgan
+from fastgan.first_order import first_order, only_first_order
+from fastgan.kernels import batch_norm
+from fastgan.ops import convolution
+from fastgan.ops.choice import Choice
+from fastgan.ops.convolution import conv_activation_grad
+from tests.accuracy import assert_as_accurate_as_stock
+from tests.conftest import HAS_GPU
+
+pytestmark = pytest.mark.usefixtures("triton_backend", "poisoned")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16) if HAS_GPU else (torch.float32, torch.float16)
+
+# transposed (of the way back), channels of the gradient and of the result, its size, kernel, stride, padding, extra:
+# every kernel, with tiles that end inside of the matrix, and those of images and of one position
+WAYS_BACK = {
+    "up": (True, 18, 17, (4, 5), 4, 2, 1, 0),
+    "up, rest": (True, 5, 20, (5, 4), 3, 2, 1, 1),
+    "to an image": (True, 9, 3, (5, 7), 4, 2, 1, 0),
+    "to one position": (True, 10, 5, (1, 1), 4, 1, 0, 0),
+    "down": (False, 17, 18, (8, 10), 4, 2, 1, 0),
+    "down, wide": (False, 3, 70, (6, 6), 3, 1, 1, 0),
+}
+ACTIVATIONS = {"relu": torch.relu, "leaky_relu": lambda z: F.leaky_relu(z, 0.2), "tanh": torch.tanh}
+ACTIVATIONS["sigmoid"] = torch.sigmoid
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("way", WAYS_BACK)
+@pytest.mark.parametrize("implementation", ("triton", "cudnn"))
+def test_way_back(implementation, way, activation, dtype, device, monkeypatch):
+    monkeypatch.setattr(convolution, "choose", lambda problem, device: Choice(implementation))
+    transposed, a, b, size, kernel, stride, padding, extra = WAYS_BACK[way]
+    random = torch.Generator().manual_seed(0)
+    dz = torch.randn(2, a, *size, generator=random).to(device, dtype)
+    shape = (a, b) if transposed else (b, a)
+    weight = (torch.randn(*shape, kernel, kernel, generator=random) / (a * kernel)).to(device, dtype)
+    where = (transposed, [stride] * 2, [padding] * 2, [extra] * 2)
+
+    def stock(dz, weight, z):
+        if transposed:
+            way_back = F.conv_transpose2d(dz, weight, None, stride, padding, extra)
+        else:
+            way_back = F.conv2d(dz, weight, None, stride, padding)
+        z = z.requires_grad_()
+        (gradient,) = torch.autograd.grad(ACTIVATIONS[activation](z), z, way_back)
+        return gradient
+
+    shape = convolution.out_size(dz, weight, *where)
+    z = torch.randn(2, b, *shape, generator=random).to(device, dtype)
+    out = ACTIVATIONS[activation](z)
+    ours = conv_activation_grad(dz, weight, None, out, *where, activation, 0.2)
+    exact = stock(dz.double(), weight.double(), z.double())
+    assert_as_accurate_as_stock(way, ours, stock(dz, weight, z), exact, computed_in=dtype)
+
+
+def critic():
+    """Activations between convolutions and before BatchNorm, to and from an image, with and without bias."""
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 4, 2, 1),
+        nn.LeakyReLU(0.2),
+        nn.Conv2d(8, 6, 3, 1, 1, bias=False),
+        nn.Tanh(),
+        nn.ConvTranspose2d(6, 5, 4, 2, 1),
+        nn.Sigmoid(),
+        nn.Conv2d(5, 4, 3, 1, 1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Conv2d(4, 3, 1),
+        nn.ReLU(),
+        nn.BatchNorm2d(3),  # the tutorials' order: this activation's gradient is of what BatchNorm gives back
+        nn.Conv2d(3, 4, 2, 2),
+        nn.LeakyReLU(0.1),
+        nn.Conv2d(4, 1, 4),
+    )
+
+
+class Critic(nn.Module):
+    """The same in a forward of its own, with one result that is used twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(critic())
+
+    def forward(self, x):
+        for layer in self.layers[:4]:
+            x = layer(x)
+        skip = F.leaky_relu(self.layers[2](F.leaky_relu(self.layers[0](F.interpolate(x[:, :3], scale_factor=2)), 0.3)))
+        x = x + skip
+        for layer in self.layers[4:]:
+            x = layer(x)
+        return x
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """A list that grows with every pass over a tensor for nothing but an activation's gradient."""
+    found, original = [], batch_norm.activation_input_grad
+    monkeypatch.setattr(
+        batch_norm, "activation_input_grad", lambda *args, **options: found.append(args) or original(*args, **options)
+    )
+    return found
+
+
+def gradients(network, x):
+    network.zero_grad()
+    x = x.clone().requires_grad_()
+    out = network(x)
+    (out * torch.linspace(-1, 2, out.numel(), device=out.device).view_as(out)).sum().backward()
+    return [out.detach(), x.grad, *(parameter.grad for parameter in network.parameters())]
+
+
+@pytest.mark.parametrize("make", [critic, Critic])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_networks(make, frozen, compiled, device, passes):
+    torch.manual_seed(0)
+    stock = make().to(device)
+    model = fastgan.fuse(copy.deepcopy(stock))
+    for network in (stock, model):
+        for layer in network.modules():
+            if frozen and isinstance(layer, nn.Conv2d):
+                layer.requires_grad_(False)
+    x = torch.randn(3, 3, 8, 8, device=device)
+    run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+    expected, counts = gradients(stock, x), []
+    for scope in (contextlib.nullcontext, first_order):
+        del passes[:]
+        with scope():
+            ours = gradients(run, x)
+        counts.append(len(passes))
+        for actual, wanted in zip(ours, expected, strict=True):
+            assert (actual is None) == (wanted is None)
+            if wanted is not None:
+                torch.testing.assert_close(actual, wanted, rtol=1e-3, atol=1e-4)
+    assert counts[0] - counts[1] == 4
+
+
+def test_gradients_of_gradients_are_refused(device):
+    model = fastgan.fuse(critic()).to(device)
+    x = torch.randn(2, 3, 8, 8, device=device, requires_grad=True)
+    assert not only_first_order()
+    with first_order():
+        assert only_first_order()
+        out = model(x)
+    assert not only_first_order()
+    with pytest.raises(RuntimeError, match="create_graph=True"):
+        torch.autograd.grad(out.sum(), x, create_graph=True)
+
+
+def test_a_training_step_is_first_order(device, passes):
+    """The discriminator's first activation costs no pass of its own; the step computes what it did."""
+    from fastgan.training import TrainStep
+
+    losses = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        generator = fastgan.models.Generator(image_size=8, nz=5, ngf=4).to(device)
+        discriminator = fastgan.models.Discriminator(image_size=8, ndf=4).to(device)
+        step = TrainStep(generator, discriminator, latent_dim=5, fused=fused)
+        torch.manual_seed(1)
+        losses.append([step(torch.ones(4, 3, 8, 8, device=device) / 2) for _ in range(2)])
+        # Of the generator's tanh: between two networks nobody knows what comes next.
+        assert len(passes) == 2
+    torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-4)
