@@ -195,7 +195,7 @@ def conv_activation_grad(
 ) -> Tensor:
     """conv(dz, weight)·act'(z) where activated = act(z): the way back through a convolution and what was before it."""
     size = out_size(dz, weight, transposed, stride, padding, output_padding)
-    problem = conv_problem(dz, weight, transposed, stride, padding, size)
+    problem = conv_problem(dz, weight, transposed, stride, padding, size, then="activated")
     return run_conv(
         choose(problem, dz.device),
         dz,

@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 _FORMAT = 1
-_OPERATIONS = {"up", "up+statistics", "up+epilogue", "down", "down+statistics", "down+epilogue", "weight_grad"}
+_OPERATIONS = {"weight_grad"} | {
+    kind + then for kind in ("up", "down") for then in ("", "+statistics", "+epilogue", "+activated")
+}
 _TILE = ("block_m", "block_n", "block_k", "num_warps", "num_stages")
 
 
 class Problem(NamedTuple):
     """One convolution of one size, named as the kernels name things (see `fastgan.kernels`)."""
 
-    kind: str  # "up", "down" or "weight_grad"; "up" and "down" also with "+statistics" or "+epilogue"
+    kind: str  # "up", "down" or "weight_grad"; "up" and "down" also with "+" and what follows: see `then`
     dtype: str  # "bfloat16", "float16", "float32", or "tf32" where float32 may be multiplied as TF32
     batch: int
     low: tuple[int, int]  # height and width of the two ends
@@ -35,7 +37,8 @@ class Problem(NamedTuple):
 
     @property
     def then(self):
-        """What follows the convolution: "statistics", "epilogue" (bias, eval-mode BatchNorm, activation) or ""."""
+        """What follows the convolution: "statistics"; "epilogue" (bias, eval-mode BatchNorm, activation); "activated",
+        the derivative of an activation that the gradient goes back through; or ""."""
         return self.kind.partition("+")[2]
 
     @property

@@ -24,7 +24,8 @@ def candidates(problem):
 def _is_narrow(problem):
     """Whether `up` takes its kernel for images of few channels."""
     weight = torch.empty((problem.a, problem.b, *problem.kernel), device="meta")
-    return problem.kind in ("up", "up+epilogue") and not _one_position(problem) and is_narrow(weight, problem.stride)
+    narrow = problem.operation == "up" and problem.then != "statistics"
+    return narrow and not _one_position(problem) and is_narrow(weight, problem.stride)
 
 
 def _one_position(problem):

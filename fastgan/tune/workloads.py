@@ -101,16 +101,21 @@ def problems_of_model(model, shapes, dtype, *, input_grad=True):
     except Exception as error:
         raise ValueError(f"{type(model).__name__} cannot be followed: {type(error).__name__}: {error}") from error
     first = [shape for shape in shapes] if not input_grad else []
-    problems = []
-    for conv, x, y, then in calls:
+    problems, before = [], None
+    for group, x, y in calls:
+        conv = group.modules[0]
         where = (conv.weight, isinstance(conv, nn.ConvTranspose2d), conv.stride, conv.padding)
-        problems += _problems_of_conv(x, y, *where, then=then, input_grad=tuple(x.shape) not in first)
+        wanted = [""] if tuple(x.shape) not in first else []
+        if before is not None and before[0].ends_in_activation and before[2].shape == x.shape:
+            wanted.append("activated")  # as a training step runs it
+        problems += _problems_of_conv(x, y, *where, then=group.then, input_grads=wanted)
+        before = group, x, y
     return problems
 
 
 def _recorder(calls, group):
     def hook(conv, args, output):
-        calls.append((conv, args[0], output, group.then))
+        calls.append((group, args[0], output))
 
     return hook
 
@@ -127,26 +132,26 @@ def _problems_of_shape(match, batch, dtype):
     y = torch.empty((batch, cout, *size), dtype=dtype, device="meta")
     weight = torch.empty((cin, cout, k, k) if transposed else (cout, cin, k, k), dtype=dtype, device="meta")
     then = {"+bn": "statistics", "+act": "epilogue", None: ""}[match["then"]]
-    return _problems_of_conv(x, y, weight, transposed, *where[1:], then=then, input_grad=True)
+    return _problems_of_conv(x, y, weight, transposed, *where[1:], then=then, input_grads=[""])
 
 
-def _problems_of_conv(x, y, weight, transposed, stride, padding, *, then, input_grad):
-    """Forward, weight gradient and, if wanted, input gradient of one convolution."""
+def _problems_of_conv(x, y, weight, transposed, stride, padding, *, then, input_grads):
+    """Forward, weight gradient and, for each that `input_grads` names what follows it of, input gradient."""
     low, high = (x, y) if transposed else (y, x)
     problems = [
         conv_problem(x, weight, transposed, stride, padding, y.shape[2:], then=then),
         weight_grad_problem(low, high, weight, stride, padding),
     ]
-    if input_grad:
-        problems.append(conv_problem(y, weight, not transposed, stride, padding, x.shape[2:]))
-    return problems
+    backward = (y, weight, not transposed, stride, padding, x.shape[2:])
+    return problems + [conv_problem(*backward, then=then) for then in input_grads]
 
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "tf32": torch.float32}
 
 
 def operands(problem, device, *, seed=0):
-    """Random operands of a Problem: (x, weight) of a convolution, (low, high, weight) of a weight gradient.
+    """Random operands of a Problem: (x, weight) of a convolution, with the `activated` that its gradient goes back
+    through, if any; (low, high, weight) of a weight gradient.
 
     Means are away from zero, so that a wrong mean shows.
     """
@@ -168,7 +173,10 @@ def operands(problem, device, *, seed=0):
     weight = normal(problem.a, problem.b, *problem.kernel, scale=(depth * taps) ** -0.5)
     if problem.operation == "weight_grad":
         return end(problem.a, problem.low), end(problem.b, problem.high), weight
-    return (end(problem.a, problem.low) if problem.operation == "up" else end(problem.b, problem.high)), weight
+    low, high = (problem.a, problem.low), (problem.b, problem.high)
+    x, result = (low, high) if problem.operation == "up" else (high, low)
+    more = (torch.nn.functional.leaky_relu(end(*result), 0.2),) if problem.then == "activated" else ()
+    return end(*x), weight, *more
 
 
 def run(problem, choice, tensors):
@@ -181,15 +189,16 @@ def run(problem, choice, tensors):
     size = problem.high if transposed else problem.low
     if problem.then == "statistics":
         return implementations.run_conv_statistics(choice, *tensors, size, **where, eps=1e-5)
-    activation = _activation(problem)
-    return (implementations.run_conv(choice, *tensors, size, **where, activation=activation, slope=0.2),)
+    x, weight, *activated = tensors
+    where.update(activation=_activation(problem), slope=0.2, activated=activated[0] if activated else None)
+    return (implementations.run_conv(choice, x, weight, size, **where),)
 
 
 def _activation(problem):
-    """A DCGAN's own: tanh ends its generator, leaky ReLU its discriminator's first layer."""
-    if problem.then != "epilogue":
-        return None
-    return "tanh" if problem.operation == "up" else "leaky_relu"
+    """A DCGAN's own: tanh ends its generator, leaky ReLU its discriminator's first layer, whose gradient comes back."""
+    if problem.then == "epilogue":
+        return "tanh" if problem.operation == "up" else "leaky_relu"
+    return "leaky_relu" if problem.then == "activated" else None
 
 
 def reference(problem, tensors):
@@ -200,7 +209,7 @@ def reference(problem, tensors):
         low, high, weight = tensors
         options = (None, *where, (1, 1), False, (0, 0), 1, (False, True, False))
         return (torch.ops.aten.convolution_backward(low, high, weight, *options)[1],)
-    x, weight = tensors
+    x, weight, *activated = tensors
     transposed = problem.operation == "up"
     extra = missing_rows(problem.high, problem.low, problem.kernel, *where) if transposed else [0, 0]
     y = torch.ops.aten.convolution(x, weight, None, *where, (1, 1), transposed, extra, 1)
@@ -209,7 +218,9 @@ def reference(problem, tensors):
         count = y.numel() // y.shape[1]
         return y, mean[None], (var + 1e-5).rsqrt()[None], (var * (count / max(count - 1, 1)))[None]
     activation = _activation(problem)
-    if activation == "tanh":
+    if activated:
+        y = y * torch.where(activated[0] > 0, 1.0, 0.2)
+    elif activation == "tanh":
         y = y.tanh_()
     elif activation == "leaky_relu":
         y = torch.nn.functional.leaky_relu_(y, 0.2)

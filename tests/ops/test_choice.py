@@ -117,6 +117,19 @@ def test_an_epilogue_that_was_not_measured_follows_the_plain_convolution():
     assert find({epilogue.layer: {128: measured()}}, plain) is None
 
 
+def test_an_activation_on_the_way_back_that_was_not_measured():
+    """cuDNN needs a pass of its own for it, so ours may be somewhat slower without; but not by any factor."""
+    plain, activated = (PROBLEM._replace(kind=kind) for kind in ("down", "down+activated"))
+    for triton_us, wanted in ((5.0, "triton"), (10.5, "triton"), (12.0, "cudnn"), (None, "cudnn")):
+        implementation = "triton" if triton_us == 5.0 else "cudnn"
+        table = {plain.layer: {128: measured(implementation)._replace(triton_us=triton_us, cudnn_us=10.0)}}
+        assert find(table, activated).implementation == wanted
+        assert find(table, plain).implementation == implementation
+    table[activated.layer] = {128: measured()}
+    assert find(table, activated).implementation == "triton"
+    assert find({}, activated) is None
+
+
 def test_the_users_table_wins_measurement_by_measurement():
     other = PROBLEM._replace(batch=1024)
     write(choice.shipped_table_path, (PROBLEM, measured()), (other, measured()))

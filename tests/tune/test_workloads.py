@@ -37,6 +37,9 @@ def test_dcgan():
     latent = {p.kind for p in problems if p.a == 100}
     assert latent == {"up+statistics", "weight_grad"}, "nobody wants the gradient of latent vectors"
     assert {p.kind for p in problems if p.b == 3} == {"up+epilogue", "down", "down+epilogue", "up", "weight_grad"}
+    # The discriminator's first activation, on the way back: of its second layer's input gradient.
+    second = {(p.a, p.b, p.batch) for p in problems if p.then == "activated"}
+    assert second == {(128, 64, batch) for batch in (64, 128, 256)}
     assert {p.kind for p in problems if p.a == 1} == {"down", "up", "weight_grad"}
     assert len(problems) == len(set(problems))
 
