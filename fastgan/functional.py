@@ -4,6 +4,8 @@ Each runs our Triton kernels on CUDA and the plain-torch reference that stands b
 variable FASTGAN_BACKEND (auto, triton or reference) forces one. See `fastgan.backend.select`.
 """
 
+import functools
+
 import torch
 from torch.nn import functional as F
 
@@ -331,7 +333,7 @@ def discriminator_bce(real_logits, fake_logits, *, real_target=1.0, fake_target=
     if implementation == "reference":
         loss = _bce_reference(real_logits, real_target) + _bce_reference(fake_logits, fake_target)
         return (loss, _mean_sigmoid(real_logits), _mean_sigmoid(fake_logits)) if return_means else loss
-    sums, *_ = losses.bce(real_logits, fake_logits, float(real_target), float(fake_target))
+    sums, _ = losses.bce(real_logits, fake_logits, float(real_target), float(fake_target))
     return (sums[0], sums[1].detach(), sums[2].detach()) if return_means else sums[0]
 
 
@@ -354,16 +356,30 @@ def generator_bce(fake_logits):
     return losses.bce(fake_logits, None, 1.0, 0.0)[0][0]
 
 
-def bce_and_mean(logits, target):
-    """One half of `discriminator_bce`: (mean BCE of the logits against one target, mean σ(logits) without gradient).
+def backward_bce(logits, targets, scaler, *, means=True):
+    """Backward from the mean BCE of each equal part of `logits` against its target, added: for the training step.
 
-    For the training step: of its arguments nothing is checked.
+    Args:
+        logits: differentiable; one part or two, one after the other.
+        targets: of each part.
+        scaler: a torch.amp.GradScaler, enabled or not.
+        means: whether the mean probabilities are wanted.
+
+    Returns:
+        (the loss, the mean σ of each part…), without gradients.
     """
     implementation, _ = backend.select(logits.device, logits.dtype)
     if implementation == "reference":
-        return _bce_reference(logits, target), _mean_sigmoid(logits)
-    sums, *_ = losses.bce(logits, None, float(target), 0.0)
-    return sums[0], sums[1].detach()
+        parts = logits.chunk(len(targets))
+        loss = functools.reduce(torch.add, map(_bce_reference, parts, targets))
+        scaler.scale(loss).backward()
+        return loss.detach(), *map(_mean_sigmoid, parts if means else ())
+    # The kernel has the gradient ready: from the loss on, autograd would multiply it by one and put its parts together.
+    real, *fake = logits.detach().chunk(len(targets))
+    real_target, fake_target = (*map(float, targets), 0.0)[:2]
+    sums, grads = losses.bce(real, fake[0] if fake else None, real_target, fake_target)
+    logits.backward(scaler.scale(grads).to(logits.dtype).view_as(logits))
+    return sums[0], *sums[1 : 1 + len(targets) * means]
 
 
 def _bce_reference(logits, target):

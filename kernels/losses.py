@@ -53,23 +53,22 @@ def bce(real, fake, real_target, fake_target):
     """Mean BCE of two contiguous 1-D sets of logits, each against its target, added; `fake` may be None.
 
     Returns:
-        sums (3,) float32: loss, mean σ(real), mean σ(fake); the loss's gradient for real; for fake (or None).
+        sums (3,) float32: loss, mean σ(real), mean σ(fake); the loss's gradient (n_real + n_fake,), real's first, too.
     """
-    sets = [real] if fake is None else [real, fake]
-    grads = [torch.empty_like(logits, dtype=torch.float32) for logits in sets]
-    programs = triton.cdiv(max(logits.numel() for logits in sets), BLOCK)
+    n_real, n_fake = real.numel(), 0 if fake is None else fake.numel()
+    grads = torch.empty(n_real + n_fake, dtype=torch.float32, device=real.device)
+    programs = triton.cdiv(max(n_real, n_fake), BLOCK)
     sums = torch.empty((programs, 3), dtype=torch.float32, device=real.device)
-    fake_grad = None if fake is None else grads[1]
     launch(
         bce_kernel,
         (programs,),
-        *(real, fake, grads[0], fake_grad, sums),
-        *(real.numel(), 0 if fake is None else fake.numel(), real_target, fake_target),
+        *(real, fake, grads, None if fake is None else grads[n_real:], sums),
+        *(n_real, n_fake, real_target, fake_target),
         device=real.device,
         BLOCK=BLOCK,
     )
     if programs > 1:
         total = torch.empty((1, 3), dtype=torch.float32, device=real.device)
         sum_rows(sums.view(1, programs, 3), out=total)
-        return total.view(3), grads[0], fake_grad
-    return sums.view(3), grads[0], fake_grad
+        return total.view(3), grads
+    return sums.view(3), grads

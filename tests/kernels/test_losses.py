@@ -53,6 +53,34 @@ def test_generator_loss(dtype, device):
         assert_as_accurate_as_stock(name, ours, theirs, reference)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("targets", ((1.0, 0.0), (1.0,), (0.1,)))
+@pytest.mark.parametrize("backend", ("triton", "reference"))
+@pytest.mark.parametrize("scaled", (True, False))
+def test_backward_of_a_training_step(scaled, backend, targets, dtype, device, monkeypatch):
+    """The loss, the means and the gradients that autograd would give, with and without the scale of mixed precision."""
+    monkeypatch.setenv("FASTGAN_BACKEND", backend)
+    scaler = torch.amp.GradScaler(device.type, init_scale=1024.0, enabled=scaled)
+    x = torch.randn(2 * 514, 1, 1, 1, device=device, dtype=dtype).mul_(4).requires_grad_()
+    weights = torch.linspace(0.5, 2.0, x.numel(), device=device, dtype=dtype).view_as(x)
+    loss, *means = fused.backward_bce((x * weights).flatten(1), targets, scaler)
+    assert not loss.requires_grad and len(means) == len(targets)
+
+    def reference(kind):
+        leaf = x.detach().to(kind).requires_grad_()
+        parts = (leaf * weights.to(kind)).to(dtype).to(kind).chunk(len(targets))
+        value = sum(stock(part, None, target, 0.0) for part, target in zip(parts, targets, strict=True))
+        scaler.scale(value).backward()
+        return value.detach(), leaf.grad, [part.detach().sigmoid().mean() for part in parts]
+
+    (plain, plain_grad, _), (exact, exact_grad, exact_means) = map(reference, (torch.float32, torch.float64))
+    assert_as_accurate_as_stock("loss", loss, plain, exact)
+    assert_as_accurate_as_stock("gradient", x.grad, plain_grad, exact_grad, computed_in=dtype)
+    for mean, wanted in zip(means, exact_means, strict=True):
+        torch.testing.assert_close(mean.double(), wanted, rtol=1e-5, atol=1e-6)
+    assert len(fused.backward_bce((x * weights).flatten(1), targets, scaler, means=False)) == 1
+
+
 def test_extreme_logits_keep_their_gradient(device):
     fake = torch.tensor([-120.0, 120.0, -1000.0, 1000.0], device=device, requires_grad=True)
     loss = fused.generator_bce(fake)
