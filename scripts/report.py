@@ -26,6 +26,9 @@ def parse(argv):
     parser.add_argument("files", nargs="*", metavar="FILE", help="JSON of pytest-benchmark, or a profile.json")
     parser.add_argument("--run", action="store_true", help="measure this machine first")
     parser.add_argument("--full", action="store_true", help="with --run: every batch and image size, not the usual few")
+    parser.add_argument(
+        "--models", action="store_true", help="with --run: networks of public GANs too, minutes of compiling"
+    )
     parser.add_argument("--no-checks", action="store_true", help="with --run: leave out the tests on the GPU")
     parser.add_argument("--root", type=Path, default=ROOT, help="where RESULTS.md and benchmarks/results/ are")
     return parser.parse_args(argv)
@@ -39,7 +42,7 @@ def main(argv=None):
         _check_different(files, loaded)
         with tempfile.TemporaryDirectory() as folder:
             if options.run:
-                if not measure(Path(folder), options.full, not options.no_checks):
+                if not measure(Path(folder), options.full, options.models, not options.no_checks):
                     return 1
                 measured = [p for p in (Path(folder) / "benchmarks.json", Path(folder) / "profile.json") if p.exists()]
                 files, loaded = files + measured, loaded + [reading.load(path) for path in measured]
@@ -64,7 +67,7 @@ def _check_different(files, loaded):
         known[content.name] = file
 
 
-def measure(folder, full, checks):
+def measure(folder, full, models, checks):
     """Run checks, benchmarks and profile, each in a process of its own; False if there is nothing to report."""
     import torch
 
@@ -79,6 +82,7 @@ def measure(folder, full, checks):
         return False
     file = folder / "benchmarks.json"
     options = ["--full"] if full else []
+    options += [] if models or not on_gpu else ["--ignore=benchmarks/bench_models.py"]
     status = run("benchmarks", "pytest", "-q", "benchmarks", f"--benchmark-json={file}", *options)
     # 1 is a benchmark whose check failed or that cannot run here: its reason is in the file, and belongs in the report.
     if status not in (0, 1) or not file.exists():

@@ -1,9 +1,11 @@
 """scripts/report.py on small files made by hand: the numbers in its tables, what it keeps, what it refuses."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import plots, profiling, reading, tables
 from tests.test_scripts import load
@@ -245,3 +247,22 @@ def test_kernel_names_become_readable():
     assert len(plots.readable("x" * 100)) == 60
     shown = plots.longest({f"k{i}<{i}>": float(i) for i in range(20)})
     assert len(shown) == plots.KERNELS_SHOWN + 1 and sum(shown.values()) == sum(range(20))
+
+
+@pytest.mark.parametrize("on_gpu", (True, False))
+@pytest.mark.parametrize("models", (True, False))
+def test_what_a_run_measures(models, on_gpu, tmp_path, monkeypatch):
+    """On a GPU the networks of public GANs take minutes to compile: only where they are asked for."""
+    commands = []
+
+    def started(command, cwd):
+        commands.append(command[2:])
+        (tmp_path / "benchmarks.json").touch()
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", started)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
+    assert report.__globals__["measure"](tmp_path, False, models, True)
+    (benchmarks,) = (command for command in commands if "benchmarks" in command)
+    assert ("--ignore=benchmarks/bench_models.py" in benchmarks) == (on_gpu and not models)
+    assert any("gpu" in command for command in commands) == on_gpu
