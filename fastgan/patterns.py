@@ -142,9 +142,9 @@ def has_hooks(module):
 
 def hooks_compute_weight(conv):
     """Whether the convolution's only hooks are those of `torch.nn.utils.spectral_norm` and `weight_norm`."""
-    pre_hooks = conv._forward_pre_hooks.values()
+    pre_hooks = conv._forward_pre_hooks
     others = conv._forward_hooks or conv._backward_hooks or conv._backward_pre_hooks or "forward" in conv.__dict__
-    return bool(pre_hooks) and not others and all(isinstance(hook, _WEIGHT_HOOKS) for hook in pre_hooks)
+    return len(pre_hooks) > 0 and not others and all(isinstance(hook, _WEIGHT_HOOKS) for hook in pre_hooks.values())
 
 
 def _layer_type(module):
