@@ -14,9 +14,10 @@ from torch import fx
 from torch.nn import functional as F
 
 from fastgan import functional as fused
-from fastgan.graph_patterns import WRITTEN_TO, activation_of, changes_in_place, is_written_to, sole_user, stays_stock
+from fastgan.graph_patterns import activation_of, changes_in_place, is_written_to, sole_user, stays_stock
 from fastgan.group_calls import gamma_of_ones
 from fastgan.layout import suggests_channels_last
+from fastgan.patterns import WRITTEN_TO
 
 _CONVOLUTIONS = {  # how each is called
     torch.conv2d: inspect.signature(lambda x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1: None),

@@ -138,11 +138,7 @@ def _explain_compiled(model, *inputs):
         rows.extend(map(_captured_row, find(graph_module.graph)))
         return graph_module.forward
 
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    with torch.no_grad(), torch.random.fork_rng(_cuda_devices(inputs)):
-        torch.compile(model, backend=record)(*inputs)
-        for name, buffer in model.named_buffers():
-            buffer.copy_(buffers[name])
+    _call(torch.compile(model, backend=record), inputs)
     return rows
 
 
@@ -184,19 +180,21 @@ def _shapes(model, inputs):
 
         return hook
 
-    # Whatever the call writes to, running statistics say, is a copy.
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     try:
         for path, module in model.named_modules():
             if isinstance(module, nn.modules.conv._ConvNd):
                 handles.append(module.register_forward_hook(hook_for(path)))
-        with running_stock(model), torch.no_grad(), torch.random.fork_rng(_cuda_devices(inputs)):
-            torch.func.functional_call(model, buffers, inputs)
+        with running_stock(model):
+            _call(model, inputs)
     finally:
         for handle in handles:
             handle.remove()
     return shapes
 
 
-def _cuda_devices(inputs):
-    return [tensor.device for tensor in inputs if isinstance(tensor, torch.Tensor) and tensor.is_cuda]
+def _call(model, inputs):
+    """Call the model without gradients, and on copies of its buffers: of what running statistics, say, become."""
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    devices = [tensor.device for tensor in inputs if isinstance(tensor, torch.Tensor) and tensor.is_cuda]
+    with torch.no_grad(), torch.random.fork_rng(devices):
+        torch.func.functional_call(model, buffers, inputs)

@@ -7,6 +7,7 @@ Two layers are joined only where nothing else uses what passes between them. Thi
 
 import inspect
 import operator
+import types
 from collections import Counter
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from fastgan.patterns import Group, match_first
+from fastgan.patterns import WRITTEN_TO, Group, match_first
 from fastgan.tracing import IN_PLACE
 
 _FUNCTIONS = {
@@ -74,7 +75,16 @@ def changes_in_place(node, module=None):
         return bool(getattr(module, "inplace", False))
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     in_place_name = name.endswith("_") and not name.endswith("__")
-    return in_place_name or node.target in _STATEMENTS or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
+    return in_place_name or node.target in _STATEMENTS or _is_told_to(node) or "out" in node.kwargs
+
+
+def _is_told_to(node):
+    """Whether a call has a true `inplace`, by name or by position."""
+    if "inplace" in node.kwargs or not isinstance(node.target, types.FunctionType):
+        return bool(node.kwargs.get("inplace"))
+    parameters = list(inspect.signature(node.target).parameters)
+    place = parameters.index("inplace") if "inplace" in parameters else len(node.args)
+    return place < len(node.args) and bool(node.args[place])
 
 
 def stays_stock(user):
@@ -82,10 +92,6 @@ def stays_stock(user):
     name = getattr(user, "target", None)
     name = name if isinstance(name, str) else getattr(name, "__name__", "")
     return f"{name} after it stays stock" if name.replace("_", "") in _ACTIVATIONS else ""
-
-
-# Its gradient is told from its result, where no BatchNorm lies between; stock's is not.
-WRITTEN_TO = "what follows LeakyReLU changes its result in place"
 
 
 def is_written_to(node, container=None):

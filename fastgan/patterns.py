@@ -17,6 +17,8 @@ from torch.nn.utils.weight_norm import WeightNorm
 _CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 _BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 _ACTIVATIONS = {nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid"}
+# LeakyReLU's gradient is told from its result, where no BatchNorm lies between; stock's is not.
+WRITTEN_TO = "what follows LeakyReLU changes its result in place"
 _WEIGHT_HOOKS = (SpectralNorm, WeightNorm)  # the older norms compute the weight before each call
 
 
@@ -86,9 +88,8 @@ def match_first(names, modules):
         if group.reason or not _join(group, name, module):
             break
     if group.activation == "leaky_relu" and group.batch_norm is None and _is_in_place(modules[2:3]):
-        # Its gradient is told from its result, which stock's does not need.
         group.names.pop(), group.modules.pop()
-        group.activation, group.reason = None, "what follows LeakyReLU changes its result in place"
+        group.activation, group.reason = None, WRITTEN_TO
     group.forwards = tuple(map(_forward_in_place, group.modules))
     return group
 

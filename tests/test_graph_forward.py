@@ -60,6 +60,11 @@ def residual_of_an_activation(self, x):
     return y
 
 
+def told_by_position(self, x):
+    y = F.relu(self.conv2(F.leaky_relu(self.conv1(x), 0.2)), True)
+    return F.elu(F.leaky_relu(self.up(self.conv1(y)), 0.2), 1.0, True)
+
+
 def skip(self, x):
     low = self.bn1(self.conv1(x))
     return torch.cat([self.up(self.act(low)), F.interpolate(low, scale_factor=2)], 1)
@@ -141,6 +146,7 @@ FOLLOWED = {
     methods: 2,
     residual: 2,
     residual_of_an_activation: 2,
+    told_by_position: 4,
     skip: 2,
     used_twice: 2,
     normalised_used_twice: 2,
@@ -227,6 +233,8 @@ def test_reasons():
     assert "its result is used 2 times" in rows[used_twice]["conv1"]
     assert "bn1 is called in between" in rows[branches]["conv1"]
     assert "changes its result in place" in rows[residual_of_an_activation]["conv2"]
+    (row,) = (r for r in fastgan.explain(fastgan.fuse(forward_of(told_by_position)())) if r.path == "up")
+    assert row.pattern == "ConvTranspose2d" and "changes its result in place" in row.reason
     assert "called with more than its input" in rows[output_size]["up"]
     assert "does not call conv2" in rows[skip]["conv2"]
     assert "silu after it stays stock" in rows[swish]["conv1"]
