@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from benchmarks import timing
+from fastgan.training.allocation import keep_freed_memory
 
 NOT_RUN = pytest.StashKey[list]()
 
@@ -15,7 +16,10 @@ def pytest_addoption(parser):
 
 @pytest.fixture(scope="session", autouse=True)
 def _settings():
-    """What every variant may count on: all batches have one shape, so cuDNN may look for its best algorithms."""
+    """What every variant may count on: all batches have one shape, so cuDNN may look for its best algorithms, and the
+    process keeps its memory, as ``scripts/train.py`` has it on a CPU."""
+    if not timing.ON_GPU:
+        keep_freed_memory()
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True
     yield

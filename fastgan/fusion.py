@@ -192,7 +192,7 @@ def _forward_in_groups(container, *args, **kwargs):
             x = _run_operators(groups[i:end], x)
         else:
             for group in groups[i:end]:
-                x = run_layers(x, group.forwards, group.batch_norm)
+                x = run_layers(x, group.modules[0], group.forwards, group.batch_norm)
         i = end
     return x
 

@@ -228,7 +228,7 @@ def run_group(x, conv, batch_norm, activation, negative_slope, activation_first,
         return run_operator(x, conv, batch_norm, activation, negative_slope, activation_first, layer, **more)
     act = functools.partial(fused.activate_, activation=activation, negative_slope=negative_slope)
     norm = [] if batch_norm is None else [batch_norm.forward]
-    return run_layers(x, [conv, act, *norm] if activation_first else [conv, *norm, act], batch_norm)
+    return run_layers(x, conv, [conv, act, *norm] if activation_first else [conv, *norm, act], batch_norm)
 
 
 def _parameters(cls):

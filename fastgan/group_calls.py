@@ -6,6 +6,7 @@ from torch import nn
 
 from fastgan import functional as fused
 from fastgan.batch_groups import current_groups
+from fastgan.cpu_convolution import convolve
 from fastgan.patterns import hooks_compute_weight
 from fastgan.weight_copies import weight_copy
 
@@ -13,10 +14,11 @@ _NO_VECTORS = (None,) * 4
 _NO_BATCH_NORM = dict(training=False, momentum=0.0, eps=0.0, batch_groups=1)
 
 
-def run_layers(x, forwards, batch_norm):
-    """The group without kernels: the forwards of its own layers, so that the numbers are stock's to the last bit."""
+def run_layers(x, conv, forwards, batch_norm):
+    """The group without kernels, by the forwards of its own layers: float32 numbers are stock's to the last bit."""
     groups = current_groups()
-    for forward in forwards:
+    x = convolve(x, conv, forwards[0])
+    for forward in forwards[1:]:
         if groups > 1 and batch_norm is not None and batch_norm.training and forward == batch_norm.forward:
             x = torch.cat([forward(part) for part in x.chunk(groups)])
         else:

@@ -61,8 +61,8 @@ class TrainConfig:
     one_pass: bool = _option(
         True,
         bool,
-        "on a GPU, with fused layers, run the discriminator on real and fake images in one pass; --no-one-pass takes "
-        "less memory",
+        "with fused layers, on a GPU or in half precision, run the discriminator on real and fake images in one pass; "
+        "--no-one-pass takes less memory",
         resumable=True,
         later=True,
     )

@@ -10,6 +10,7 @@ import torch
 
 from fastgan import data
 from fastgan.models import Discriminator, Generator
+from fastgan.training.allocation import keep_freed_memory
 from fastgan.training.checkpoints import (
     CHECKPOINT,
     checkpoint_config,
@@ -214,6 +215,8 @@ def _batch_options(config):
 
 
 def _train_step(config, nc, device, source):
+    if device.type == "cpu":
+        keep_freed_memory()
     generator = Generator(image_size=config.image_size, nc=nc, nz=config.nz, ngf=config.ngf)
     discriminator = Discriminator(image_size=config.image_size, nc=nc, ndf=config.ndf)
     return TrainStep(

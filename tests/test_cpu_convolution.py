@@ -1,0 +1,159 @@
+"""What fused layers compute convolutions by on a CPU: matrix products, against stock convolutions."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fastgan
+from fastgan import cpu_convolution
+from fastgan.cpu_convolution import Convolution, convolve
+from tests.accuracy import assert_as_accurate_as_stock
+
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+# name → (layer, shape of its input, name of what autograd remembers of the formula)
+LAYERS = {
+    "from one position": (lambda: nn.ConvTranspose2d(7, 5, (4, 3), stride=2, bias=False), (6, 7, 1, 1), "Permute"),
+    "to one position": (lambda: nn.Conv2d(9, 3, (4, 3), bias=False), (6, 9, 4, 3), "Unsqueeze"),
+    "weight gradient": (lambda: nn.Conv2d(16, 24, 4, 2, 1, bias=False), (3, 16, 9, 10), "Convolution"),
+    "transposed weight gradient": (
+        lambda: nn.ConvTranspose2d(24, 16, (5, 4), 2, (2, 1), output_padding=(1, 0), bias=False),
+        (3, 24, 5, 4),
+        "Convolution",
+    ),
+}
+
+
+def make(name, layout="channels_last"):
+    torch.manual_seed(0)
+    layer, shape, formula = LAYERS[name]
+    layer = layer().to(memory_format=LAYOUTS[layout])
+    return layer, torch.randn(shape).to(memory_format=LAYOUTS[layout]), formula
+
+
+def run(layer, x, dout, forward):
+    """(result, gradients for x and the weight)."""
+    x, weight = x.clone(memory_format=torch.preserve_format).requires_grad_(), layer.weight
+    y = forward(x)
+    return (y, *torch.autograd.grad(y, (x, weight), dout.to(y.dtype)))
+
+
+def layouts(tensor):
+    """The names of the layouts that it has: of those without meaning where sizes are one, both."""
+    return {name for name, layout in LAYOUTS.items() if tensor.is_contiguous(memory_format=layout)}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_half_precision_is_as_accurate_as_stock(name, layout):
+    layer, x, formula = make(name, layout)
+    low, exact = layer.bfloat16(), copy.deepcopy(layer).double()
+    x = x.bfloat16()
+    dout = torch.randn_like(low(x))
+    ours = run(low, x, dout, lambda x: convolve(x, low, low.forward))
+    taken = ours[0].grad_fn.name().startswith(formula)
+    assert taken or (layout == "contiguous" and formula in ("Convolution", "Permute"))
+    stock = run(low, x, dout, low)
+    reference = run(exact, x.double(), dout.double(), exact)
+    for what, *results in zip(("y", "dx", "dweight"), ours, stock, reference, strict=True):
+        assert results[0].dtype == torch.bfloat16 and layouts(results[0]) == layouts(results[1])
+        assert_as_accurate_as_stock(f"{name}: {what}", *results)
+
+
+def test_autocast_takes_them_for_float32_layers():
+    for name in LAYERS:
+        layer, x, formula = make(name)
+        with torch.autocast("cpu", torch.bfloat16):
+            y, stock = convolve(x, layer, layer.forward), layer(x)
+        assert y.grad_fn.name().startswith(formula)
+        torch.testing.assert_close(y, stock)
+        y.float().sum().backward()
+        assert layer.weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", [name for name in LAYERS if "weight" in name])
+def test_weight_gradient_by_one_product(name):
+    layer, x, _ = make(name)
+    layer, x = layer.double(), x.double().requires_grad_()
+    output_padding = layer.output_padding if layer.transposed else (0, 0)
+    where = (layer.transposed, layer.stride, layer.padding, output_padding)
+    dout = torch.randn_like(layer(x))
+    stock = torch.autograd.grad(layer(x), (x, layer.weight), dout)
+    ours = torch.autograd.grad(Convolution.apply(x, layer.weight, *where), (x, layer.weight), dout)
+    for actual, expected in zip(ours, stock, strict=True):
+        torch.testing.assert_close(actual, expected)
+    x, weight = torch.randn(1, 2, 4, 4, dtype=torch.double), torch.randn(2, 2, 3, 3, dtype=torch.double)
+    x.requires_grad_(), weight.requires_grad_()
+    where = (layer.transposed, (2, 2), (1, 1), (1, 1) if layer.transposed else (0, 0))
+    torch.autograd.gradcheck(lambda *args: Convolution.apply(*args, *where), (x, weight))
+    torch.autograd.gradgradcheck(lambda *args: Convolution.apply(*args, *where), (x, weight))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("batch", [1, 5, 16, 32])
+@pytest.mark.parametrize("with_input_grad", [False, True])
+def test_float32_has_the_bits_of_stock(layout, batch, with_input_grad):
+    torch.manual_seed(0)
+    layer = nn.ConvTranspose2d(100, 32, 7, bias=False).to(memory_format=LAYOUTS[layout])
+    x = torch.randn(batch, 100, 1, 1, requires_grad=with_input_grad)
+    ours, stock = convolve(x, layer, layer.forward), layer(x)
+    assert torch.equal(ours, stock) and layouts(ours) == layouts(stock)
+    dout = torch.randn_like(stock)
+    wanted = (layer.weight, x) if with_input_grad else (layer.weight,)
+    for actual, expected in zip(*(torch.autograd.grad(y, wanted, dout) for y in (ours, stock)), strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_float32_takes_the_product_only_where_a_trial_gave_the_same_bits(monkeypatch):
+    layer, x, _ = make("from one position")
+    random_state = torch.get_rng_state()
+    same = torch.equal(layer(x), cpu_convolution.from_one_position(x, layer.weight))
+    taken = convolve(x, layer, layer.forward).grad_fn.name().startswith("Permute")
+    assert same or not taken
+    assert torch.equal(random_state, torch.get_rng_state())
+
+    monkeypatch.setattr(cpu_convolution, "from_one_position", lambda x, weight: F.conv_transpose2d(x, weight) * 1.0001)
+    monkeypatch.setattr(cpu_convolution, "_try_same_bits", cpu_convolution._try_same_bits.__wrapped__)
+    assert torch.equal(convolve(x, layer, layer.forward), layer(x))
+
+
+def test_trial_within_inference_mode_and_autocast():
+    layer, x, _ = make("from one position")
+    cpu_convolution._try_same_bits.cache_clear()
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=False):
+        assert torch.equal(convolve(x, layer, layer.forward), layer(x))
+
+
+def test_what_stays_stock():
+    def formula(layer, x):
+        return convolve(x, layer, lambda x: "stock")
+
+    layer, x, _ = make("from one position")
+    x, layer = x.bfloat16(), layer.bfloat16()
+    assert formula(layer, x) != "stock"
+    assert formula(layer, x[:0]) == "stock"  # nothing to multiply
+    assert formula(layer, x[:, 1:]) == "stock"  # which then refuses it
+    assert formula(layer.double(), x.double()) == "stock"
+    assert formula(nn.ConvTranspose2d(7, 5, 4).bfloat16(), x) == "stock"  # a bias
+    assert formula(nn.ConvTranspose2d(7, 5, 4, padding=1, bias=False).bfloat16(), x) == "stock"
+    computed = nn.utils.parametrizations.weight_norm(nn.ConvTranspose2d(7, 5, 4, bias=False)).bfloat16()
+    assert formula(computed, x) == "stock"
+    narrow = nn.Conv2d(3, 24, 4, 2, 1, bias=False).bfloat16().to(memory_format=torch.channels_last)
+    images = torch.randn(3, 3, 8, 8).bfloat16().to(memory_format=torch.channels_last)
+    assert formula(narrow, images) == "stock"
+    layer, x, _ = make("weight gradient")
+    x, layer = x.bfloat16(), layer.bfloat16()
+    assert formula(layer, x) != "stock"
+    with torch.no_grad():
+        assert formula(layer, x) == "stock"  # its forward is stock's anyway
+
+
+def test_transforms_and_compilation_see_stock_layers():
+    torch.manual_seed(0)
+    model = fastgan.fuse(nn.Sequential(nn.ConvTranspose2d(4, 3, 4, bias=False), nn.ReLU()).bfloat16())
+    x = torch.randn(3, 4, 1, 1).bfloat16()
+    expected = model(x)
+    torch.testing.assert_close(torch.func.vmap(lambda x: model(x[None])[0])(x), expected)
+    torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), expected)
