@@ -4,14 +4,17 @@ Each runs our Triton kernels on CUDA and the plain-torch reference that stands b
 variable FASTGAN_BACKEND (auto, triton or reference) forces one. See `fastgan.backend.select`.
 """
 
-import functools
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
 
 from fastgan import backend
-from fastgan.checks import check_conv_bn_act, check_loss, pair
-from fastgan.ops import batch_norm, convolution, losses, running, synchronised
+from fastgan.checks import check_conv_bn_act, pair
+from fastgan.losses import backward_bce, discriminator_bce, generator_bce
+from fastgan.ops import batch_norm, convolution, running, synchronised
+
+__all__ = ["backward_bce", "conv2d_bn_act", "conv_transpose2d_bn_act", "discriminator_bce", "generator_bce"]
 
 
 def conv_transpose2d_bn_act(
@@ -118,7 +121,21 @@ def conv2d_bn_act(
     )
 
 
-def conv_bn_act(
+class Link(NamedTuple):
+    """Of two calls of `linked_conv_bn_act` in a row, what the second needs for a part of the first one's backward."""
+
+    activation: str | None  # of the first
+    slope: float
+    # Of the first one's BatchNorm: (y, mean, invstd, carrier), or (y, mean, invstd, carrier, gamma, beta).
+    normalized: tuple[torch.Tensor, ...] = ()
+
+
+def conv_bn_act(x, weight, *tensors, **options):
+    """Both of them in one: `linked_conv_bn_act` without anything before or after it."""
+    return linked_conv_bn_act(x, weight, *tensors, **options)[0]
+
+
+def linked_conv_bn_act(
     x,
     weight,
     *tensors,
@@ -126,12 +143,11 @@ def conv_bn_act(
     num_batches_tracked=None,
     activation_first=False,
     process_group=None,
-    x_activation=None,
-    x_slope=0.0,
-    gets_dz=False,
+    x_link=None,
+    gives_link=False,
     **options,
 ):
-    """Both of them in one: `transposed` says which, and strides and paddings are pairs.
+    """(result, its Link or None): `transposed` says which of both it is, and strides and paddings are pairs.
 
     `weight_copy` holds the weight's values in the dtype that is computed in, or None: see `fastgan.weight_copies`.
     `num_batches_tracked`, if any, counts the batches that the running statistics are updated with.
@@ -142,8 +158,10 @@ def conv_bn_act(
     BatchNorm it is given as zero, which the parts sum to). It has no double backward, torch.compile breaks its graph
     there, and an empty batch is refused.
 
-    `x_activation`, `x_slope` and `gets_dz` are those of `fastgan.ops.convolution.conv`, for two calls in a row of which
-    both or none run kernels. Without kernels they mean nothing.
+    `gives_link` says that the result goes to nothing but another call, which gets the Link as its `x_link`: then the
+    kernel that makes the gradient for the result multiplies it by the activation's derivative and adds up what
+    BatchNorm's backward needs, so that nobody reads it again for that. Both calls or none run kernels. Such a pair has
+    no gradients of gradients: see `fastgan.first_order`.
     """
     if process_group is not None and torch.distributed.get_world_size(process_group) == 1:
         process_group = None
@@ -154,9 +172,9 @@ def conv_bn_act(
     if implementation == "reference" or x.numel() == 0:
         if num_batches_tracked is not None:
             num_batches_tracked.add_(options["batch_groups"])
-        return _conv_bn_act_reference(x, weight, *tensors, **options)
+        return _conv_bn_act_reference(x, weight, *tensors, **options), None
     more = dict(weight_copy=weight_copy, num_batches_tracked=num_batches_tracked)
-    more |= dict(of_x=(x_activation, x_slope), gets_dz=gets_dz)
+    more |= dict(x_link=x_link or Link(None, 0.0), gives_link=gives_link)
     return _conv_bn_act_fused(x, weight, *tensors, **more, **options)
 
 
@@ -255,8 +273,8 @@ def _conv_bn_act_fused(
     process_group,
     weight_copy,
     num_batches_tracked,
-    of_x,
-    gets_dz,
+    x_link,
+    gives_link,
 ):
     # The operators take the weight and the vectors as they are: mixed precision casts no more than it must.
     x = x.to(_compute_dtype(x))
@@ -265,10 +283,13 @@ def _conv_bn_act_fused(
     weights = (weight, weight_copy)
     where = (transposed, stride, padding, output_padding)
     act, no_act, no_batch_norm = (activation, negative_slope), (None, 0.0), (None, None, None, None, 0.0)
+    of_x = (list(x_link.normalized), x_link.activation, x_link.slope)
     # Before BatchNorm the convolution's kernel activates, after it BatchNorm's does.
     before, after = (act, no_act) if activation_first else (no_act, act)
     if all(tensor is None for tensor in (gamma, beta, running_mean, running_var)):
-        return convolution.conv(x, *weights, bias, *no_batch_norm, *where, *act, *of_x, gets_dz)
+        gets_dz = gives_link and activation is not None
+        out = convolution.conv(x, *weights, bias, *no_batch_norm, *where, *act, *of_x, gets_dz)
+        return out, Link(*act) if gets_dz else None
     if training:
         y, mean, invstd, var = convolution.conv_statistics(x, *weights, bias, eps, *where, *before, batch_groups, *of_x)
         if process_group is not None:
@@ -279,17 +300,22 @@ def _conv_bn_act_fused(
         elif num_batches_tracked is not None:
             num_batches_tracked.add_(batch_groups)
         if process_group is not None:
-            return synchronised.batch_norm_act(y, mean, invstd, gamma, beta, count, *after, process_group)
-        return batch_norm.batch_norm_act(y, mean, invstd, gamma, beta, True, *after)
+            return synchronised.batch_norm_act(y, mean, invstd, gamma, beta, count, *after, process_group), None
+        if gives_link and (gamma is None) == (beta is None):
+            out, carrier = batch_norm.batch_norm_act_carrier(y, mean, invstd, gamma, beta, *after)
+            vectors = () if gamma is None else (gamma, beta)
+            return out, Link(*after, (y, mean, invstd, carrier, *vectors))
+        return batch_norm.batch_norm_act(y, mean, invstd, gamma, beta, True, *after), None
     needs_grad = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (x, *weights, bias, gamma, beta)
     )
     if needs_grad or activation_first:
         # γ's gradient needs what BatchNorm is of, so it is kept; and the epilogue activates last.
-        y = convolution.conv(x, *weights, bias, *no_batch_norm, *where, *before, *of_x)
+        y = convolution.conv(x, *weights, bias, *no_batch_norm, *where, *before, *of_x, False)
         mean, invstd = running_mean.float(), (running_var.float() + eps).rsqrt()
-        return batch_norm.batch_norm_act(y, mean, invstd, gamma, beta, False, *after)
-    return convolution.conv(x, *weights, bias, running_mean, running_var, gamma, beta, eps, *where, *act)
+        return batch_norm.batch_norm_act(y, mean, invstd, gamma, beta, False, *after), None
+    known = (running_mean, running_var, gamma, beta, eps)
+    return convolution.conv(x, *weights, bias, *known, *where, *act, *of_x, False), None
 
 
 def _update_running(running_mean, running_var, mean, var, momentum, batches):
@@ -308,88 +334,3 @@ def _lerp_running(running_mean, running_var, mean, var, momentum):
         for part in batch.to(statistic.dtype):  # lerp_ takes no other
             weight = momentum.to(statistic.dtype) if isinstance(momentum, torch.Tensor) else momentum
             statistic.lerp_(part, weight)
-
-
-def discriminator_bce(real_logits, fake_logits, *, real_target=1.0, fake_target=0.0, return_means=False):
-    """The discriminator's loss: mean BCE of the real logits against one target plus that of the fake ones.
-
-    With the default targets it is mean softplus(−real) + mean softplus(fake), which is
-    −log D(x) − log(1 − D(G(z))) of Goodfellow et al. 2014 (arXiv:1406.2661) with D = σ(logits). Working on logits
-    it never overflows nor loses its gradient.
-
-    Args:
-        real_logits, fake_logits: of any shapes, also different ones; floating point.
-        real_target, fake_target: in [0, 1]; 0.9 for the real one is the usual label smoothing.
-        return_means: also return the means of σ(real_logits) and σ(fake_logits), without gradient.
-
-    Returns:
-        The loss, 0-dim float32 (float64 for float64 logits); with `return_means` (loss, D(x), D(G(z))).
-
-    Raises:
-        ValueError, TypeError: an empty or non-floating set of logits, different devices, or a target outside [0, 1].
-    """
-    check_loss(real_logits=real_logits, fake_logits=fake_logits, real_target=real_target, fake_target=fake_target)
-    implementation, _ = backend.select(real_logits.device, real_logits.dtype)
-    if implementation == "reference":
-        loss = _bce_reference(real_logits, real_target) + _bce_reference(fake_logits, fake_target)
-        return (loss, _mean_sigmoid(real_logits), _mean_sigmoid(fake_logits)) if return_means else loss
-    sums, _ = losses.bce(real_logits, fake_logits, float(real_target), float(fake_target))
-    return (sums[0], sums[1].detach(), sums[2].detach()) if return_means else sums[0]
-
-
-def generator_bce(fake_logits):
-    """The generator's non-saturating loss, mean −log σ(fake_logits) = mean softplus(−fake_logits).
-
-    Args:
-        fake_logits: D(G(z)) before any sigmoid, of any shape.
-
-    Returns:
-        0-dim float32 (float64 for float64 logits).
-
-    Raises:
-        ValueError, TypeError: an empty or non-floating set of logits.
-    """
-    check_loss(fake_logits=fake_logits)
-    implementation, _ = backend.select(fake_logits.device, fake_logits.dtype)
-    if implementation == "reference":
-        return _bce_reference(fake_logits, 1.0)
-    return losses.bce(fake_logits, None, 1.0, 0.0)[0][0]
-
-
-def backward_bce(logits, targets, scaler, *, means=True):
-    """Backward from the mean BCE of each equal part of `logits` against its target, added: for the training step.
-
-    Args:
-        logits: differentiable; one part or two, one after the other.
-        targets: of each part.
-        scaler: a torch.amp.GradScaler, enabled or not.
-        means: whether the mean probabilities are wanted.
-
-    Returns:
-        (the loss, the mean σ of each part…), without gradients.
-    """
-    implementation, _ = backend.select(logits.device, logits.dtype)
-    if implementation == "reference":
-        parts = logits.chunk(len(targets))
-        loss = functools.reduce(torch.add, map(_bce_reference, parts, targets))
-        scaler.scale(loss).backward()
-        return loss.detach(), *map(_mean_sigmoid, parts if means else ())
-    # The kernel has the gradient ready: from the loss on, autograd would multiply it by one and put its parts together.
-    real, *fake = logits.detach().chunk(len(targets))
-    real_target, fake_target = (*map(float, targets), 0.0)[:2]
-    sums, grads = losses.bce(real, fake[0] if fake else None, real_target, fake_target)
-    logits.backward(scaler.scale(grads).to(logits.dtype).view_as(logits))
-    return sums[0], *sums[1 : 1 + len(targets) * means]
-
-
-def _bce_reference(logits, target):
-    logits = _at_least_float32(logits)
-    return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, target))
-
-
-def _mean_sigmoid(logits):
-    return _at_least_float32(logits.detach()).sigmoid().mean()
-
-
-def _at_least_float32(logits):
-    return logits if logits.dtype == torch.float64 else logits.float()

@@ -199,14 +199,9 @@ def _forward_in_groups(container, *args, **kwargs):
 
 def _run_operators(groups, x):
     """Fused groups in a row, with the result where stock would put it."""
-    entry, before, first_order = x, None, only_first_order()
+    entry, link, first_order = x, None, only_first_order()
     for group, after in zip(groups, [*groups[1:], None], strict=True):
-        of_neighbours = {}
-        if first_order and before is not None and before.ends_in_activation:
-            of_neighbours.update(x_activation=before.activation, x_slope=before.negative_slope)
-        if first_order and after is not None and group.ends_in_activation:
-            of_neighbours.update(gets_dz=True)
-        x = run_operator(
+        x, link = run_operator(
             x,
             group.modules[0],
             group.batch_norm,
@@ -214,7 +209,7 @@ def _run_operators(groups, x):
             group.negative_slope,
             group.activation_first,
             group.names[0],
-            **of_neighbours,
+            x_link=link,
+            gives_link=first_order and after is not None,
         )
-        before = group
     return in_stock_layout(x, entry, [group.modules[0] for group in groups])

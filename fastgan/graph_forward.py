@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import operator
 import warnings
 
 import torch
@@ -180,7 +181,7 @@ def plan_call(container, arguments):
 
 def _compile(graph, runs, name):
     """The function of the graph in which each of the runs is one call."""
-    calls = {}  # a call → the node that the run of calls in a row begins with, the convolutions in it, the call's group
+    calls = {}  # a call → the node that the run of calls in a row begins with, the convolutions in it
     for run in runs:
         group, first, last = run.group, run.nodes[0], run.nodes[-1]
         x = first.args[0]
@@ -195,23 +196,30 @@ def _compile(graph, runs, name):
         last.replace_all_uses_with(call)
         for node in reversed(run.nodes):
             graph.erase_node(node)
-        entry, convolutions, _ = calls.get(x, (x, (), None))
-        calls[call] = entry, (*convolutions, conv), group
-    for call, (entry, convolutions, group) in calls.items():
+        entry, convolutions = calls.get(x, (x, ()))
+        calls[call] = entry, (*convolutions, conv)
+    for call, (entry, convolutions) in calls.items():
         others = [user for user in call.users if user not in calls]
         if others:
             with graph.inserting_after(call):
                 restored = graph.call_function(in_stock_layout, (call, entry, convolutions))
             call.replace_all_uses_with(restored, lambda user, others=others: user in others)
-        elif len(call.users) == 1 and group.ends_in_activation:
-            (after,) = call.users
-            call.update_kwarg("gets_dz", True)
-            after.update_kwarg("x_activation", group.activation)
-            after.update_kwarg("x_slope", call.args[4])
+        elif len(call.users) == 1:
+            _link(graph, call, *call.users)
     code = graph.python_code("self")
     scope = dict(code.globals)
     exec(compile(code.src, f"<fused forward of {name}>", "exec"), scope)
     return scope["forward"]
+
+
+def _link(graph, call, after):
+    """Have the only call that takes the result of another get its Link as well."""
+    call.update_kwarg("gives_link", True)
+    with graph.inserting_after(call):
+        link = graph.call_function(operator.getitem, (call, 1))
+        result = graph.call_function(operator.getitem, (call, 0))
+    after.replace_input_with(call, result)
+    after.update_kwarg("x_link", link)
 
 
 def _negative_slope(graph, group, paths):
@@ -221,14 +229,19 @@ def _negative_slope(graph, group, paths):
     return group.negative_slope if path is None else graph.get_attr(f"{path}.negative_slope")
 
 
-def run_group(x, conv, batch_norm, activation, negative_slope, activation_first, layer, **of_neighbours):
-    """Convolution, BatchNorm (if any) and activation (if any) of `x`, as one operator where it has kernels."""
+def run_group(x, conv, batch_norm, activation, negative_slope, activation_first, layer, x_link=None, gives_link=False):
+    """Convolution, BatchNorm (if any) and activation (if any) of `x`, as one operator where it has kernels.
+
+    With `gives_link` (result, its Link or None).
+    """
     if fused.has_kernels_for(x):
-        more = of_neighbours if only_first_order() else {}
-        return run_operator(x, conv, batch_norm, activation, negative_slope, activation_first, layer, **more)
+        links = dict(x_link=x_link, gives_link=gives_link and only_first_order())
+        y, link = run_operator(x, conv, batch_norm, activation, negative_slope, activation_first, layer, **links)
+        return (y, link) if gives_link else y
     act = functools.partial(fused.activate_, activation=activation, negative_slope=negative_slope)
     norm = [] if batch_norm is None else [batch_norm.forward]
-    return run_layers(x, conv, [conv, act, *norm] if activation_first else [conv, *norm, act], batch_norm)
+    y = run_layers(x, conv, [conv, act, *norm] if activation_first else [conv, *norm, act], batch_norm)
+    return (y, None) if gives_link else y
 
 
 def _parameters(cls):

@@ -26,10 +26,10 @@ def run_layers(x, conv, forwards, batch_norm):
     return x
 
 
-def run_operator(x, conv, batch_norm, activation, negative_slope, activation_first, layer, **of_neighbours):
-    """The group as one operator; `layer` names it where the operator refuses its input.
+def run_operator(x, conv, batch_norm, activation, negative_slope, activation_first, layer, **links):
+    """(result, its Link or None) of the group as one operator; `layer` names it where the operator refuses its input.
 
-    `of_neighbours`: x_activation, x_slope and gets_dz of `fastgan.functional.conv_bn_act`.
+    `links`: x_link and gives_link of `fastgan.functional.linked_conv_bn_act`.
     """
     if conv._forward_pre_hooks and hooks_compute_weight(conv):
         for hook in conv._forward_pre_hooks.values():
@@ -38,7 +38,7 @@ def run_operator(x, conv, batch_norm, activation, negative_slope, activation_fir
     if activation_first:
         options["activation_first"] = True
     try:
-        return fused.conv_bn_act(
+        return fused.linked_conv_bn_act(
             x,
             conv.weight,  # once: a parametrized one is computed each time
             conv.bias,
@@ -51,7 +51,7 @@ def run_operator(x, conv, batch_norm, activation, negative_slope, activation_fir
             negative_slope=negative_slope,
             weight_copy=weight_copy(conv),
             **options,
-            **of_neighbours,
+            **links,
         )
     except (ValueError, TypeError) as error:
         raise type(error)(f"layer {layer!r}: {error}") from error

@@ -116,6 +116,7 @@ def batch_norm_grad_sums_kernel(
     invstd_ptr,
     gamma_ptr,  # (C,), as beta, or None
     beta_ptr,
+    dz_ptr,  # None, or where to write dz: (groups · rows, C), grad's own memory allowed
     sums_ptr,  # (groups, programs along rows, 2, C): Σ dz and Σ dz·x̂ of each program's rows
     rows,
     C,
@@ -150,6 +151,8 @@ def batch_norm_grad_sums_kernel(
             ACTIVATION,
             SLOPE,
         )
+        if dz_ptr is not None:
+            tl.store(dz_ptr + cell, dz.to(dz_ptr.dtype.element_ty), mask=ok)
         sum_dz += dz
         sum_dz_x_hat += dz * x_hat
     sums_ptr += (group * tl.num_programs(0) + pid_r) * 2 * C
@@ -220,8 +223,11 @@ def batch_norm_grad(grad, y, mean, invstd, gamma, beta, *, activation, slope, ba
     return batch_norm_input_grad(*tensors, sums if batch_statistics else None, **act), sums
 
 
-def batch_norm_grad_sums(grad, y, mean, invstd, gamma, beta, *, activation, slope):
-    """[Σ dz, Σ dz·x̂] of each group and channel, (groups, 2, C) float32; see `batch_norm_grad`."""
+def batch_norm_grad_sums(grad, y, mean, invstd, gamma, beta, *, activation, slope, dz=None):
+    """[Σ dz, Σ dz·x̂] of each group and channel, (groups, 2, C) float32; see `batch_norm_grad`.
+
+    dz: None, or a tensor like grad, also grad itself, to write dz to.
+    """
     groups, rows, channels = group_rows(y, mean)
     block_r, block_c = reduction_tile(rows, channels)
     most = max(1, MOST_PROGRAMS // (groups * triton.cdiv(channels, block_c)))
@@ -231,7 +237,7 @@ def batch_norm_grad_sums(grad, y, mean, invstd, gamma, beta, *, activation, slop
     launch(
         batch_norm_grad_sums_kernel,
         (programs, triton.cdiv(channels, block_c), groups),
-        *(grad, y, mean, invstd, gamma, beta, parts, rows, channels),
+        *(grad, y, mean, invstd, gamma, beta, dz, parts, rows, channels),
         device=y.device,
         ACTIVATION=activation,
         SLOPE=slope,

@@ -4,6 +4,7 @@ The sum goes over KH·KW·B products in the order of weight's memory, (KH, KW, B
 one row of taps stand side by side.
 """
 
+import torch
 import triton
 import triton.language as tl
 
@@ -11,6 +12,7 @@ from fastgan.kernels.launch import channels_last, empty_nhwc, geometry, launch, 
 from fastgan.kernels.pieces import (
     NOWHERE,
     backward_epilogue,
+    batch_norm_backward_epilogue,
     conv_epilogue,
     load_block,
     multiply_add,
@@ -26,11 +28,14 @@ def down_kernel(
     weight_ptr,  # (A, KH, KW, B)
     low_ptr,  # (N, H, W, A)
     bias_ptr,  # (A,) or None
-    mean_ptr,  # (A,) or None: the statistics of an eval-mode BatchNorm, and its parameters
+    mean_ptr,  # (A,) or None: the statistics of an eval-mode BatchNorm, and its parameters; (groups, A) beside y
     var_ptr,
     gamma_ptr,
     beta_ptr,
     activated_ptr,  # (N, H, W, A) or None: see `activated` of down()
+    y_ptr,  # (N, H, W, A) or None: see `normalized` of down(); invstd: (groups, A), sums: (groups, 2, tiles, A)
+    invstd_ptr,
+    sums_ptr,
     count_ptr,  # (groups, tiles) or None; mean and m2 (groups, tiles, A): statistics to write
     tile_mean_ptr,
     tile_m2_ptr,
@@ -99,16 +104,26 @@ def down_kernel(
     acc = tl.trans(acc) if transposed else acc
     cell = ((n * (H * W) + row % (H * W)) * A)[:, None] + column[None, :]
     ok = row_ok[:, None] & column_ok[None, :]
-    if activated_ptr is None:
+    tiles = tl.num_programs(0) // column_tiles
+    if y_ptr is not None:
+        mean_ptr += group * A
+        invstd_ptr += group * A
+        acc, sum_dz, sum_dz_x_hat = batch_norm_backward_epilogue(
+            acc, y_ptr, cell, ok, mean_ptr, invstd_ptr, gamma_ptr, beta_ptr, column, column_ok, ACTIVATION, SLOPE
+        )
+        sums_ptr += (group * 2 * tiles + pid_m) * A
+        tl.store(sums_ptr + column, sum_dz, mask=column_ok)
+        tl.store(sums_ptr + tiles * A + column, sum_dz_x_hat, mask=column_ok)
+    elif activated_ptr is not None:
+        acc = backward_epilogue(acc, activated_ptr, cell, ok, ACTIVATION, SLOPE)
+    else:
         acc = conv_epilogue(
             acc, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, column, column_ok, ACTIVATION, SLOPE
         )
-    else:
-        acc = backward_epilogue(acc, activated_ptr, cell, ok, ACTIVATION, SLOPE)
     tl.store(low_ptr + cell, acc.to(low_ptr.dtype.element_ty), mask=ok)
     if count_ptr is not None:
         count = tl.minimum(rows - pid_m * BLOCK_M, BLOCK_M).to(tl.float32)
-        tile = group * (tl.num_programs(0) // column_tiles) + pid_m
+        tile = group * tiles + pid_m
         store_tile_statistics(acc, row_ok, count, tile, column, column_ok, A, A, count_ptr, tile_mean_ptr, tile_m2_ptr)
 
 
@@ -126,6 +141,7 @@ def down(
     activation=None,
     slope=0.0,
     activated=None,
+    normalized=None,
     statistics=False,
     groups=1,
     tile=None,
@@ -139,24 +155,36 @@ def down(
         batch_norm: (mean, var, gamma, beta), each (A,) or None; no mean means no BatchNorm.
         activated: None, or act(z) in the shape of the result, which then is the convolution times act'(z): the
             gradient for z, of a transposed convolution's input act(z). Nothing else follows the convolution.
+        normalized: None, or (y, mean, invstd, gamma, beta) where act(z) with z = gamma·(y − mean)·invstd + beta has the
+            shape of the result, which then is the convolution times act'(z); mean and invstd are (groups, A), and
+            also returned are parts of the sums that this BatchNorm's backward needs.
         statistics: also return the TileStatistics of the result,
         groups: with those of so many equal parts of the batch apart.
         tile: a MatrixTile, or None for an untuned one.
 
     Returns:
-        low (N, A, H, W) channels_last, or (low, TileStatistics).
+        low (N, A, H, W) channels_last, or (low, TileStatistics), or (low, parts (groups, 2, tiles, A) float32 of
+        Σ low and Σ low·(y − mean)·invstd).
     """
     n, (a, b, kh, kw) = high.shape[0], weight.shape
     weight = channels_last(weight)
     low = empty_nhwc((n, a, *out_size), high)
+    y = invstd = sums = None
+    if normalized is not None:
+        y, mean, invstd, gamma, beta = normalized
+        batch_norm, groups = (mean, None, gamma, beta), len(mean)
     rows = n // groups * out_size[0] * out_size[1]
     tile = tile or matrix_tile(rows, a, kh * kw * b, high.dtype, groups)
+    if y is not None:
+        tile = tile.with_room()
     row_tiles = triton.cdiv(rows, tile.block_m)
     tiles = TileStatistics.empty(groups, row_tiles, a, high.device) if statistics else (None, None, None)
+    if y is not None:
+        sums = torch.empty((groups, 2, row_tiles, a), dtype=torch.float32, device=high.device)
     launch(
         down_kernel,
         (triton.cdiv(a, tile.block_n) * row_tiles, groups),
-        *(high, weight, low, bias, *batch_norm, activated, *tiles, eps, n // groups),
+        *(high, weight, low, bias, *batch_norm, activated, y, invstd, sums, *tiles, eps, n // groups),
         device=high.device,
         ACTIVATION=activation,
         SLOPE=slope,
@@ -165,4 +193,6 @@ def down(
         **geometry(low, weight, high, stride, padding),
         **tile.options(),
     )
+    if y is not None:
+        return low, sums
     return (low, tiles) if statistics else low

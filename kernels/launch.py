@@ -30,6 +30,15 @@ class MatrixTile(NamedTuple):
         """The tile as keyword arguments of a launch."""
         return {key.upper() if key.startswith("block") else key: value for key, value in self._asdict().items()}
 
+    def with_room(self):
+        """The same with 64 outputs a thread at most, for an epilogue that needs as many registers again, and more."""
+        if self.block_m * self.block_n <= 64 * 32 * self.num_warps:
+            return self
+        if self.num_warps < 8:
+            return self._replace(num_warps=8)
+        longer = "block_m" if self.block_m >= self.block_n else "block_n"
+        return self._replace(**{longer: getattr(self, longer) // 2}).with_room()
+
 
 # What a tuner may try, by the operands' bytes an element. Each fits in Hopper's shared memory and spills no registers
 # in any of the matrix kernels, statistics included (tests/kernels/test_compile.py).

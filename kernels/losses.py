@@ -31,7 +31,8 @@ def bce_kernel(
     fake_ptr,  # (n_fake,) or None: the generator's loss looks at one set only
     real_grad_ptr,  # (n_real,) float32
     fake_grad_ptr,  # (n_fake,) float32
-    sums_ptr,  # (programs, 3): loss, mean σ(real), mean σ(fake)
+    loss_ptr,  # (programs,): each one's part of the loss
+    means_ptr,  # (programs, 2): of mean σ(real) and of mean σ(fake)
     n_real,
     n_fake,
     real_target,
@@ -43,32 +44,35 @@ def bce_kernel(
     if fake_ptr is not None:
         fake_loss, fake_mean = _bce(fake_ptr, fake_grad_ptr, n_fake, fake_target, BLOCK)
         loss += fake_loss
-    sums = sums_ptr + tl.program_id(0) * 3
-    tl.store(sums, loss)
-    tl.store(sums + 1, real_mean)
-    tl.store(sums + 2, fake_mean)
+    tl.store(loss_ptr + tl.program_id(0), loss)
+    means_ptr += tl.program_id(0) * 2
+    tl.store(means_ptr, real_mean)
+    tl.store(means_ptr + 1, fake_mean)
 
 
 def bce(real, fake, real_target, fake_target):
     """Mean BCE of two contiguous 1-D sets of logits, each against its target, added; `fake` may be None.
 
-    Returns:
-        sums (3,) float32: loss, mean σ(real), mean σ(fake); the loss's gradient (n_real + n_fake,), real's first, too.
+    Returns, all float32:
+        the loss, 0-dim; [mean σ(real), mean σ(fake)]; the loss's gradient (n_real + n_fake,), real's first.
     """
     n_real, n_fake = real.numel(), 0 if fake is None else fake.numel()
-    grads = torch.empty(n_real + n_fake, dtype=torch.float32, device=real.device)
     programs = triton.cdiv(max(n_real, n_fake), BLOCK)
-    sums = torch.empty((programs, 3), dtype=torch.float32, device=real.device)
+
+    def empty(*shape):
+        return torch.empty(shape, dtype=torch.float32, device=real.device)
+
+    loss, means, grads = empty(), empty(2), empty(n_real + n_fake)
+    parts = (loss, means) if programs == 1 else (empty(1, programs, 1), empty(1, programs, 2))
     launch(
         bce_kernel,
         (programs,),
-        *(real, fake, grads, None if fake is None else grads[n_real:], sums),
+        *(real, fake, grads, None if fake is None else grads[n_real:], *parts),
         *(n_real, n_fake, real_target, fake_target),
         device=real.device,
         BLOCK=BLOCK,
     )
     if programs > 1:
-        total = torch.empty((1, 3), dtype=torch.float32, device=real.device)
-        sum_rows(sums.view(1, programs, 3), out=total)
-        return total.view(3), grads
-    return sums.view(3), grads
+        sum_rows(parts[0], out=loss.view(1, 1))
+        sum_rows(parts[1], out=means.view(1, 2))
+    return loss, means, grads

@@ -151,6 +151,32 @@ def backward_epilogue(acc, activated_ptr, cell, ok, ACTIVATION: tl.constexpr, SL
 
 
 @triton.jit
+def batch_norm_backward_epilogue(
+    acc,
+    y_ptr,
+    cell,
+    ok,
+    mean_ptr,
+    invstd_ptr,
+    gamma_ptr,
+    beta_ptr,
+    columns,
+    column_ok,
+    ACTIVATION: tl.constexpr,
+    SLOPE: tl.constexpr,
+):
+    """(dz, Σ dz, Σ dz·x̂), sums over rows, of dz = acc · act'(z) where z = γ·x̂ + β is BatchNorm of y at `cell`.
+
+    Rows that are not there add nothing: their acc is zero.
+    """
+    y = tl.load(y_ptr + cell, mask=ok, other=0.0).to(tl.float32)
+    x_hat = normalize(y, mean_ptr, invstd_ptr, columns, column_ok)
+    z = scale_and_shift(x_hat, gamma_ptr, beta_ptr, columns, column_ok)
+    dz = acc * activation_grad(activate(z, ACTIVATION, SLOPE), ACTIVATION, SLOPE)
+    return dz, tl.sum(dz, 0), tl.sum(dz * x_hat, 0)
+
+
+@triton.jit
 def mean_and_m2(values, ok, count):
     """Mean and centred sum of squares of each column, over its `count` rows that are ok."""
     rows = tl.maximum(count, 1.0)

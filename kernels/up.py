@@ -5,6 +5,7 @@ stride and q = (o + padding) div stride that is k = r + stride·t, i = q − t: 
 convolution, called a phase, and no product with an inserted zero is ever made.
 """
 
+import torch
 import triton
 import triton.language as tl
 
@@ -13,6 +14,7 @@ from fastgan.kernels.narrow import is_narrow, up_narrow
 from fastgan.kernels.pieces import (
     NOWHERE,
     backward_epilogue,
+    batch_norm_backward_epilogue,
     conv_epilogue,
     load_block,
     multiply_add,
@@ -28,11 +30,14 @@ def up_kernel(
     weight_ptr,  # (A, KH, KW, B)
     high_ptr,  # (N, HO, WO, B)
     bias_ptr,  # (B,) or None
-    mean_ptr,  # (B,) or None: the statistics of an eval-mode BatchNorm, and its parameters
+    mean_ptr,  # (B,) or None: the statistics of an eval-mode BatchNorm, and its parameters; (groups, CHANNELS) beside y
     var_ptr,
     gamma_ptr,
     beta_ptr,
     activated_ptr,  # (N, HO, WO, B) or None: see `activated` of up()
+    y_ptr,  # (N, HO, WO, B) or None: see `normalized` of up(); invstd: (groups, CHANNELS), sums: (groups, 2, tiles, B)
+    invstd_ptr,
+    sums_ptr,
     count_ptr,  # (groups, tiles) or None; mean and m2 (groups, tiles, B): statistics to write
     tile_mean_ptr,
     tile_m2_ptr,
@@ -113,17 +118,28 @@ def up_kernel(
     acc = tl.trans(acc) if transposed else acc
     cell = (((n * HO + out_h) * WO + out_w) * B)[:, None] + column[None, :]
     ok = row_ok[:, None] & column_ok[None, :]
-    if activated_ptr is None:
-        vectors = column % CHANNELS
+    vectors = column % CHANNELS
+    row_tiles = tl.num_programs(0) // (phases * column_tiles)
+    tile, tiles = phase * row_tiles + pid_m, phases * row_tiles
+    if y_ptr is not None:
+        mean_ptr += group * CHANNELS
+        invstd_ptr += group * CHANNELS
+        acc, sum_dz, sum_dz_x_hat = batch_norm_backward_epilogue(
+            acc, y_ptr, cell, ok, mean_ptr, invstd_ptr, gamma_ptr, beta_ptr, vectors, column_ok, ACTIVATION, SLOPE
+        )
+        sums_ptr += (group * 2 * tiles + tile) * B
+        tl.store(sums_ptr + column, sum_dz, mask=column_ok)
+        tl.store(sums_ptr + tiles * B + column, sum_dz_x_hat, mask=column_ok)
+    elif activated_ptr is not None:
+        acc = backward_epilogue(acc, activated_ptr, cell, ok, ACTIVATION, SLOPE)
+    else:
         acc = conv_epilogue(
             acc, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, vectors, column_ok, ACTIVATION, SLOPE
         )
-    else:
-        acc = backward_epilogue(acc, activated_ptr, cell, ok, ACTIVATION, SLOPE)
     tl.store(high_ptr + cell, acc.to(high_ptr.dtype.element_ty), mask=ok)
     if count_ptr is not None:
         count = tl.minimum(tl.maximum(rows - pid_m * BLOCK_M, 0), BLOCK_M).to(tl.float32)
-        tile = (group * phases + phase) * (tl.num_programs(0) // (phases * column_tiles)) + pid_m
+        tile += group * tiles
         store_tile_statistics(
             acc, row_ok, count, tile, column, column_ok, B, CHANNELS, count_ptr, tile_mean_ptr, tile_m2_ptr
         )
@@ -143,6 +159,7 @@ def up(
     activation=None,
     slope=0.0,
     activated=None,
+    normalized=None,
     statistics=False,
     groups=1,
     tile=None,
@@ -156,23 +173,32 @@ def up(
         batch_norm: (mean, var, gamma, beta), each (B,) or None; no mean means no BatchNorm.
         activated: None, or act(z) in the shape of the result, which then is the convolution times act'(z): the
             gradient for z, of a convolution's input act(z). Nothing else follows the convolution.
+        normalized: None, or (y, mean, invstd, gamma, beta) where act(z) with z = gamma·(y − mean)·invstd + beta has the
+            shape of the result, which then is the convolution times act'(z); mean and invstd are (groups, B), and
+            also returned are parts of the sums that this BatchNorm's backward needs.
         statistics: also return the TileStatistics of the result,
         groups: with those of so many equal parts of the batch apart.
         tile: a MatrixTile, or None for an untuned one.
 
     Returns:
-        high (N, B, Ho, Wo) channels_last, or (high, TileStatistics).
+        high (N, B, Ho, Wo) channels_last, or (high, TileStatistics), or (high, parts (groups, 2, tiles, B) float32 of
+        Σ high and Σ high·(y − mean)·invstd).
     """
     (n, a, *low_size), (_, channels, kh, kw) = low.shape, weight.shape
     weight = channels_last(weight)
     result = high = empty_nhwc((n, channels, *out_size), low)
+    y = invstd = None
+    if normalized is not None:
+        y, mean, invstd, gamma, beta = normalized
+        batch_norm, groups = (mean, None, gamma, beta), len(mean)
     if low_size == [1, 1] and tuple(padding) == (0, 0) and tuple(out_size) == (kh, kw):
         # Each image is the product of one vector and the whole weight, whose memory is that matrix as it stands:
         # every element of the image is a column of its own.
         weight, high = as_columns(weight), as_columns(high)
         activated = None if activated is None else as_columns(activated)
+        y = None if y is None else as_columns(y)
         stride = (1, 1)
-    elif not statistics and is_narrow(weight, stride):
+    elif not statistics and normalized is None and is_narrow(weight, stride):
         epilogue = dict(
             bias=bias, batch_norm=batch_norm, eps=eps, activation=activation, slope=slope, activated=activated
         )
@@ -182,13 +208,16 @@ def up(
     phases = stride[0] * stride[1]
     rows = n // groups * triton.cdiv(high.shape[2], stride[0]) * triton.cdiv(high.shape[3], stride[1])
     tile = tile or matrix_tile(rows, columns, a, low.dtype, groups * phases)
+    if y is not None:
+        tile = tile.with_room()
     row_tiles = triton.cdiv(rows, tile.block_m)
     count = row_tiles * phases * (columns // channels)
     tiles = TileStatistics.empty(groups, count, channels, low.device) if statistics else (None, None, None)
+    sums = None if y is None else torch.empty((groups, 2, count, channels), dtype=torch.float32, device=low.device)
     launch(
         up_kernel,
         (phases * triton.cdiv(columns, tile.block_n) * row_tiles, groups),
-        *(low, weight, high, bias, *batch_norm, activated, *tiles, eps, n // groups),
+        *(low, weight, high, bias, *batch_norm, activated, y, invstd, sums, *tiles, eps, n // groups),
         device=low.device,
         CHANNELS=channels,
         ACTIVATION=activation,
@@ -198,6 +227,8 @@ def up(
         **geometry(low, weight, high, stride, padding),
         **tile.options(),
     )
+    if y is not None:
+        return result, sums
     return (result, tiles) if statistics else result
 
 

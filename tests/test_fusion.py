@@ -295,14 +295,14 @@ def assert_same(ours, theirs, size=8):
 def count_operator_calls(monkeypatch):
     """A list that grows by one at every call of a fused operator, which takes the place of the layers on a CPU too."""
     calls = []
-    operator = fused.conv_bn_act
+    operator = fused.linked_conv_bn_act
 
     def counted(*args, **options):
         calls.append(options)
         return operator(*args, **options)
 
     monkeypatch.setattr(fused, "has_kernels_for", lambda x: True)
-    monkeypatch.setattr(fused, "conv_bn_act", counted)
+    monkeypatch.setattr(fused, "linked_conv_bn_act", counted)
     return calls
 
 

@@ -67,6 +67,53 @@ def _(dout, y, mean, invstd, gamma, beta, batch_statistics, activation, slope):
     return dy, y.new_empty((mean.numel() // y.shape[1], 2, y.shape[1]), dtype=torch.float32)
 
 
+@torch.library.custom_op("fastgan::batch_norm_act_carrier", mutates_args=())
+def batch_norm_act_carrier(
+    y: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    activation: str | None,
+    slope: float,
+) -> tuple[Tensor, Tensor]:
+    """`batch_norm_act` with batch statistics, and a carrier for the one operator that takes the result.
+
+    That operator takes over a part of the backward: what comes back to the result act(z) is the gradient for z, dz, and
+    to the carrier, (groups, 2, C) float32 without meaning, [Σ dz, Σ dz·x̂]. Without gradients of gradients: see
+    `fastgan.first_order`.
+    """
+    from fastgan.kernels.batch_norm import normalize_activate
+
+    act = dict(activation=activation, slope=slope)
+    return normalize_activate(channels_last(y), mean, invstd, gamma, beta, **act), _carrier(y, mean)
+
+
+@batch_norm_act_carrier.register_fake
+def _(y, mean, invstd, gamma, beta, activation, slope):
+    return torch.empty_like(y, memory_format=torch.channels_last), _carrier(y, mean)
+
+
+def _carrier(y, mean):
+    return y.new_empty((mean.numel() // y.shape[1], 2, y.shape[1]), dtype=torch.float32)
+
+
+@torch.library.custom_op("fastgan::batch_norm_grad_of_sums", mutates_args=())
+def batch_norm_grad_of_sums(
+    dz: Tensor, y: Tensor, mean: Tensor, invstd: Tensor, gamma: Tensor | None, sums: Tensor
+) -> Tensor:
+    """dy of BatchNorm with batch statistics from dz, the gradient of its result, and [Σ dz, Σ dz·x̂]."""
+    from fastgan.kernels.batch_norm import batch_norm_input_grad
+
+    tensors = (channels_last(dz), channels_last(y), mean, invstd, gamma)
+    return batch_norm_input_grad(*tensors, None, sums, activation=None, slope=0.0)
+
+
+@batch_norm_grad_of_sums.register_fake
+def _(dz, y, mean, invstd, gamma, sums):
+    return torch.empty_like(y, memory_format=torch.channels_last)
+
+
 def differentiable_grad(dout, y, mean, invstd, gamma, beta, batch_statistics, activation, slope):
     """`batch_norm_act_grad` in plain torch, computed in float32 and differentiable in dout, y, γ and β."""
     channels = y.shape[1]
@@ -120,10 +167,30 @@ def _backward(ctx, dout):
     # With create_graph=True the gradient is to have one of its own; the kernels have none, plain torch does.
     backward = differentiable_grad if torch.is_grad_enabled() else batch_norm_act_grad
     dy, sums = backward(dout, y, mean, invstd, gamma, beta, ctx.batch_statistics, ctx.activation, ctx.slope)
+    return dy, None, None, *_vector_grads(ctx, sums, gamma, beta), None, None, None
+
+
+def _vector_grads(ctx, sums, gamma, beta):
+    """(dγ, dβ) from [Σ dz, Σ dz·x̂] of each group; None where not wanted."""
     sums = sums.sum(0) if len(sums) > 1 else sums[0]
     dgamma = sums[1].to(gamma.dtype) if ctx.needs_input_grad[3] else None
     dbeta = sums[0].to(beta.dtype) if ctx.needs_input_grad[4] else None
-    return dy, None, None, dgamma, dbeta, None, None, None
+    return dgamma, dbeta
 
 
 batch_norm_act.register_autograd(_backward, setup_context=_save)
+
+
+def _save_carrier(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:5])
+
+
+def _carrier_backward(ctx, dz, sums):
+    if torch.is_grad_enabled():
+        raise RuntimeError("fused layers that ran within fastgan.first_order have no backward with create_graph=True")
+    y, mean, invstd, gamma, beta = ctx.saved_tensors
+    dy = batch_norm_grad_of_sums(dz, y, mean, invstd, gamma, sums)
+    return dy, None, None, *_vector_grads(ctx, sums, gamma, beta), None, None
+
+
+batch_norm_act_carrier.register_autograd(_carrier_backward, setup_context=_save_carrier)

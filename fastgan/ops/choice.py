@@ -17,9 +17,10 @@ import torch
 from fastgan import backend
 from fastgan.ops.tables import Problem, read_table, slug
 
-# By how much our kernel may be slower than cuDNN where cuDNN needs a pass of its own for an activation's derivative.
-# That reads two tensors of the size of the result and writes one: a third of a convolution's time, and more.
-LEAD_OF_ACTIVATED = 1.1
+# By how much our kernel may be slower than cuDNN where cuDNN needs a pass of its own for an activation's derivative, or
+# for that and BatchNorm's sums. It reads two tensors of the size of the result and writes one: a third of a
+# convolution's time, and more.
+LEAD_OF_WAY_BACK = 1.1
 FARTHEST_BATCH = 2  # the largest factor between a batch and the measured one whose choice it takes
 
 
@@ -103,17 +104,17 @@ def find(table, problem):
 
     That of the same layer at the same batch; else at the nearest batch, by their quotient and up to FARTHEST_BATCH (of
     two as near the larger). A convolution with an epilogue that was not measured itself takes the choice that was
-    measured without one: our kernel has it free, and cuDNN stays the safe choice. So does one with an activation's
-    derivative, but for LEAD_OF_ACTIVATED.
+    measured without one: our kernel has it free, and cuDNN stays the safe choice. So does one that goes on to what was
+    before the convolution, but for LEAD_OF_WAY_BACK.
     """
     batches = table.get(problem.layer)
     if batches is None:
-        if problem.then not in ("epilogue", "activated"):
+        if problem.then not in ("epilogue", "activated", "normalized"):
             return None
         plain = find(table, problem._replace(kind=problem.operation))
         if problem.then == "epilogue" or plain is None or plain.triton_us is None:
             return plain
-        ours = plain.triton_us <= LEAD_OF_ACTIVATED * plain.cudnn_us
+        ours = plain.triton_us <= LEAD_OF_WAY_BACK * plain.cudnn_us
         return plain._replace(implementation="triton" if ours else plain.implementation)
     if problem.batch in batches:
         return batches[problem.batch]

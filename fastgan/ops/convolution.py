@@ -17,31 +17,23 @@ import torch
 from torch import Tensor
 
 from fastgan.ops.choice import choose, conv_problem, weight_grad_problem
-from fastgan.ops.geometry import conv_size, conv_transpose_size, lost_rows, missing_rows
-from fastgan.ops.implementations import channels_last, run_conv, run_conv_statistics, run_weight_grad
-
-
-def out_size(x, weight, transposed, stride, padding, output_padding):
-    """The (h, w) of the result."""
-    if transposed:
-        return conv_transpose_size(x.shape[2:], weight.shape[2:], stride, padding, output_padding)
-    return conv_size(x.shape[2:], weight.shape[2:], stride, padding)
+from fastgan.ops.geometry import lost_rows, missing_rows, out_size
+from fastgan.ops.implementations import (
+    channels_last,
+    empty_result,
+    in_dtype_of,
+    run_conv,
+    run_conv_statistics,
+    run_weight_grad,
+)
+from fastgan.ops.way_back import conv_activation_grad, conv_batch_norm_grad
 
 
 def plain_conv(x, weight, weight_copy, transposed, stride, padding, output_padding):
     """conv(x, weight) and nothing after it."""
     nothing = (None, None, None, None, None, 0.0)
-    return conv(x, weight, weight_copy, *nothing, transposed, stride, padding, output_padding, None, 0.0)
-
-
-def _empty_result(x, weight, transposed, stride, padding, output_padding):
-    channels = weight.shape[1 if transposed else 0]
-    shape = (x.shape[0], channels, *out_size(x, weight, transposed, stride, padding, output_padding))
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-
-
-def _in_dtype_of(x, weight, copy):
-    return weight.to(x.dtype) if copy is None else copy
+    where = (transposed, stride, padding, output_padding)
+    return conv(x, weight, weight_copy, *nothing, *where, None, 0.0, [], None, 0.0, False)
 
 
 @torch.library.custom_op("fastgan::conv", mutates_args=())
@@ -61,9 +53,10 @@ def conv(
     output_padding: Sequence[int],
     activation: str | None,
     slope: float,
-    x_activation: str | None = None,
-    x_slope: float = 0.0,
-    gets_dz: bool = False,
+    x_normalized: Sequence[Tensor],
+    x_activation: str | None,
+    x_slope: float,
+    gets_dz: bool,
 ) -> Tensor:
     """act(γ·(y − mean)/sqrt(var + eps) + β) with y = conv(x, weight) + bias; no mean means no BatchNorm.
 
@@ -71,7 +64,9 @@ def conv(
 
     Of two operators in a row the second can take over the activation's part of the first one's backward: `gets_dz` says
     that what comes back to this one is the gradient for z of its result act(z), and `x_activation`, `x_slope` that x is
-    act(z) of such a one. They then have no gradients of gradients (see `fastgan.first_order`).
+    act(z) of such a one. Where x is a result of `batch_norm_act_carrier`, `x_normalized` is (y, mean, invstd, carrier),
+    or (y, mean, invstd, carrier, gamma, beta), and takes over the sums of BatchNorm's backward, too. They then have no
+    gradients of gradients (see `fastgan.first_order`).
     """
     size = out_size(x, weight, transposed, stride, padding, output_padding)
     plain = bias is None and mean is None and activation is None
@@ -79,7 +74,7 @@ def conv(
     return run_conv(
         choose(problem, x.device),
         x,
-        _in_dtype_of(x, weight, weight_copy),
+        in_dtype_of(x, weight, weight_copy),
         size,
         transposed=transposed,
         stride=stride,
@@ -109,11 +104,12 @@ def _(
     output_padding,
     activation,
     slope,
-    x_activation=None,
-    x_slope=0.0,
-    gets_dz=False,
+    x_normalized,
+    x_activation,
+    x_slope,
+    gets_dz,
 ):
-    return _empty_result(x, weight, transposed, stride, padding, output_padding)
+    return empty_result(x, weight, transposed, stride, padding, output_padding)
 
 
 @torch.library.custom_op("fastgan::conv_statistics", mutates_args=())
@@ -130,8 +126,9 @@ def conv_statistics(
     activation: str | None,
     slope: float,
     groups: int,
-    x_activation: str | None = None,
-    x_slope: float = 0.0,
+    x_normalized: Sequence[Tensor],
+    x_activation: str | None,
+    x_slope: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y = act(conv(x, weight) + bias) and, per channel in float32: mean, 1/sqrt(var + eps), unbiased variance of y.
 
@@ -139,14 +136,14 @@ def conv_statistics(
     Only y is differentiable, and its gradient must come through `batch_norm_act(..., batch_statistics=True)`: it is
     then the whole gradient, the statistics' part included, and sums to zero over each channel (over that of all
     processes with `synchronised.batch_norm_act`). Hence bias's is zero where there is no activation.
-    `x_activation` and `x_slope` are those of `conv`.
+    `x_normalized`, `x_activation` and `x_slope` are those of `conv`.
     """
     size = out_size(x, weight, transposed, stride, padding, output_padding)
     problem = conv_problem(x, weight, transposed, stride, padding, size, then="statistics")
     return run_conv_statistics(
         choose(problem, x.device),
         x,
-        _in_dtype_of(x, weight, weight_copy),
+        in_dtype_of(x, weight, weight_copy),
         size,
         transposed=transposed,
         stride=stride,
@@ -173,46 +170,12 @@ def _(
     activation,
     slope,
     groups,
-    x_activation=None,
-    x_slope=0.0,
+    x_normalized,
+    x_activation,
+    x_slope,
 ):
-    y = _empty_result(x, weight, transposed, stride, padding, output_padding)
+    y = empty_result(x, weight, transposed, stride, padding, output_padding)
     return y, *(x.new_empty((groups, y.shape[1]), dtype=torch.float32) for _ in range(3))
-
-
-@torch.library.custom_op("fastgan::conv_activation_grad", mutates_args=())
-def conv_activation_grad(
-    dz: Tensor,
-    weight: Tensor,
-    weight_copy: Tensor | None,
-    activated: Tensor,
-    transposed: bool,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    output_padding: Sequence[int],
-    activation: str,
-    slope: float,
-) -> Tensor:
-    """conv(dz, weight)·act'(z) where activated = act(z): the way back through a convolution and what was before it."""
-    size = out_size(dz, weight, transposed, stride, padding, output_padding)
-    problem = conv_problem(dz, weight, transposed, stride, padding, size, then="activated")
-    return run_conv(
-        choose(problem, dz.device),
-        dz,
-        _in_dtype_of(dz, weight, weight_copy),
-        size,
-        transposed=transposed,
-        stride=stride,
-        padding=padding,
-        activation=activation,
-        slope=slope,
-        activated=activated,
-    )
-
-
-@conv_activation_grad.register_fake
-def _(dz, weight, weight_copy, activated, transposed, stride, padding, output_padding, activation, slope):
-    return _empty_result(dz, weight, transposed, stride, padding, output_padding)
 
 
 @torch.library.custom_op("fastgan::conv_weight_grad", mutates_args=())
@@ -282,46 +245,53 @@ def _activation_grad_backward(ctx, d):
 activation_grad.register_autograd(_activation_grad_backward, setup_context=_save_activation_grad)
 
 
-def _backward(ctx, x, weight, weight_copy, out, dout):
-    """(dx, dweight, dz) of out = act(z), z = conv(x, weight) + bias; dx and dweight are None where not wanted."""
-    if torch.is_grad_enabled() and (ctx.gets_dz or ctx.x_activation):
+def _backward(ctx, x, weight, weight_copy, out, x_normalized, dout):
+    """(dx, dweight, dz) of out = act(z), z = conv(x, weight) + bias, and the gradients for `x_normalized`.
+
+    dx and dweight are None where not wanted.
+    """
+    if torch.is_grad_enabled() and (ctx.gets_dz or ctx.x_activation or x_normalized):
         raise RuntimeError("fused layers that ran within fastgan.first_order have no backward with create_graph=True")
     dz = dout
     if ctx.activation and not ctx.gets_dz:
         dz = activation_grad(dout, out, ctx.activation, ctx.slope)
     transposed, stride, padding = ctx.transposed, ctx.stride, ctx.padding
-    dx = dweight = None
+    dx = dweight = sums = None
     if ctx.needs_input_grad[0]:
         extra = [0, 0] if transposed else lost_rows(x.shape[2:], weight.shape[2:], stride, padding)
         where = (not transposed, stride, padding, extra)
-        if ctx.x_activation:
+        if x_normalized:
+            y, mean, invstd, _, *vectors = x_normalized
+            act = (ctx.x_activation, ctx.x_slope)
+            dx, sums = conv_batch_norm_grad(dz, weight, weight_copy, [y, mean, invstd, *vectors], *where, *act)
+        elif ctx.x_activation:
             dx = conv_activation_grad(dz, weight, weight_copy, x, *where, ctx.x_activation, ctx.x_slope)
         else:
             dx = plain_conv(dz, weight, weight_copy, *where)
     if ctx.needs_input_grad[1]:
         low, high = (x, dz) if transposed else (dz, x)
         dweight = conv_weight_grad(low, high, weight, stride, padding)
-    return dx, dweight, dz
+    return dx, dweight, dz, [None, None, None, sums, None, None][: len(x_normalized)]
 
 
 def _save_conv(ctx, inputs, output):
     x, weight, weight_copy, bias, mean, *_, transposed, stride, padding, _, activation, slope = inputs[:15]
-    ctx.x_activation, ctx.x_slope, ctx.gets_dz = inputs[15:]
+    x_normalized, ctx.x_activation, ctx.x_slope, ctx.gets_dz = inputs[15:]
     ctx.with_batch_norm = mean is not None
     ctx.transposed, ctx.stride, ctx.padding = transposed, stride, padding
     ctx.activation, ctx.slope = activation, slope
     # A linear result is not needed again; every activation's derivative can be told from its output.
-    ctx.save_for_backward(x, weight, weight_copy, output if activation and not ctx.gets_dz else None)
+    ctx.save_for_backward(x, weight, weight_copy, output if activation and not ctx.gets_dz else None, *x_normalized)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _conv_backward(ctx, dout):
     if ctx.with_batch_norm:
         raise RuntimeError("fastgan::conv with an eval-mode BatchNorm inside has no gradient: use batch_norm_act")
-    x, weight, weight_copy, out = ctx.saved_tensors
-    dx, dweight, dz = _backward(ctx, x, weight, weight_copy, out, dout)
+    x, weight, weight_copy, out, *x_normalized = ctx.saved_tensors
+    dx, dweight, dz, for_normalized = _backward(ctx, x, weight, weight_copy, out, x_normalized, dout)
     dbias = dz.sum((0, 2, 3), dtype=ctx.bias_dtype) if ctx.needs_input_grad[3] else None
-    return dx, dweight, None, dbias, *[None] * 14
+    return dx, dweight, None, dbias, *[None] * 11, for_normalized, None, None, None
 
 
 conv.register_autograd(_conv_backward, setup_context=_save_conv)
@@ -329,23 +299,23 @@ conv.register_autograd(_conv_backward, setup_context=_save_conv)
 
 def _save_conv_statistics(ctx, inputs, output):
     x, weight, weight_copy, bias, _, transposed, stride, padding, _, activation, slope, _ = inputs[:12]
-    ctx.x_activation, ctx.x_slope = inputs[12:]
+    x_normalized, ctx.x_activation, ctx.x_slope = inputs[12:]
     ctx.gets_dz = False
     ctx.transposed, ctx.stride, ctx.padding = transposed, stride, padding
     ctx.activation, ctx.slope = activation, slope
-    ctx.save_for_backward(x, weight, weight_copy, bias, output[0] if activation else None)
+    ctx.save_for_backward(x, weight, weight_copy, bias, output[0] if activation else None, *x_normalized)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # or zeros are written for the statistics, which have no gradients
 
 
 def _conv_statistics_backward(ctx, dy, *_):
-    x, weight, weight_copy, bias, y = ctx.saved_tensors
-    dx, dweight, dz = _backward(ctx, x, weight, weight_copy, y, dy)
+    x, weight, weight_copy, bias, y, *x_normalized = ctx.saved_tensors
+    dx, dweight, dz, for_normalized = _backward(ctx, x, weight, weight_copy, y, x_normalized, dy)
     dbias = None
     if ctx.needs_input_grad[3]:
         zero = not ctx.activation and not torch.is_grad_enabled()  # with create_graph=True it is to have a gradient
         dbias = torch.zeros_like(bias) if zero else dz.sum((0, 2, 3), dtype=bias.dtype)
-    return dx, dweight, None, dbias, *[None] * 10
+    return dx, dweight, None, dbias, *[None] * 8, for_normalized, None, None
 
 
 conv_statistics.register_autograd(_conv_statistics_backward, setup_context=_save_conv_statistics)

@@ -23,3 +23,10 @@ def missing_rows(out_size, size, kernel, stride, padding):
 def lost_rows(size, kernel, stride, padding):
     """The output_padding with which a transposed convolution undoes this convolution's size."""
     return [(n + 2 * p - k) % s for n, k, s, p in zip(size, kernel, stride, padding, strict=True)]
+
+
+def out_size(x, weight, transposed, stride, padding, output_padding):
+    """The (h, w) of conv(x, weight)."""
+    if transposed:
+        return conv_transpose_size(x.shape[2:], weight.shape[2:], stride, padding, output_padding)
+    return conv_size(x.shape[2:], weight.shape[2:], stride, padding)

@@ -10,11 +10,23 @@ cuDNN's weight gradient, and its transposed convolution, may add in an order tha
 import torch
 
 from fastgan.backend import matmul_precision
-from fastgan.ops.geometry import missing_rows
+from fastgan.ops.geometry import missing_rows, out_size
 
 
 def channels_last(x):
     return x.contiguous(memory_format=torch.channels_last)
+
+
+def empty_result(x, weight, transposed, stride, padding, output_padding):
+    """An unwritten result of conv(x, weight), for shape, dtype and layout."""
+    channels = weight.shape[1 if transposed else 0]
+    shape = (x.shape[0], channels, *out_size(x, weight, transposed, stride, padding, output_padding))
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def in_dtype_of(x, weight, copy):
+    """The weight's values in the dtype of x: `copy`, where somebody keeps it."""
+    return weight.to(x.dtype) if copy is None else copy
 
 
 def run_conv(
@@ -87,6 +99,34 @@ def run_conv_statistics(
         y = _cudnn(x, weight, out_size, transposed, stride, padding)
         tiles = tile_statistics(y, **epilogue)
     return y, *merge_statistics(tiles, eps)
+
+
+def run_conv_batch_norm_grad(
+    choice, dz, weight, out_size, normalized, *, transposed, stride, padding, activation, slope
+):
+    """The gradient on its way back through a convolution and the activation and BatchNorm before that.
+
+    Args:
+        normalized: (y, mean, invstd, gamma, beta) of BatchNorm; see `fastgan.kernels.up` and `down`.
+
+    Returns:
+        conv(dz, weight)·act'(z) with z = γ·x̂ + β, and its sums [Σ dz, Σ dz·x̂], (groups, 2, C) float32.
+    """
+    y, *vectors = normalized
+    normalized, act = (channels_last(y), *vectors), dict(activation=activation, slope=slope)
+    where = (transposed, stride, padding)
+    if choice.implementation == "triton":
+        from fastgan.kernels.statistics import sum_rows
+
+        dz, parts = _matrix_kernel(choice, dz, weight, out_size, *where, normalized=normalized, **act)
+        groups, _, tiles, channels = parts.shape
+        sums = parts.new_empty((groups, 2, channels))
+        sum_rows(parts.view(groups * 2, tiles, channels), out=sums)
+        return dz, sums
+    from fastgan.kernels.batch_norm import batch_norm_grad_sums
+
+    grad = _cudnn(dz, weight, out_size, *where)
+    return grad, batch_norm_grad_sums(grad, *normalized, **act, dz=None if activation is None else grad)
 
 
 def run_weight_grad(choice, low, high, weight, *, stride, padding):

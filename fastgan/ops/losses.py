@@ -5,11 +5,11 @@ from torch import Tensor
 
 
 @torch.library.custom_op("fastgan::bce", mutates_args=())
-def bce(real: Tensor, fake: Tensor | None, real_target: float, fake_target: float) -> tuple[Tensor, Tensor]:
-    """([loss, mean σ(real), mean σ(fake)], the loss's gradient for all logits, real's first), both flat and float32.
+def bce(real: Tensor, fake: Tensor | None, real_target: float, fake_target: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, [mean σ(real), mean σ(fake)], the loss's gradient for all logits, flat, real's first), all in float32.
 
-    The loss is the mean BCE of `real` against its target plus that of `fake`, if there is any, against its own.
-    Only the loss is differentiable, in both sets of logits; the probabilities are for monitoring.
+    The loss, 0-dim, is the mean BCE of `real` against its target plus that of `fake`, if there is any, against its own.
+    It alone is differentiable, in both sets of logits; the probabilities are for monitoring.
     """
     from fastgan.kernels.losses import bce as kernel
 
@@ -20,23 +20,23 @@ def bce(real: Tensor, fake: Tensor | None, real_target: float, fake_target: floa
 @bce.register_fake
 def _(real, fake, real_target, fake_target):
     count = real.numel() + (0 if fake is None else fake.numel())
-    return tuple(real.new_empty(size, dtype=torch.float32) for size in (3, count))
+    return tuple(real.new_empty(shape, dtype=torch.float32) for shape in ((), (2,), (count,)))
 
 
 def _save(ctx, inputs, output):
     real, fake, *ctx.targets = inputs
-    ctx.save_for_backward(real, fake, output[1])
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)  # or zeros are written for the gradients' gradients
+    ctx.save_for_backward(real, fake, output[2])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # or zeros are written for what has no gradient
 
 
-def _backward(ctx, dsums, _):
+def _backward(ctx, dloss, *_):
     *logits, grads = ctx.saved_tensors
     if torch.is_grad_enabled():  # create_graph=True: gradients that have gradients of their own
         sets = zip(logits, ctx.targets, strict=True)
         grads = torch.cat([(x.float().sigmoid() - t).view(-1) / x.numel() for x, t in sets if x is not None])
     # They stay in float32 until the loss scale of mixed precision is in them: 1/N is small in float16.
-    grads = grads * dsums[0]
+    grads = grads * dloss
     found, start = [], 0
     for x, wanted in zip(logits, ctx.needs_input_grad[:2], strict=True):
         count = 0 if x is None else x.numel()

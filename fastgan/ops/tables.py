@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 _FORMAT = 1
 _OPERATIONS = {"weight_grad"} | {
-    kind + then for kind in ("up", "down") for then in ("", "+statistics", "+epilogue", "+activated")
+    kind + then for kind in ("up", "down") for then in ("", "+statistics", "+epilogue", "+activated", "+normalized")
 }
 _TILE = ("block_m", "block_n", "block_k", "num_warps", "num_stages")
 
@@ -38,7 +38,8 @@ class Problem(NamedTuple):
     @property
     def then(self):
         """What follows the convolution: "statistics"; "epilogue" (bias, eval-mode BatchNorm, activation); "activated",
-        the derivative of an activation that the gradient goes back through; or ""."""
+        the derivative of an activation that the gradient goes back through; "normalized", that and the sums of the
+        BatchNorm before it; or ""."""
         return self.kind.partition("+")[2]
 
     @property

@@ -106,8 +106,12 @@ def problems_of_model(model, shapes, dtype, *, input_grad=True):
         conv = group.modules[0]
         where = (conv.weight, isinstance(conv, nn.ConvTranspose2d), conv.stride, conv.padding)
         wanted = [""] if tuple(x.shape) not in first else []
-        if before is not None and before[0].ends_in_activation and before[2].shape == x.shape:
-            wanted.append("activated")  # as a training step runs it
+        if before is not None and before[2].shape == x.shape:
+            # As a training step runs it.
+            if before[0].ends_in_activation:
+                wanted.append("activated")
+            elif before[0].then == "statistics":
+                wanted.append("normalized")
         problems += _problems_of_conv(x, y, *where, then=group.then, input_grads=wanted)
         before = group, x, y
     return problems
@@ -150,8 +154,8 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 def operands(problem, device, *, seed=0):
-    """Random operands of a Problem: (x, weight) of a convolution, with the `activated` that its gradient goes back
-    through, if any; (low, high, weight) of a weight gradient.
+    """Random operands of a Problem: (x, weight) of a convolution; with the `activated` that its gradient goes back
+    through, if any, or the (y, mean, invstd, gamma, beta) of BatchNorm; (low, high, weight) of a weight gradient.
 
     Means are away from zero, so that a wrong mean shows.
     """
@@ -175,7 +179,12 @@ def operands(problem, device, *, seed=0):
         return end(problem.a, problem.low), end(problem.b, problem.high), weight
     low, high = (problem.a, problem.low), (problem.b, problem.high)
     x, result = (low, high) if problem.operation == "up" else (high, low)
-    more = (torch.nn.functional.leaky_relu(end(*result), 0.2),) if problem.then == "activated" else ()
+    more = ()
+    if problem.then == "activated":
+        more = (torch.nn.functional.leaky_relu(end(*result), 0.2),)
+    elif problem.then == "normalized":
+        ones = torch.ones(1, result[0], device=device)
+        more = (end(*result), 0.3 * ones, ones, *ones, 0.1 * ones[0])
     return end(*x), weight, *more
 
 
@@ -189,16 +198,18 @@ def run(problem, choice, tensors):
     size = problem.high if transposed else problem.low
     if problem.then == "statistics":
         return implementations.run_conv_statistics(choice, *tensors, size, **where, eps=1e-5)
-    x, weight, *activated = tensors
-    where.update(activation=_activation(problem), slope=0.2, activated=activated[0] if activated else None)
-    return (implementations.run_conv(choice, x, weight, size, **where),)
+    x, weight, *before = tensors
+    where.update(activation=_activation(problem), slope=0.2)
+    if problem.then == "normalized":
+        return implementations.run_conv_batch_norm_grad(choice, x, weight, size, before, **where)
+    return (implementations.run_conv(choice, x, weight, size, **where, activated=before[0] if before else None),)
 
 
 def _activation(problem):
-    """A DCGAN's own: tanh ends its generator, leaky ReLU its discriminator's first layer, whose gradient comes back."""
+    """A DCGAN's own: tanh ends its generator, leaky ReLU its discriminator's layers, whose gradients come back."""
     if problem.then == "epilogue":
         return "tanh" if problem.operation == "up" else "leaky_relu"
-    return "leaky_relu" if problem.then == "activated" else None
+    return "leaky_relu" if problem.then in ("activated", "normalized") else None
 
 
 def reference(problem, tensors):
@@ -209,7 +220,7 @@ def reference(problem, tensors):
         low, high, weight = tensors
         options = (None, *where, (1, 1), False, (0, 0), 1, (False, True, False))
         return (torch.ops.aten.convolution_backward(low, high, weight, *options)[1],)
-    x, weight, *activated = tensors
+    x, weight, *before = tensors
     transposed = problem.operation == "up"
     extra = missing_rows(problem.high, problem.low, problem.kernel, *where) if transposed else [0, 0]
     y = torch.ops.aten.convolution(x, weight, None, *where, (1, 1), transposed, extra, 1)
@@ -218,8 +229,13 @@ def reference(problem, tensors):
         count = y.numel() // y.shape[1]
         return y, mean[None], (var + 1e-5).rsqrt()[None], (var * (count / max(count - 1, 1)))[None]
     activation = _activation(problem)
-    if activated:
-        y = y * torch.where(activated[0] > 0, 1.0, 0.2)
+    if problem.then == "normalized":
+        own, mean, _, _, beta = before  # γ and 1/std are one
+        x_hat = own - mean[0, :, None, None]
+        dz = y * torch.where(x_hat + beta[:, None, None] > 0, 1.0, 0.2)
+        return dz, torch.stack([dz.sum((0, 2, 3)), (dz * x_hat).sum((0, 2, 3))])[None]
+    if problem.then == "activated":
+        y = y * torch.where(before[0] > 0, 1.0, 0.2)
     elif activation == "tanh":
         y = y.tanh_()
     elif activation == "leaky_relu":

@@ -105,12 +105,19 @@ def workload(dtype, batch=8):
         up.up(low, weight, (16, 16), activated=high, **leaky, **where)
         up.up(high, to_image, (32, 32), activated=image, activation="tanh", **where)
         down.down(high, weight, (8, 8), activated=low, activation="relu", **where)
-        vector = torch.empty(64)
+        # And to the sums of BatchNorm's backward: of two groups, of one position, of an image's wide end.
+        vector, vectors, wide = torch.empty(64), (torch.empty(2, 64),) * 2, (torch.empty(1, 128),) * 2
+        up.up(low, weight, (16, 16), normalized=(high, *vectors, vector, vector), **leaky, **where)
+        down.down(high, weight, (8, 8), normalized=(low, *wide, None, None), **leaky, **where)
+        one, to_one = torch.empty(8 * batch, 16, 1, 1, dtype=dtype), torch.empty(16, 64, 4, 4, dtype=dtype)
+        of_one = (torch.empty(8 * batch, 64, 4, 4, dtype=dtype), *(torch.empty(1, 64),) * 2, vector, vector)
+        up.up(one, to_one, (4, 4), stride=(1, 1), padding=(0, 0), precision="tf32", normalized=of_one, **leaky)
         down.down(image, to_image, (16, 16), batch_norm=(vector,) * 4, eps=1e-5, activation="relu", **where)
 
         act = dict(activation="relu", slope=0.0)
         batch_norm.normalize_activate(high, vector, vector, vector, vector, **act)
         batch_norm.batch_norm_grad(high, high, vector, vector, vector, vector, batch_statistics=True, **act)
+        batch_norm.batch_norm_grad_sums(high, high, vector, vector, vector, vector, dz=high, **act)
         batch_norm.activation_input_grad(image, image, activation="tanh", slope=0.0)
         tiles = statistics.TileStatistics.empty(2, 300, 64, low.device)  # enough tiles to be merged in two stages
         statistics.merge_statistics(tiles, 1e-5)
@@ -134,13 +141,17 @@ def every_tile(dtype):
         low, high = (torch.empty(64, 256, size, size, dtype=dtype, device="meta") for size in (8, 16))
         weight = torch.empty(256, 256, 4, 4, dtype=dtype, device="meta")
         low, high, weight = (tensor.to(memory_format=torch.channels_last) for tensor in (low, high, weight))
+        vectors = [torch.empty(shape, device="meta") for shape in ((2, 256), (2, 256), (256,), (256,))]
         for tile in launch.TILES[dtype.itemsize]:
             where = dict(stride=(2, 2), padding=(1, 1), precision="tf32", tile=tile)
             up.up(low, weight, (16, 16), statistics=True, **where)
             down.down(high, weight, (8, 8), statistics=True, **where)
             weight_grad.weight_grad(low, high, weight, **where)
+            where.update(activation="leaky_relu", slope=0.2)
+            up.up(low, weight, (16, 16), normalized=(high, *vectors), **where)
+            down.down(high, weight, (8, 8), normalized=(low, *vectors), **where)
         for tile in narrow.TILES[dtype.itemsize]:
-            up.up(low, weight[:, :3], (16, 16), activation="tanh", **dict(where, tile=tile))
+            up.up(low, weight[:, :3], (16, 16), **dict(where, tile=tile, activation="tanh"))
 
     return [one for one in record(run) if one[0].__name__ != "sum_rows_kernel"]
 

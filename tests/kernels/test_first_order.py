@@ -11,9 +11,10 @@ from torch.nn import functional as F
 import fastgan
 from fastgan.first_order import first_order, only_first_order
 from fastgan.kernels import batch_norm
-from fastgan.ops import convolution
+from fastgan.ops import way_back
 from fastgan.ops.choice import Choice
-from fastgan.ops.convolution import conv_activation_grad
+from fastgan.ops.geometry import out_size
+from fastgan.ops.way_back import conv_activation_grad, conv_batch_norm_grad
 from tests.accuracy import assert_as_accurate_as_stock
 from tests.conftest import HAS_GPU
 
@@ -39,7 +40,7 @@ ACTIVATIONS["sigmoid"] = torch.sigmoid
 @pytest.mark.parametrize("way", WAYS_BACK)
 @pytest.mark.parametrize("implementation", ("triton", "cudnn"))
 def test_way_back(implementation, way, activation, dtype, device, monkeypatch):
-    monkeypatch.setattr(convolution, "choose", lambda problem, device: Choice(implementation))
+    monkeypatch.setattr(way_back, "choose", lambda problem, device: Choice(implementation))
     transposed, a, b, size, kernel, stride, padding, extra = WAYS_BACK[way]
     random = torch.Generator().manual_seed(0)
     dz = torch.randn(2, a, *size, generator=random).to(device, dtype)
@@ -56,12 +57,54 @@ def test_way_back(implementation, way, activation, dtype, device, monkeypatch):
         (gradient,) = torch.autograd.grad(ACTIVATIONS[activation](z), z, way_back)
         return gradient
 
-    shape = convolution.out_size(dz, weight, *where)
+    shape = out_size(dz, weight, *where)
     z = torch.randn(2, b, *shape, generator=random).to(device, dtype)
     out = ACTIVATIONS[activation](z)
     ours = conv_activation_grad(dz, weight, None, out, *where, activation, 0.2)
     exact = stock(dz.double(), weight.double(), z.double())
     assert_as_accurate_as_stock(way, ours, stock(dz, weight, z), exact, computed_in=dtype)
+
+
+TO_BATCH_NORM = [way for way in WAYS_BACK if way != "to an image"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("way, activation", zip(TO_BATCH_NORM, [*ACTIVATIONS, None], strict=True))
+@pytest.mark.parametrize("implementation", ("triton", "cudnn"))
+@pytest.mark.parametrize("groups, affine", [(1, True), (2, True), (2, False)])
+def test_way_back_to_batch_norm(groups, affine, implementation, way, activation, dtype, device, monkeypatch):
+    """The sums that BatchNorm's backward needs come with the gradient, each group's apart."""
+    monkeypatch.setattr(way_back, "choose", lambda problem, device: Choice(implementation))
+    transposed, a, b, size, kernel, stride, padding, extra = WAYS_BACK[way]
+    random = torch.Generator().manual_seed(0)
+    dz = torch.randn(4, a, *size, generator=random).to(device, dtype)
+    shape = (a, b) if transposed else (b, a)
+    weight = (torch.randn(*shape, kernel, kernel, generator=random) / (a * kernel)).to(device, dtype)
+    where = (transposed, [stride] * 2, [padding] * 2, [extra] * 2)
+    y = (torch.randn(4, b, *out_size(dz, weight, *where), generator=random) + 2).to(device, dtype)
+    vectors = [torch.rand(b, generator=random).to(device) + more for more in (0.5, -0.5)] if affine else []
+    mean = y.double().view(groups, -1, *y.shape[1:]).mean((1, 3, 4)).float()
+    invstd = torch.rand(groups, b, generator=random).to(device) + 0.5
+
+    def stock(dz, weight, y, mean, invstd, gamma=1.0, beta=0.0):
+        if transposed:
+            way_back = F.conv_transpose2d(dz, weight, None, stride, padding, extra)
+        else:
+            way_back = F.conv2d(dz, weight, None, stride, padding)
+        in_groups = y.to(mean.dtype).view(groups, -1, *y.shape[1:])
+        x_hat = (in_groups - mean[:, None, :, None, None]) * invstd[:, None, :, None, None]
+        z = x_hat.transpose(2, -1) * gamma + beta
+        z = z.transpose(2, -1).detach().requires_grad_()
+        out = z if activation is None else ACTIVATIONS[activation](z)
+        (grad,) = torch.autograd.grad(out, z, way_back.to(z.dtype).view(z.shape))
+        return grad.flatten(0, 1), torch.stack([grad.sum((1, 3, 4)), (grad * x_hat).sum((1, 3, 4))], 1)
+
+    ours, sums = conv_batch_norm_grad(dz, weight, None, [y, mean, invstd, *vectors], *where, activation, 0.2)
+    exact = stock(*(tensor.double() for tensor in (dz, weight, y, mean, invstd, *vectors)))
+    grad, stock_sums = stock(dz, weight, y, mean, invstd, *vectors)
+    assert ours.dtype == dtype and sums.dtype == torch.float32 and sums.shape == (groups, 2, b)
+    assert_as_accurate_as_stock(way, ours, grad.to(dtype), exact[0], computed_in=dtype)
+    assert_as_accurate_as_stock(f"{way}: sums", sums, stock_sums, exact[1], computed_in=dtype)
 
 
 def critic():
@@ -104,11 +147,20 @@ class Critic(nn.Module):
 
 @pytest.fixture
 def passes(monkeypatch):
-    """A list that grows with every pass over a tensor for nothing but an activation's gradient."""
-    found, original = [], batch_norm.activation_input_grad
-    monkeypatch.setattr(
-        batch_norm, "activation_input_grad", lambda *args, **options: found.append(args) or original(*args, **options)
-    )
+    """A list that grows by the name of every pass for nothing but an activation's gradient or BatchNorm's sums."""
+    found = []
+
+    def recording(name):
+        original = getattr(batch_norm, name)
+
+        def recorded(*args, **options):
+            found.append(name)
+            return original(*args, **options)
+
+        return recorded
+
+    for name in ("activation_input_grad", "batch_norm_grad_sums"):
+        monkeypatch.setattr(batch_norm, name, recording(name))
     return found
 
 
@@ -138,12 +190,13 @@ def test_networks(make, frozen, compiled, device, passes):
         del passes[:]
         with scope():
             ours = gradients(run, x)
-        counts.append(len(passes))
+        counts.append([passes.count(name) for name in ("activation_input_grad", "batch_norm_grad_sums")])
         for actual, wanted in zip(ours, expected, strict=True):
             assert (actual is None) == (wanted is None)
             if wanted is not None:
                 torch.testing.assert_close(actual, wanted, rtol=1e-3, atol=1e-4)
-    assert counts[0] - counts[1] == 4
+    (activations, sums), *others = counts
+    assert others == [[activations - 4, sums - 2]] and sums == 2
 
 
 def test_gradients_of_gradients_are_refused(device):
@@ -170,6 +223,6 @@ def test_a_training_step_is_first_order(device, passes):
         step = TrainStep(generator, discriminator, latent_dim=5, fused=fused)
         torch.manual_seed(1)
         losses.append([step(torch.ones(4, 3, 8, 8, device=device) / 2) for _ in range(2)])
-        # Of the generator's tanh: between two networks nobody knows what comes next.
-        assert len(passes) == 2
+        # Of the generator's tanh: between two networks nobody knows what comes next. Of BatchNorm's sums not one.
+        assert passes == ["activation_input_grad"] * 2
     torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-4)

@@ -50,7 +50,7 @@ def test_statistics_of_several_tiles_and_blocks(transposed, bias, groups, activa
     x, weight, b, *_ = draw(case, 4, device)
     b = None if b is None else b + (0.5 if activation else 100.0)
     where = (case.transposed, [2, 2], [1, 1], [0, 0])
-    y, mean, invstd, var = conv_statistics(x, weight, None, b, 1e-3, *where, activation, 0.0, groups)
+    y, mean, invstd, var = conv_statistics(x, weight, None, b, 1e-3, *where, activation, 0.0, groups, [], None, 0.0)
     stock = (F.conv_transpose2d if transposed else F.conv2d)(x, weight, b, 2, 1)
     stock = stock.sigmoid() if activation else stock
     torch.testing.assert_close(y, stock)
@@ -100,9 +100,9 @@ def test_results_have_the_strides_that_were_promised(shape, memory, device):
     weight = torch.randn(shape, device=device).to(memory_format=memory)
     for height in (shape[2], 7):
         x = torch.randn(2, shape[1], height, height, device=device)
-        plain = (None, None, None, None, None, None, 0.0)
-        y = conv(x, weight, *plain, False, [1, 1], [0, 0], [0, 0], None, 0.0)
-        back = conv(y, weight, *plain, True, [1, 1], [0, 0], [0, 0], None, 0.0)
+        plain, alone = (None, None, None, None, None, None, 0.0), (None, 0.0, [], None, 0.0, False)
+        y = conv(x, weight, *plain, False, [1, 1], [0, 0], [0, 0], *alone)
+        back = conv(y, weight, *plain, True, [1, 1], [0, 0], [0, 0], *alone)
         for result in (y, back):
             assert result.stride() == torch.empty(result.shape, memory_format=torch.channels_last).stride()
         grad = conv_weight_grad(y, x, weight, [1, 1], [0, 0])

@@ -56,6 +56,25 @@ def test_every_tile(dtype, tile, device):
         check("down", actual, lambda y, w: F.conv2d(y, w, **where), (high, weight))
         check("mean of down", merge_statistics(tiles, 1e-5)[0].view(-1), down_mean, (high.float(), weight.float()))
 
+        # And the other epilogue with sums, that of a gradient on its way back to BatchNorm.
+        for kernel, x, y, stock in (
+            (up, low, high, lambda x, w, where=where: F.conv_transpose2d(x, w, **where)),
+            (down, high, low, lambda x, w, where=where: F.conv2d(x, w, **where)),
+        ):
+
+            def dz(x, w, y, stock=stock):
+                return stock(x, w) * torch.where(y > 0, 1.0, 0.5).to(x.dtype)
+
+            def sums(x, w, y, dz=dz):
+                dz = dz(x, w, y)
+                return torch.stack([dz.sum((0, 2, 3)), (dz * y).sum((0, 2, 3))])
+
+            zeros = torch.zeros(1, y.shape[1], device=device)
+            act = dict(activation="leaky_relu", slope=0.5)
+            actual, parts = kernel(x, weight, y.shape[2:], normalized=(y, zeros, zeros + 1, None, None), **act, **ours)
+            check(f"dz of {kernel.__name__}", actual, dz, (x, weight, y))
+            check(f"sums of {kernel.__name__}", parts.sum((0, 2)), sums, (x.float(), weight.float(), y.float()))
+
         def stock_weight_grad(x, y, w, where=where):
             return torch.nn.grad.conv2d_weight(y, w.shape, x, **where)
 

@@ -117,9 +117,10 @@ def test_an_epilogue_that_was_not_measured_follows_the_plain_convolution():
     assert find({epilogue.layer: {128: measured()}}, plain) is None
 
 
-def test_an_activation_on_the_way_back_that_was_not_measured():
+@pytest.mark.parametrize("then", ["activated", "normalized"])
+def test_what_comes_on_the_way_back_and_was_not_measured(then):
     """cuDNN needs a pass of its own for it, so ours may be somewhat slower without; but not by any factor."""
-    plain, activated = (PROBLEM._replace(kind=kind) for kind in ("down", "down+activated"))
+    plain, activated = (PROBLEM._replace(kind=kind) for kind in ("down", f"down+{then}"))
     for triton_us, wanted in ((5.0, "triton"), (10.5, "triton"), (12.0, "cudnn"), (None, "cudnn")):
         implementation = "triton" if triton_us == 5.0 else "cudnn"
         table = {plain.layer: {128: measured(implementation)._replace(triton_us=triton_us, cudnn_us=10.0)}}

@@ -26,13 +26,15 @@ class ToldClock:
 
 
 def problem(kind):
-    name = "convt:5-20:k4s2p1o1:4x4+act" if kind == "up+epilogue" else "conv:20-5:k4s2p1:6x6+bn"
+    name = "convt:5-20:k4s2p1o1:4x4+act" if kind in ("up+epilogue", "down+normalized") else "conv:20-5:k4s2p1:6x6+bn"
     found = {p.kind: p for p in problems_of([name], (3,), [torch.float16])}
     operation, _, then = kind.partition("+")
-    return found[operation]._replace(kind=kind) if then == "activated" else found[kind]
+    return found[operation]._replace(kind=kind) if then in ("activated", "normalized") else found[kind]
 
 
-@pytest.mark.parametrize("kind", ("up+epilogue", "down+statistics", "up", "up+activated", "weight_grad"))
+@pytest.mark.parametrize(
+    "kind", ("up+epilogue", "down+statistics", "up", "up+activated", "down+normalized", "weight_grad")
+)
 def test_the_fastest_is_chosen(kind):
     result = measure(problem(kind), TILES, DEVICE, ToldClock(20.0, 15.0, 10.0, 12.0))
     assert result.measurement == ("triton", TILES[1]._asdict(), 10.0, 20.0, 3)

@@ -31,16 +31,21 @@ def test_dcgan():
     # The generator's forward and input gradient at each batch, the discriminator's at twice each too.
     assert of_middle == {
         *(("up+statistics", batch) for batch in (64, 128)),
-        *(("down", batch) for batch in (64, 128)),
-        *((kind, batch) for kind in ("down+statistics", "up", "weight_grad") for batch in (64, 128, 256)),
+        *((kind, batch) for kind in ("down", "down+normalized") for batch in (64, 128)),
+        *(
+            (kind, batch)
+            for kind in ("down+statistics", "up", "up+normalized", "weight_grad")
+            for batch in (64, 128, 256)
+        ),
     }
     latent = {p.kind for p in problems if p.a == 100}
     assert latent == {"up+statistics", "weight_grad"}, "nobody wants the gradient of latent vectors"
-    assert {p.kind for p in problems if p.b == 3} == {"up+epilogue", "down", "down+epilogue", "up", "weight_grad"}
+    of_images = {"up+epilogue", "down", "down+normalized", "down+epilogue", "up", "weight_grad"}
+    assert {p.kind for p in problems if p.b == 3} == of_images
     # The discriminator's first activation, on the way back: of its second layer's input gradient.
     second = {(p.a, p.b, p.batch) for p in problems if p.then == "activated"}
     assert second == {(128, 64, batch) for batch in (64, 128, 256)}
-    assert {p.kind for p in problems if p.a == 1} == {"down", "up", "weight_grad"}
+    assert {p.kind for p in problems if p.a == 1} == {"down", "up", "up+normalized", "weight_grad"}
     assert len(problems) == len(set(problems))
 
 
@@ -60,7 +65,7 @@ def test_any_model(training):
     first = Problem(f"down+{then}", "bfloat16", 4, (6, 6), (6, 6), 8, 3, (3, 3), (1, 1), (1, 1))
     second = Problem("up", "bfloat16", 4, (6, 6), (12, 12), 8, 5, (4, 4), (2, 2), (1, 1))
     # Forward, weight gradient and input gradient of both; the convolution with groups of its own stays stock.
-    kinds = {first: ("weight_grad", "up"), second: ("weight_grad", "down")}
+    kinds = {first: ("weight_grad", "up"), second: ("weight_grad", "down", *["down+normalized"] * training)}
     assert set(problems) == {*kinds, *(p._replace(kind=kind) for p in kinds for kind in kinds[p])}
     assert all(p.device.type == "cpu" for p in model.parameters())
     assert not any("forward" in vars(m) for m in model.modules())
@@ -68,7 +73,7 @@ def test_any_model(training):
 
 def test_model_by_name():
     problems = problems_of([f"{__name__}:Small"], (4,), [BF16], (3, 6, 6))
-    assert {p.kind for p in problems} == {"down+statistics", "weight_grad", "up", "down"}
+    assert {p.kind for p in problems} == {"down+statistics", "weight_grad", "up", "down", "down+normalized"}
 
 
 @pytest.mark.parametrize(

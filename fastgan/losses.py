@@ -1,0 +1,95 @@
+"""The GAN losses on logits, in one kernel with their gradients; `fastgan.functional` is where to call them from."""
+
+import functools
+
+import torch
+from torch.nn import functional as F
+
+from fastgan import backend
+from fastgan.checks import check_loss
+from fastgan.ops import losses
+
+
+def discriminator_bce(real_logits, fake_logits, *, real_target=1.0, fake_target=0.0, return_means=False):
+    """The discriminator's loss: mean BCE of the real logits against one target plus that of the fake ones.
+
+    With the default targets it is mean softplus(−real) + mean softplus(fake), which is
+    −log D(x) − log(1 − D(G(z))) of Goodfellow et al. 2014 (arXiv:1406.2661) with D = σ(logits). Working on logits
+    it never overflows nor loses its gradient.
+
+    Args:
+        real_logits, fake_logits: of any shapes, also different ones; floating point.
+        real_target, fake_target: in [0, 1]; 0.9 for the real one is the usual label smoothing.
+        return_means: also return the means of σ(real_logits) and σ(fake_logits), without gradient.
+
+    Returns:
+        The loss, 0-dim float32 (float64 for float64 logits); with `return_means` (loss, D(x), D(G(z))).
+
+    Raises:
+        ValueError, TypeError: an empty or non-floating set of logits, different devices, or a target outside [0, 1].
+    """
+    check_loss(real_logits=real_logits, fake_logits=fake_logits, real_target=real_target, fake_target=fake_target)
+    implementation, _ = backend.select(real_logits.device, real_logits.dtype)
+    if implementation == "reference":
+        loss = _bce_reference(real_logits, real_target) + _bce_reference(fake_logits, fake_target)
+        return (loss, _mean_sigmoid(real_logits), _mean_sigmoid(fake_logits)) if return_means else loss
+    loss, means, _ = losses.bce(real_logits, fake_logits, float(real_target), float(fake_target))
+    return (loss, means[0], means[1]) if return_means else loss
+
+
+def generator_bce(fake_logits):
+    """The generator's non-saturating loss, mean −log σ(fake_logits) = mean softplus(−fake_logits).
+
+    Args:
+        fake_logits: D(G(z)) before any sigmoid, of any shape.
+
+    Returns:
+        0-dim float32 (float64 for float64 logits).
+
+    Raises:
+        ValueError, TypeError: an empty or non-floating set of logits.
+    """
+    check_loss(fake_logits=fake_logits)
+    implementation, _ = backend.select(fake_logits.device, fake_logits.dtype)
+    if implementation == "reference":
+        return _bce_reference(fake_logits, 1.0)
+    return losses.bce(fake_logits, None, 1.0, 0.0)[0]
+
+
+def backward_bce(logits, targets, scaler, *, means=True):
+    """Backward from the mean BCE of each equal part of `logits` against its target, added: for the training step.
+
+    Args:
+        logits: differentiable; one part or two, one after the other.
+        targets: of each part.
+        scaler: a torch.amp.GradScaler, enabled or not.
+        means: whether the mean probabilities are wanted.
+
+    Returns:
+        (the loss, the mean σ of each part…), without gradients.
+    """
+    implementation, _ = backend.select(logits.device, logits.dtype)
+    if implementation == "reference":
+        parts = logits.chunk(len(targets))
+        loss = functools.reduce(torch.add, map(_bce_reference, parts, targets))
+        scaler.scale(loss).backward()
+        return loss.detach(), *map(_mean_sigmoid, parts if means else ())
+    # The kernel has the gradient ready: from the loss on, autograd would multiply it by one and put its parts together.
+    real, *fake = logits.detach().chunk(len(targets))
+    real_target, fake_target = (*map(float, targets), 0.0)[:2]
+    loss, sigmoids, grads = losses.bce(real, fake[0] if fake else None, real_target, fake_target)
+    logits.backward(scaler.scale(grads).to(logits.dtype).view_as(logits))
+    return loss, *sigmoids[: len(targets) * means]
+
+
+def _bce_reference(logits, target):
+    logits = _at_least_float32(logits)
+    return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, target))
+
+
+def _mean_sigmoid(logits):
+    return _at_least_float32(logits.detach()).sigmoid().mean()
+
+
+def _at_least_float32(logits):
+    return logits if logits.dtype == torch.float64 else logits.float()
