@@ -55,6 +55,8 @@ TILES = {
         MatrixTile(256, 64, 64, 8, 3),
         MatrixTile(128, 64, 64, 4, 3),
         MatrixTile(128, 64, 64, 4, 4),
+        MatrixTile(128, 64, 64, 8, 3),
+        MatrixTile(128, 64, 64, 8, 4),
         MatrixTile(64, 128, 64, 4, 3),
         MatrixTile(64, 128, 64, 4, 4),
         MatrixTile(64, 64, 64, 4, 4),

@@ -7,6 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, note, reject, settings
 
 import fastgan
+from fastgan.first_order import first_order
 from tests.networks import assert_equal, one_step
 from tests.random_networks import build, sources
 from tests.test_fusion import count_operator_calls, make_pair
@@ -20,6 +21,26 @@ reproducible = settings(
 def steps(network, inputs):
     """What two steps in training and one in eval show."""
     return [one_step(network.train(i < 2), [x], seed=i) for i, x in enumerate(inputs)]
+
+
+@settings(reproducible, max_examples=15)
+@given(sources())
+def test_kernels_of_first_order(source):
+    """Where a layer takes over a part of the backward of the one before, gradients are those that they were."""
+    note(source)
+    model = fastgan.fuse(build(source)[0])
+    size = build(source)[1]
+    x = torch.randn(2, 3, size, size)
+    try:
+        one_step(copy.deepcopy(model), [x])
+    except RuntimeError:
+        reject()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("FASTGAN_BACKEND", "triton")
+        expected = one_step(copy.deepcopy(model), [x])
+        with first_order():
+            found = one_step(model, [x])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @reproducible

@@ -292,6 +292,11 @@ def _load_adam(optimizer, state):
     own = {name: optimizer.param_groups[0][name] for name in ("fused", "capturable", "foreach")}
     groups = [{**group, **own} for group in state["param_groups"]]
     optimizer.load_state_dict({**state, "param_groups": groups})
+    # Fused Adam goes through all of them in the order of their memory, which must be the parameter's.
+    for parameter, moments in optimizer.state.items():
+        for name, value in moments.items():
+            if value.shape == parameter.shape:
+                moments[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _backward_bce(logits, targets, scaler, *, means=True):

@@ -204,6 +204,22 @@ def test_state_dict_goes_on_exactly(fused):
     torch.testing.assert_close(second.state_dict(), first.state_dict(), rtol=0, atol=0)
 
 
+def test_state_in_another_memory_layout_goes_on_exactly():
+    """Fused Adam takes the moments as they lie in memory, on a CPU without a look at the parameter's strides."""
+    (first, second), batches = (TrainStep(*make_networks(), latent_dim=NZ) for _ in range(2)), real_batches(2)
+    first(batches[0])
+    state = copy.deepcopy(first.state_dict())
+    for optimizer in ("optimizer_g", "optimizer_d"):
+        for moments in state[optimizer]["state"].values():
+            moments.update({name: value.contiguous() for name, value in moments.items()})
+    second.load_state_dict(state)
+    losses = []
+    for step in (first, second):
+        torch.manual_seed(5)
+        losses.append([step(batches[1]) for _ in range(2)])
+    assert losses[0] == losses[1]
+
+
 def test_state_of_another_device_takes_this_devices_adam():
     step = TrainStep(*make_networks(), latent_dim=NZ, fused=False)
     step(real_batches(1)[0])
