@@ -17,10 +17,11 @@ import torch
 from fastgan import backend
 from fastgan.ops.tables import Problem, read_table, slug
 
-# By how much our kernel may be slower than cuDNN where cuDNN needs a pass of its own for an activation's derivative, or
-# for that and BatchNorm's sums. It reads two tensors of the size of the result and writes one: a third of a
-# convolution's time, and more.
-LEAD_OF_WAY_BACK = 1.1
+# Of a Problem that was not measured with what follows it: by how much our kernel, which has that free, may be slower
+# than cuDNN, which needs a pass of its own. On the way back to an activation or BatchNorm the pass reads two tensors of
+# the size of the result and writes one, a third of a convolution's time and more. For an epilogue, which reads one and
+# writes one, cuDNN stays the safe choice.
+LEADS = {"epilogue": 1.0, "activated": 1.1, "normalized": 1.1, "float32": 1.05}
 FARTHEST_BATCH = 2  # the largest factor between a batch and the measured one whose choice it takes
 
 
@@ -47,7 +48,8 @@ def conv_problem(x, weight, transposed, stride, padding, out_size, *, then=""):
 
 
 def weight_grad_problem(low, high, weight, stride, padding):
-    return _problem("weight_grad", low, weight, low.shape[2:], high.shape[2:], stride, padding)
+    kind = "weight_grad" if weight.dtype == low.dtype else "weight_grad+float32"
+    return _problem(kind, low, weight, low.shape[2:], high.shape[2:], stride, padding)
 
 
 def _problem(kind, x, weight, low, high, stride, padding):
@@ -103,19 +105,20 @@ def find(table, problem):
     """The measurement that decides `problem`, or None.
 
     That of the same layer at the same batch; else at the nearest batch, by their quotient and up to FARTHEST_BATCH (of
-    two as near the larger). A convolution with an epilogue that was not measured itself takes the choice that was
-    measured without one: our kernel has it free, and cuDNN stays the safe choice. So does one that goes on to what was
-    before the convolution, but for LEAD_OF_WAY_BACK.
+    two as near the larger). With something that follows, and was not measured with it, that without, but for LEADS; a
+    weight gradient that was measured in float32 only, that.
     """
     batches = table.get(problem.layer)
+    if batches is None and problem.kind == "weight_grad":
+        batches = table.get(problem.layer._replace(kind="weight_grad+float32"))
     if batches is None:
-        if problem.then not in ("epilogue", "activated", "normalized"):
+        if problem.then not in LEADS:
             return None
         plain = find(table, problem._replace(kind=problem.operation))
-        if problem.then == "epilogue" or plain is None or plain.triton_us is None:
+        if plain is None or plain.triton_us is None:
             return plain
-        ours = plain.triton_us <= LEAD_OF_WAY_BACK * plain.cudnn_us
-        return plain._replace(implementation="triton" if ours else plain.implementation)
+        ours = plain.triton_us <= LEADS[problem.then] * plain.cudnn_us
+        return plain._replace(implementation="triton" if ours else "cudnn")
     if problem.batch in batches:
         return batches[problem.batch]
 

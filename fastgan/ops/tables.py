@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 _FORMAT = 1
-_OPERATIONS = {"weight_grad"} | {
+_OPERATIONS = {"weight_grad", "weight_grad+float32"} | {
     kind + then for kind in ("up", "down") for then in ("", "+statistics", "+epilogue", "+activated", "+normalized")
 }
 _TILE = ("block_m", "block_n", "block_k", "num_warps", "num_stages")
@@ -19,7 +19,7 @@ _TILE = ("block_m", "block_n", "block_k", "num_warps", "num_stages")
 class Problem(NamedTuple):
     """One convolution of one size, named as the kernels name things (see `fastgan.kernels`)."""
 
-    kind: str  # "up", "down" or "weight_grad"; "up" and "down" also with "+" and what follows: see `then`
+    kind: str  # "up", "down" or "weight_grad", also with "+" and what follows: see `then`
     dtype: str  # "bfloat16", "float16", "float32", or "tf32" where float32 may be multiplied as TF32
     batch: int
     low: tuple[int, int]  # height and width of the two ends
@@ -39,7 +39,7 @@ class Problem(NamedTuple):
     def then(self):
         """What follows the convolution: "statistics"; "epilogue" (bias, eval-mode BatchNorm, activation); "activated",
         the derivative of an activation that the gradient goes back through; "normalized", that and the sums of the
-        BatchNorm before it; or ""."""
+        BatchNorm before it; or "". Of a weight gradient in half precision "float32", if it is to come out in that."""
         return self.kind.partition("+")[2]
 
     @property

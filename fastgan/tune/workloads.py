@@ -144,7 +144,7 @@ def _problems_of_conv(x, y, weight, transposed, stride, padding, *, then, input_
     low, high = (x, y) if transposed else (y, x)
     problems = [
         conv_problem(x, weight, transposed, stride, padding, y.shape[2:], then=then),
-        weight_grad_problem(low, high, weight, stride, padding),
+        weight_grad_problem(low, high, weight.float(), stride, padding),  # as mixed precision keeps its weights
     ]
     backward = (y, weight, not transposed, stride, padding, x.shape[2:])
     return problems + [conv_problem(*backward, then=then) for then in input_grads]
@@ -175,6 +175,8 @@ def operands(problem, device, *, seed=0):
     depth = problem.a if problem.operation == "up" else problem.b
     taps = problem.kernel[0] * problem.kernel[1]
     weight = normal(problem.a, problem.b, *problem.kernel, scale=(depth * taps) ** -0.5)
+    if problem.then == "float32":
+        weight = weight.float()
     if problem.operation == "weight_grad":
         return end(problem.a, problem.low), end(problem.b, problem.high), weight
     low, high = (problem.a, problem.low), (problem.b, problem.high)

@@ -117,18 +117,26 @@ def test_an_epilogue_that_was_not_measured_follows_the_plain_convolution():
     assert find({epilogue.layer: {128: measured()}}, plain) is None
 
 
-@pytest.mark.parametrize("then", ["activated", "normalized"])
-def test_what_comes_on_the_way_back_and_was_not_measured(then):
+@pytest.mark.parametrize("kind", ["down+activated", "up+normalized", "weight_grad+float32"])
+def test_what_was_not_measured_with_what_follows(kind):
     """cuDNN needs a pass of its own for it, so ours may be somewhat slower without; but not by any factor."""
-    plain, activated = (PROBLEM._replace(kind=kind) for kind in ("down", f"down+{then}"))
-    for triton_us, wanted in ((5.0, "triton"), (10.5, "triton"), (12.0, "cudnn"), (None, "cudnn")):
+    plain, more = (PROBLEM._replace(kind=name) for name in (kind.partition("+")[0], kind))
+    for triton_us, wanted in ((5.0, "triton"), (10.4, "triton"), (12.0, "cudnn"), (None, "cudnn")):
         implementation = "triton" if triton_us == 5.0 else "cudnn"
         table = {plain.layer: {128: measured(implementation)._replace(triton_us=triton_us, cudnn_us=10.0)}}
-        assert find(table, activated).implementation == wanted
+        assert find(table, more).implementation == wanted
         assert find(table, plain).implementation == implementation
-    table[activated.layer] = {128: measured()}
-    assert find(table, activated).implementation == "triton"
-    assert find({}, activated) is None
+    table[more.layer] = {128: measured()}
+    assert find(table, more).implementation == "triton"
+    assert find({}, more) is None
+
+
+def test_a_weight_gradient_follows_the_one_that_was_measured():
+    plain, wide = (PROBLEM._replace(kind=kind) for kind in ("weight_grad", "weight_grad+float32"))
+    table = {wide.layer: {128: measured()}}
+    assert find(table, plain) == find(table, wide) == measured()
+    table[plain.layer] = {128: measured("cudnn")}
+    assert find(table, plain) == measured("cudnn") and find(table, wide) == measured()
 
 
 def test_the_users_table_wins_measurement_by_measurement():
@@ -217,6 +225,8 @@ def test_problems_of_tensors():
     y = torch.empty(128, 256, 8, 8, dtype=torch.bfloat16)
     assert conv_problem(y, weight, False, [2, 2], (1, 1), [4, 4]) == PROBLEM._replace(kind="down")
     assert weight_grad_problem(x, y, weight, [2, 2], [1, 1]) == PROBLEM._replace(kind="weight_grad")
+    wide = weight_grad_problem(x, y, weight.float(), [2, 2], [1, 1])
+    assert wide == PROBLEM._replace(kind="weight_grad+float32") and wide.operation == "weight_grad"
     assert PROBLEM.operation == "up" and PROBLEM.then == "statistics"
     assert PROBLEM.shape == "512@4×4 256@8×8 k4 s2 p1"
 

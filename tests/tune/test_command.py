@@ -63,7 +63,7 @@ def pretended(monkeypatch, tmp_path):
     def measure(problem, tiles, device, clock, failed):
         assert torch.backends.cudnn.benchmark
         candidates = [Candidate(tiles[0], 5.0), Candidate(tiles[1], float("inf"), failures.get(problem.kind, ""))]
-        if problem.kind == "weight_grad" and failures:
+        if problem.operation == "weight_grad" and failures:
             return Result(None, [], "out of memory")
         return Result(Measurement("triton", TILE, 5.0, 7.0, problem.batch), candidates)
 

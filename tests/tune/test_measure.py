@@ -33,7 +33,7 @@ def problem(kind):
 
 
 @pytest.mark.parametrize(
-    "kind", ("up+epilogue", "down+statistics", "up", "up+activated", "down+normalized", "weight_grad")
+    "kind", ("up+epilogue", "down+statistics", "up", "up+activated", "down+normalized", "weight_grad+float32")
 )
 def test_the_fastest_is_chosen(kind):
     result = measure(problem(kind), TILES, DEVICE, ToldClock(20.0, 15.0, 10.0, 12.0))

@@ -34,18 +34,18 @@ def test_dcgan():
         *((kind, batch) for kind in ("down", "down+normalized") for batch in (64, 128)),
         *(
             (kind, batch)
-            for kind in ("down+statistics", "up", "up+normalized", "weight_grad")
+            for kind in ("down+statistics", "up", "up+normalized", "weight_grad+float32")
             for batch in (64, 128, 256)
         ),
     }
     latent = {p.kind for p in problems if p.a == 100}
-    assert latent == {"up+statistics", "weight_grad"}, "nobody wants the gradient of latent vectors"
-    of_images = {"up+epilogue", "down", "down+normalized", "down+epilogue", "up", "weight_grad"}
+    assert latent == {"up+statistics", "weight_grad+float32"}, "nobody wants the gradient of latent vectors"
+    of_images = {"up+epilogue", "down", "down+normalized", "down+epilogue", "up", "weight_grad+float32"}
     assert {p.kind for p in problems if p.b == 3} == of_images
     # The discriminator's first activation, on the way back: of its second layer's input gradient.
     second = {(p.a, p.b, p.batch) for p in problems if p.then == "activated"}
     assert second == {(128, 64, batch) for batch in (64, 128, 256)}
-    assert {p.kind for p in problems if p.a == 1} == {"down", "up", "up+normalized", "weight_grad"}
+    assert {p.kind for p in problems if p.a == 1} == {"down", "up", "up+normalized", "weight_grad+float32"}
     assert len(problems) == len(set(problems))
 
 
@@ -65,7 +65,10 @@ def test_any_model(training):
     first = Problem(f"down+{then}", "bfloat16", 4, (6, 6), (6, 6), 8, 3, (3, 3), (1, 1), (1, 1))
     second = Problem("up", "bfloat16", 4, (6, 6), (12, 12), 8, 5, (4, 4), (2, 2), (1, 1))
     # Forward, weight gradient and input gradient of both; the convolution with groups of its own stays stock.
-    kinds = {first: ("weight_grad", "up"), second: ("weight_grad", "down", *["down+normalized"] * training)}
+    kinds = {
+        first: ("weight_grad+float32", "up"),
+        second: ("weight_grad+float32", "down", *["down+normalized"] * training),
+    }
     assert set(problems) == {*kinds, *(p._replace(kind=kind) for p in kinds for kind in kinds[p])}
     assert all(p.device.type == "cpu" for p in model.parameters())
     assert not any("forward" in vars(m) for m in model.modules())
@@ -73,15 +76,15 @@ def test_any_model(training):
 
 def test_model_by_name():
     problems = problems_of([f"{__name__}:Small"], (4,), [BF16], (3, 6, 6))
-    assert {p.kind for p in problems} == {"down+statistics", "weight_grad", "up", "down", "down+normalized"}
+    assert {p.kind for p in problems} == {"down+statistics", "weight_grad+float32", "up", "down", "down+normalized"}
 
 
 @pytest.mark.parametrize(
     "name, kinds, high",
     (
-        ("conv:3-8:k4s2p1:6x8", {"down", "up", "weight_grad"}, (6, 8)),
-        ("conv:3-8:k4s2p1:6x8+bn", {"down+statistics", "up", "weight_grad"}, (6, 8)),
-        ("convt:3-8:k4s2p1o1:6x8+act", {"up+epilogue", "down", "weight_grad"}, (13, 17)),
+        ("conv:3-8:k4s2p1:6x8", {"down", "up", "weight_grad+float32"}, (6, 8)),
+        ("conv:3-8:k4s2p1:6x8+bn", {"down+statistics", "up", "weight_grad+float32"}, (6, 8)),
+        ("convt:3-8:k4s2p1o1:6x8+act", {"up+epilogue", "down", "weight_grad+float32"}, (13, 17)),
     ),
 )
 def test_shapes(name, kinds, high):
@@ -140,7 +143,7 @@ def test_candidates_of_images_are_their_own_kernels():
 
 
 def test_launches_of_a_run_without_data():
-    (problem,) = (p for p in problems_of(["conv:16-32:k4s2p1:8x8+bn"], (4,), [BF16]) if "+" in p.kind)
+    (problem,) = (p for p in problems_of(["conv:16-32:k4s2p1:8x8+bn"], (4,), [BF16]) if p.then == "statistics")
     tile = candidates(problem)[0]
     for _ in range(2):  # recording leaves nothing behind
         ours = [launch.kernel for launch in launches(problem, Choice("triton", tile._asdict()))]
