@@ -9,8 +9,9 @@ _only_first_order = False
 def first_order():
     """Within it fused modules prepare for gradients, but not for gradients of gradients, which then fail clearly.
 
-    Where a fused convolution with an activation hands its result straight to another one, the input gradient of the
-    second comes with the derivative of that activation in it, and the first does without a pass of its own for it.
+    Where a fused convolution with an activation, a BatchNorm or both hands its result straight to another one, the
+    input gradient of the second comes with the derivative of that activation in it and with the sums that the
+    BatchNorm's backward needs, and the first does without a pass of its own for them.
     """
     global _only_first_order
     before, _only_first_order = _only_first_order, True

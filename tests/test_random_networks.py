@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, note, reject, settings
 
 import fastgan
 from fastgan.first_order import first_order
+from tests.conftest import HAS_GPU
 from tests.networks import assert_equal, one_step
 from tests.random_networks import build, sources
 from tests.test_fusion import count_operator_calls, make_pair
@@ -28,9 +29,10 @@ def steps(network, inputs):
 def test_kernels_of_first_order(source):
     """Where a layer takes over a part of the backward of the one before, gradients are those that they were."""
     note(source)
-    model = fastgan.fuse(build(source)[0])
+    device = "cuda" if HAS_GPU else "cpu"
+    model = fastgan.fuse(build(source)[0]).to(device)
     size = build(source)[1]
-    x = torch.randn(2, 3, size, size)
+    x = torch.randn(2, 3, size, size).to(device)
     try:
         one_step(copy.deepcopy(model), [x])
     except RuntimeError:
