@@ -17,6 +17,7 @@ from fastgan.kernels.pieces import (
     load_block,
     multiply_add,
     new_accumulator,
+    steps_of,
     store_tile_statistics,
 )
 from fastgan.kernels.statistics import TileStatistics
@@ -80,7 +81,8 @@ def down_kernel(
 
     transposed: tl.constexpr = BLOCK_N >= 64 and high_ptr.dtype.element_ty.primitive_bitwidth == 16
     acc = new_accumulator(BLOCK_M, BLOCK_N, transposed)
-    for step in range((depth + BLOCK_K - 1) // BLOCK_K):
+    steps: tl.constexpr = (depth + BLOCK_K - 1) // BLOCK_K
+    for step in range(steps_of(steps, steps, N)):
         if B % BLOCK_K == 0:  # all of a step's products are of one tap
             tap, b = step // (B // BLOCK_K), step % (B // BLOCK_K) * BLOCK_K
             tap_h, tap_w = tap // KW, tap % KW

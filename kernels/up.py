@@ -19,6 +19,7 @@ from fastgan.kernels.pieces import (
     load_block,
     multiply_add,
     new_accumulator,
+    steps_of,
     store_tile_statistics,
 )
 from fastgan.kernels.statistics import TileStatistics
@@ -103,7 +104,9 @@ def up_kernel(
     # One loop over channels and taps: a loop for each tap would fill and drain the pipeline again.
     transposed: tl.constexpr = BLOCK_N >= 64 and low_ptr.dtype.element_ty.primitive_bitwidth == 16
     acc = new_accumulator(BLOCK_M, BLOCK_N, transposed)
-    for step in range(taps * ((A + BLOCK_K - 1) // BLOCK_K)):
+    blocks: tl.constexpr = (A + BLOCK_K - 1) // BLOCK_K
+    most: tl.constexpr = ((KH + SH - 1) // SH) * ((KW + SW - 1) // SW) * blocks
+    for step in range(steps_of(taps * blocks, most, N)):
         a, tap = step // taps * BLOCK_K, step % taps
         step_h, step_w = tap // taps_w, tap % taps_w
         in_h, in_w = base_h - step_h, base_w - step_w
