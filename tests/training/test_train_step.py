@@ -307,25 +307,25 @@ class _BatchMean(nn.Module):
         return x - x.mean(0, keepdim=True)
 
 
+def _logits(features):
+    return nn.Flatten(), nn.Linear(features, 1)
+
+
 @pytest.mark.parametrize(
     ("layers", "reason"),
     [
-        ([nn.Conv2d(2, 4, 3), nn.Flatten(), nn.BatchNorm1d(4 * 14 * 14), nn.Linear(4 * 14 * 14, 1)], "unfused in 2"),
-        ([nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4, momentum=None), nn.Flatten(), nn.Linear(784, 1)], "momentum=None"),
-        ([nn.Conv2d(2, 4, 3), nn.Dropout(), nn.Flatten(), nn.Linear(784, 1)], "chance"),
-        ([nn.Conv2d(2, 4, 3), _BatchMean(), nn.Flatten(), nn.Linear(784, 1)], "share a batch"),
-        (
-            [nn.utils.parametrizations.spectral_norm(nn.Conv2d(2, 4, 3)), nn.Flatten(), nn.Linear(784, 1)],
-            "chance|leaves",
-        ),
-        ([nn.Conv2d(2, 1, 16), nn.Flatten(0), nn.Unflatten(0, (1, -1))], "first axis"),
+        (lambda: [nn.Conv2d(2, 4, 3), nn.Flatten(), nn.BatchNorm1d(784), nn.Linear(784, 1)], "unfused in 2"),
+        (lambda: [nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4, momentum=None), *_logits(784)], "momentum=None"),
+        (lambda: [nn.Conv2d(2, 4, 3), nn.Dropout(), *_logits(784)], "chance"),
+        (lambda: [nn.Conv2d(2, 4, 3), _BatchMean(), *_logits(784)], "share a batch"),
+        (lambda: [nn.utils.parametrizations.spectral_norm(nn.Conv2d(2, 4, 3)), *_logits(784)], "chance|leaves"),
+        (lambda: [nn.Conv2d(2, 1, 16), nn.Flatten(0), nn.Unflatten(0, (1, -1))], "first axis"),
     ],
     ids=("batch-norm-1d", "cumulative", "dropout", "batch-mean", "spectral-norm", "shape"),
 )
 def test_two_passes_where_one_would_not_be_exact(layers, reason):
     torch.manual_seed(0)
-    layers = copy.deepcopy(layers)
-    discriminator = nn.Sequential(*layers).double()
+    discriminator = nn.Sequential(*layers()).double()
     generator, _ = make_networks()
     step = TrainStep(generator, discriminator, latent_dim=NZ, one_pass=True)
     before = copy.deepcopy(discriminator.state_dict()), torch.get_rng_state()
