@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from fastgan import backend
 from fastgan.layout import suggests_channels_last
-from fastgan.ops.geometry import conv_transpose_size
+from fastgan.ops.geometry import conv_size, conv_transpose_size
 
 _HALF_DTYPES = (torch.bfloat16, torch.float16)
 # Of the matrix of all taps: beyond what caches hold the product gains nothing.
@@ -91,9 +91,8 @@ def _gains(x, weight, conv):
     if not all(tensor.is_contiguous(memory_format=torch.channels_last) for tensor in (x, weight)):
         return False
     learns = torch.is_grad_enabled() and weight.requires_grad
-    positions = len(x) * x.shape[2] * x.shape[3]
-    if not conv.transposed:
-        positions //= conv.stride[0] * conv.stride[1]
+    low = x.shape[2:] if conv.transposed else conv_size(x.shape[2:], conv.kernel_size, conv.stride, conv.padding)
+    positions = len(x) * low[0] * low[1]
     of_image = _is_of_image(weight) and (conv.transposed or (torch.is_grad_enabled() and x.requires_grad))
     return of_image or (learns and _has_product(positions, weight.shape))
 

@@ -9,7 +9,14 @@ import triton
 import triton.language as tl
 
 from fastgan.kernels.launch import empty_nhwc, launch, needs_int64, reduction_tile, rows_tile
-from fastgan.kernels.pieces import activate, activation_grad, channel_vector, normalize, scale_and_shift
+from fastgan.kernels.pieces import (
+    activate,
+    activation_grad,
+    channel_vector,
+    normalize,
+    normalized_and_grad,
+    scale_and_shift,
+)
 from fastgan.kernels.statistics import sum_rows
 
 MOST_PROGRAMS = 512  # enough to fill a GPU, and no more than are summed up in one launch
@@ -86,29 +93,6 @@ def normalize_activate(y, mean, invstd, gamma, beta, *, activation, slope):
 
 
 @triton.jit
-def normalized_and_grad(
-    cell,
-    ok,
-    column,
-    column_ok,
-    grad_ptr,
-    y_ptr,
-    mean_ptr,
-    invstd_ptr,
-    gamma_ptr,
-    beta_ptr,
-    ACTIVATION: tl.constexpr,
-    SLOPE: tl.constexpr,
-):
-    """x̂ and dz = dout · act'(z) of a tile, both recomputed from y; they are zero outside of it."""
-    grad = tl.load(grad_ptr + cell, mask=ok, other=0.0).to(tl.float32)
-    y = tl.load(y_ptr + cell, mask=ok, other=0.0).to(tl.float32)
-    x_hat = normalize(y, mean_ptr, invstd_ptr, column, column_ok)
-    z = scale_and_shift(x_hat, gamma_ptr, beta_ptr, column, column_ok)
-    return x_hat, grad * activation_grad(activate(z, ACTIVATION, SLOPE), ACTIVATION, SLOPE)
-
-
-@triton.jit
 def batch_norm_grad_sums_kernel(
     grad_ptr,  # (groups · rows, C)
     y_ptr,  # (groups · rows, C)
@@ -138,16 +122,16 @@ def batch_norm_grad_sums_kernel(
         ok = (row < rows)[:, None] & column_ok[None, :]
         cell = cells(group, rows, row, column, C, INT64)
         x_hat, dz = normalized_and_grad(
+            tl.load(grad_ptr + cell, mask=ok, other=0.0).to(tl.float32),
+            y_ptr,
             cell,
             ok,
-            column,
-            column_ok,
-            grad_ptr,
-            y_ptr,
             mean_ptr + group * C,
             invstd_ptr + group * C,
             gamma_ptr,
             beta_ptr,
+            column,
+            column_ok,
             ACTIVATION,
             SLOPE,
         )
@@ -188,8 +172,9 @@ def batch_norm_input_grad_kernel(
     cell = cells(group, rows, row, column, C, INT64)
     mean_ptr += group * C
     invstd_ptr += group * C
+    grad = tl.load(grad_ptr + cell, mask=ok, other=0.0).to(tl.float32)
     x_hat, dy = normalized_and_grad(
-        cell, ok, column, column_ok, grad_ptr, y_ptr, mean_ptr, invstd_ptr, gamma_ptr, beta_ptr, ACTIVATION, SLOPE
+        grad, y_ptr, cell, ok, mean_ptr, invstd_ptr, gamma_ptr, beta_ptr, column, column_ok, ACTIVATION, SLOPE
     )
     if sums_ptr is not None:
         sums_ptr += group * 2 * C

@@ -12,11 +12,11 @@ from fastgan.kernels.launch import channels_last, empty_nhwc, geometry, launch, 
 from fastgan.kernels.pieces import (
     NOWHERE,
     backward_epilogue,
-    batch_norm_backward_epilogue,
     conv_epilogue,
     load_block,
     multiply_add,
     new_accumulator,
+    normalized_and_grad,
     steps_of,
     store_tile_statistics,
 )
@@ -110,9 +110,10 @@ def down_kernel(
     if y_ptr is not None:
         mean_ptr += group * A
         invstd_ptr += group * A
-        acc, sum_dz, sum_dz_x_hat = batch_norm_backward_epilogue(
+        x_hat, acc = normalized_and_grad(
             acc, y_ptr, cell, ok, mean_ptr, invstd_ptr, gamma_ptr, beta_ptr, column, column_ok, ACTIVATION, SLOPE
         )
+        sum_dz, sum_dz_x_hat = tl.sum(acc, 0), tl.sum(acc * x_hat, 0)
         sums_ptr += (group * 2 * tiles + pid_m) * A
         tl.store(sums_ptr + column, sum_dz, mask=column_ok)
         tl.store(sums_ptr + tiles * A + column, sum_dz_x_hat, mask=column_ok)

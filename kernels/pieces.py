@@ -161,8 +161,8 @@ def backward_epilogue(acc, activated_ptr, cell, ok, ACTIVATION: tl.constexpr, SL
 
 
 @triton.jit
-def batch_norm_backward_epilogue(
-    acc,
+def normalized_and_grad(
+    grad,
     y_ptr,
     cell,
     ok,
@@ -175,15 +175,14 @@ def batch_norm_backward_epilogue(
     ACTIVATION: tl.constexpr,
     SLOPE: tl.constexpr,
 ):
-    """(dz, Σ dz, Σ dz·x̂), sums over rows, of dz = acc · act'(z) where z = γ·x̂ + β is BatchNorm of y at `cell`.
+    """x̂ and dz = grad · act'(z) of a tile where z = γ·x̂ + β is BatchNorm of y at `cell`, both recomputed from y.
 
-    Rows that are not there add nothing: their acc is zero.
+    dz is zero where grad is, as it is outside of the tile.
     """
     y = tl.load(y_ptr + cell, mask=ok, other=0.0).to(tl.float32)
     x_hat = normalize(y, mean_ptr, invstd_ptr, columns, column_ok)
     z = scale_and_shift(x_hat, gamma_ptr, beta_ptr, columns, column_ok)
-    dz = acc * activation_grad(activate(z, ACTIVATION, SLOPE), ACTIVATION, SLOPE)
-    return dz, tl.sum(dz, 0), tl.sum(dz * x_hat, 0)
+    return x_hat, grad * activation_grad(activate(z, ACTIVATION, SLOPE), ACTIVATION, SLOPE)
 
 
 @triton.jit

@@ -14,11 +14,11 @@ from fastgan.kernels.narrow import is_narrow, up_narrow
 from fastgan.kernels.pieces import (
     NOWHERE,
     backward_epilogue,
-    batch_norm_backward_epilogue,
     conv_epilogue,
     load_block,
     multiply_add,
     new_accumulator,
+    normalized_and_grad,
     steps_of,
     store_tile_statistics,
 )
@@ -127,9 +127,10 @@ def up_kernel(
     if y_ptr is not None:
         mean_ptr += group * CHANNELS
         invstd_ptr += group * CHANNELS
-        acc, sum_dz, sum_dz_x_hat = batch_norm_backward_epilogue(
+        x_hat, acc = normalized_and_grad(
             acc, y_ptr, cell, ok, mean_ptr, invstd_ptr, gamma_ptr, beta_ptr, vectors, column_ok, ACTIVATION, SLOPE
         )
+        sum_dz, sum_dz_x_hat = tl.sum(acc, 0), tl.sum(acc * x_hat, 0)
         sums_ptr += (group * 2 * tiles + tile) * B
         tl.store(sums_ptr + column, sum_dz, mask=column_ok)
         tl.store(sums_ptr + tiles * B + column, sum_dz_x_hat, mask=column_ok)
