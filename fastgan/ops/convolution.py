@@ -257,6 +257,9 @@ def _backward(ctx, x, weight, weight_copy, out, x_normalized, dout):
         dz = activation_grad(dout, out, ctx.activation, ctx.slope)
     transposed, stride, padding = ctx.transposed, ctx.stride, ctx.padding
     dx = dweight = sums = None
+    if ctx.needs_input_grad[1]:  # first, so that dx need not wait in memory, or outside of the cache
+        low, high = (x, dz) if transposed else (dz, x)
+        dweight = conv_weight_grad(low, high, weight, stride, padding)
     if ctx.needs_input_grad[0]:
         extra = [0, 0] if transposed else lost_rows(x.shape[2:], weight.shape[2:], stride, padding)
         where = (not transposed, stride, padding, extra)
@@ -268,9 +271,6 @@ def _backward(ctx, x, weight, weight_copy, out, x_normalized, dout):
             dx = conv_activation_grad(dz, weight, weight_copy, x, *where, ctx.x_activation, ctx.x_slope)
         else:
             dx = plain_conv(dz, weight, weight_copy, *where)
-    if ctx.needs_input_grad[1]:
-        low, high = (x, dz) if transposed else (dz, x)
-        dweight = conv_weight_grad(low, high, weight, stride, padding)
     return dx, dweight, dz, [None, None, None, sums, None, None][: len(x_normalized)]
 
 

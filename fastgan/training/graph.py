@@ -12,7 +12,7 @@ class StepGraph:
     decided: whoever changes the networks or the optimizers in kind (not in value) starts again with `forget`.
 
     Args:
-        step: function of a batch of images, or of None, that returns {name: 0-dim tensor}. Whatever it reads must stay
+        step: function of a batch of images (N, C, H, W), or of None, that returns {name: 0-dim tensor}. Whatever it reads must stay
             where it is in memory.
         device: the CUDA device.
     """
@@ -57,7 +57,8 @@ class StepGraph:
         return losses
 
     def _capture(self, images):
-        self._images = None if images is None else images.clone()
+        # In the layout that the step computes in, or a copy more is made, and kept, within it.
+        self._images = None if images is None else images.clone(memory_format=torch.channels_last)
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self._device)
         try:

@@ -147,17 +147,15 @@ class TrainStep:
         return self._graph(real_images)
 
     def _step(self, real_images):
-        real_images = self.source.draw() if real_images is None else real_images
-        real_images = real_images.to(memory_format=torch.channels_last)
+        for optimizer in (self.optimizer_d, self.optimizer_g):  # both now: the memory is wanted for activations
+            optimizer.zero_grad(set_to_none=True)
         self._copies_g.refresh()
         self._copies_d.refresh()
-        latent = torch.randn(len(real_images), *self.latent_shape, device=self.device, dtype=self.dtype)
 
-        fake_images, loss_d, d_real, d_fake = self._discriminate(real_images, latent)
+        fake_images, loss_d, d_real, d_fake = self._discriminate(real_images)
         self.scaler.step(self.optimizer_d)
         self._copies_d.refresh()
 
-        self.optimizer_g.zero_grad(set_to_none=True)
         with _frozen(self.discriminator), self._autocast():
             fake_logits = self._d(fake_images)
         (loss_g,) = self._backward_bce(fake_logits, (1.0,), self.scaler, means=False)
@@ -167,18 +165,22 @@ class TrainStep:
         losses = {"loss_d": loss_d, "loss_g": loss_g, "d_real": d_real, "d_fake": d_fake}
         return {name: value.detach() for name, value in losses.items()}
 
-    def _discriminate(self, real_images, latent):
+    def _discriminate(self, real_images):
         """Give the discriminator its gradients; returns the fake images, its loss and both mean probabilities."""
-        self.optimizer_d.zero_grad(set_to_none=True)
+        real_images = self.source.draw() if real_images is None else real_images
+        latent = torch.randn(len(real_images), *self.latent_shape, device=self.device, dtype=self.dtype)
         fake_images = self._generate(latent) if self.one_pass else None
         if self.one_pass and not self._one_pass_tried:
             self._try_one_pass(real_images, fake_images)
         if self.one_pass:
+            images = _stacked(real_images, fake_images.detach())
+            del real_images  # a batch that was drawn here is not needed any more
             with self._autocast(), batch_groups(2):
-                logits = self._d(torch.cat([real_images.to(fake_images.dtype), fake_images.detach()]))
+                logits = self._d(images)
             return fake_images, *self._backward_bce(logits, (1.0, 0.0), self.scaler)
         # One after the other, so that the activations of both, and of the generator, are never alive together.
-        loss_real, d_real = self._learn_half(real_images, 1.0)
+        loss_real, d_real = self._learn_half(real_images.to(memory_format=torch.channels_last), 1.0)
+        del real_images
         if fake_images is None:
             fake_images = self._generate(latent)
         loss_fake, d_fake = self._learn_half(fake_images.detach(), 0.0)
@@ -272,6 +274,17 @@ def _latent_shape(latent_dim):
     if not shape or not all(isinstance(size, int) and size > 0 for size in shape):
         raise ValueError(f"latent_dim must be a positive integer or a shape of such; got {latent_dim!r}")
     return shape
+
+
+def _stacked(real_images, fake_images):
+    """[real; fake] in channels_last and in the dtype of the fake ones, each read and written once."""
+    size = (len(real_images) + len(fake_images), *fake_images.shape[1:])
+    images = torch.empty(
+        size, dtype=fake_images.dtype, device=fake_images.device, memory_format=torch.channels_last
+    )
+    images[: len(real_images)] = real_images
+    images[len(real_images) :] = fake_images
+    return images
 
 
 @contextmanager
