@@ -20,6 +20,7 @@ from fastgan.kernels.pieces import (
     steps_of,
     store_tile_statistics,
 )
+from fastgan.kernels.single import down_single
 from fastgan.kernels.statistics import TileStatistics
 
 
@@ -172,6 +173,10 @@ def down(
     n, (a, b, kh, kw) = high.shape[0], weight.shape
     weight = channels_last(weight)
     low = empty_nhwc((n, a, *out_size), high)
+    if a == 1 and not statistics and activated is None and normalized is None:
+        epilogue = dict(bias=bias, batch_norm=batch_norm, eps=eps, activation=activation, slope=slope)
+        down_single(high, weight, low, stride=stride, padding=padding, tile=tile, **epilogue)
+        return low
     y = invstd = sums = None
     if normalized is not None:
         y, mean, invstd, gamma, beta = normalized

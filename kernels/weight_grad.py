@@ -11,6 +11,13 @@ import triton.language as tl
 from fastgan.kernels.launch import FEWEST_PROGRAMS, geometry, launch, matrix_tile, needs_int64
 from fastgan.kernels.pieces import NOWHERE, load_block, multiply_add
 from fastgan.kernels.statistics import sum_rows
+from fastgan.kernels.weight_grad_narrow import (
+    ALL,
+    block_constants,
+    is_narrow,
+    narrow_tile,
+    weight_grad_narrow_kernel,
+)
 
 # Two programs of 128 × 128 on each multiprocessor of a large GPU: all run at once, and their sums fit its L2 cache.
 WANTED_OUTPUTS = 2 * 132 * 128 * 128
@@ -113,25 +120,36 @@ def weight_grad(low, high, weight, *, stride, padding, precision, tile=None):
         low: (N, A, H, W) channels_last.
         high: (N, B, Ho, Wo) channels_last.
         weight: (A, B, KH, KW), read for its shape, strides and dtype only.
-        tile: a MatrixTile, or None for an untuned one.
+        tile: a MatrixTile of this kernel or, for a narrow layer, of weight_grad_narrow.py; or None for an untuned one.
     """
     (n, a, h, w), (_, b, kh, kw) = low.shape, weight.shape
     grad = torch.empty_like(weight)
+    if tile is None and is_narrow(weight, low):
+        tile = narrow_tile(low)
     tile = tile or matrix_tile(a, kh * kw * b, n * h * w, low.dtype, copies=FEWEST_PROGRAMS)
-    tiles = triton.cdiv(a, tile.block_m) * triton.cdiv(kh * kw * b, tile.block_n)
-    blocks = triton.cdiv(n * h * w, tile.block_k)
-    splits = max(1, min(WANTED_OUTPUTS // (tiles * tile.block_m * tile.block_n), blocks // FEWEST_STEPS))
+    tiles = triton.cdiv(a, tile.block_m)
+    if tile.block_n == ALL:
+        kernel, constants = weight_grad_narrow_kernel, block_constants(low, weight, high, stride, padding, tile)
+        columns, blocks = constants["TAPS_H"] * constants["TAPS_W"], n * triton.cdiv(h, constants["ROWS"])
+    else:
+        kernel, constants = weight_grad_kernel, dict(BLOCK_N=tile.block_n, BLOCK_K=tile.block_k)
+        columns, blocks = tile.block_n, triton.cdiv(n * h * w, tile.block_k)
+        tiles *= triton.cdiv(kh * kw * b, columns)
+    splits = max(1, min(WANTED_OUTPUTS // (tiles * tile.block_m * columns), blocks // FEWEST_STEPS))
     steps = triton.cdiv(blocks, splits)
     parts = grad if splits == 1 else torch.empty((1, splits, grad.numel()), dtype=torch.float32, device=grad.device)
     launch(
-        weight_grad_kernel,
+        kernel,
         (tiles * splits,),
         *(low, high, parts, n, steps, grad.numel(), *grad.stride()),
         device=low.device,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
         PRECISION=precision,
         INT64=needs_int64(low, high),
+        BLOCK_M=tile.block_m,
+        **constants,
         **geometry(low, weight, high, stride, padding),
-        **tile.options(),
     )
     if splits > 1:
         sum_rows(parts, out=grad.as_strided((1, grad.numel()), (0, 1)))

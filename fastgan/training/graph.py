@@ -12,8 +12,8 @@ class StepGraph:
     decided: whoever changes the networks or the optimizers in kind (not in value) starts again with `forget`.
 
     Args:
-        step: function of a batch of images (N, C, H, W), or of None, that returns {name: 0-dim tensor}. Whatever it reads must stay
-            where it is in memory.
+        step: function of a batch of images (N, C, H, W), or of None, that returns {name: 0-dim tensor}. Whatever it
+            reads must stay where it is in memory.
         device: the CUDA device.
     """
 

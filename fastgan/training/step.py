@@ -279,9 +279,7 @@ def _latent_shape(latent_dim):
 def _stacked(real_images, fake_images):
     """[real; fake] in channels_last and in the dtype of the fake ones, each read and written once."""
     size = (len(real_images) + len(fake_images), *fake_images.shape[1:])
-    images = torch.empty(
-        size, dtype=fake_images.dtype, device=fake_images.device, memory_format=torch.channels_last
-    )
+    images = torch.empty(size, dtype=fake_images.dtype, device=fake_images.device, memory_format=torch.channels_last)
     images[: len(real_images)] = real_images
     images[len(real_images) :] = fake_images
     return images

@@ -3,29 +3,33 @@
 import torch
 import triton
 
+from fastgan.kernels import narrow, single, weight_grad_narrow
 from fastgan.kernels.launch import TILES, MatrixTile
-from fastgan.kernels.narrow import TILES as NARROW_TILES
-from fastgan.kernels.narrow import is_narrow
 from fastgan.tune.workloads import DTYPES
 
 
 def candidates(problem):
     """[MatrixTile] for `problem`, without blocks larger than the matrices."""
-    if _is_narrow(problem):
-        return list(NARROW_TILES[DTYPES[problem.dtype].itemsize])
+    itemsize = DTYPES[problem.dtype].itemsize
+    low, weight = (torch.empty(shape, device="meta") for shape in _shapes(problem))
+    if problem.operation == "up" and problem.then != "statistics" and not _one_position(problem):
+        if narrow.is_narrow(weight, problem.stride):
+            return list(narrow.TILES[itemsize])
+    if problem.operation == "down" and problem.a == 1 and problem.then in ("", "epilogue"):
+        return list(single.TILES)
     rows, columns, depth = _matrix(problem)
     tiles = []
-    for tile in TILES[DTYPES[problem.dtype].itemsize]:
+    for tile in TILES[itemsize]:
         blocks = (_fit(tile.block_m, rows), _fit(tile.block_n, columns), _fit(tile.block_k, depth))
         tiles.append(MatrixTile(*blocks, tile.num_warps, tile.num_stages))
+    if problem.operation == "weight_grad" and weight_grad_narrow.is_narrow(weight, low):
+        tiles += [tile._replace(block_m=_fit(tile.block_m, rows)) for tile in weight_grad_narrow.TILES[itemsize]]
     return list(dict.fromkeys(tiles))
 
 
-def _is_narrow(problem):
-    """Whether `up` takes its kernel for images of few channels."""
-    weight = torch.empty((problem.a, problem.b, *problem.kernel), device="meta")
-    narrow = problem.operation == "up" and problem.then != "statistics"
-    return narrow and not _one_position(problem) and is_narrow(weight, problem.stride)
+def _shapes(problem):
+    """Of low and of the weight."""
+    return (problem.batch, problem.a, *problem.low), (problem.a, problem.b, *problem.kernel)
 
 
 def _one_position(problem):

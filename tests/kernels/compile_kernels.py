@@ -19,11 +19,25 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastgan.kernels import batch_norm, cast, data, down, launch, losses, narrow, running, statistics, up, weight_grad
+from fastgan.kernels import (
+    batch_norm,
+    cast,
+    data,
+    down,
+    launch,
+    losses,
+    narrow,
+    running,
+    single,
+    statistics,
+    up,
+    weight_grad,
+    weight_grad_narrow,
+)
 
 _TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 _INTEGER_TYPES = {torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64"}
-_MODULES = (batch_norm, cast, data, down, losses, narrow, running, statistics, up, weight_grad)
+_MODULES = (batch_norm, cast, data, down, losses, narrow, running, single, statistics, up, weight_grad)
 
 
 def record(workload):
@@ -101,6 +115,11 @@ def workload(dtype, batch=8):
         to_image = torch.empty(64, 3, 4, 4, dtype=dtype)
         up.up(high, to_image, (32, 32), activation="tanh", **where)
         down.down(image, to_image, (16, 16), activation="leaky_relu", slope=0.2, **where)
+        weight_grad.weight_grad(high, image, to_image, **where)
+        # The discriminator's last: one channel, of whole images and of patches.
+        last = torch.empty(1, 64, 16, 16, dtype=dtype).to(memory_format=torch.channels_last)
+        down.down(high, last, (1, 1), stride=(1, 1), padding=(0, 0), precision="tf32")
+        down.down(high, last[..., :4, :4], (15, 15), **dict(where, stride=(1, 1)))
         # Gradients on their way back through an activation too.
         up.up(low, weight, (16, 16), activated=high, **leaky, **where)
         up.up(high, to_image, (32, 32), activated=image, activation="tanh", **where)
@@ -152,6 +171,12 @@ def every_tile(dtype):
             down.down(high, weight, (8, 8), normalized=(low, *vectors), **where)
         for tile in narrow.TILES[dtype.itemsize]:
             up.up(low, weight[:, :3], (16, 16), **dict(where, tile=tile, activation="tanh"))
+        for tile in single.TILES:
+            down.down(high, weight[:1], (8, 8), **dict(where, tile=tile))
+        image = torch.empty(64, 3, 16, 16, dtype=dtype, device="meta").to(memory_format=torch.channels_last)
+        for tile in weight_grad_narrow.TILES[dtype.itemsize]:
+            where = dict(stride=(2, 2), padding=(1, 1), precision="tf32", tile=tile)
+            weight_grad.weight_grad(low, image, weight[:, :3], **where)
 
     return [one for one in record(run) if one[0].__name__ != "sum_rows_kernel"]
 

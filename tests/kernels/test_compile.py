@@ -13,7 +13,9 @@ KERNELS = {
     "up_kernel",
     "up_narrow_kernel",
     "down_kernel",
+    "down_single_kernel",
     "weight_grad_kernel",
+    "weight_grad_narrow_kernel",
     "sum_rows_kernel",
     "merge_statistics_kernel",
     "tile_statistics_kernel",
@@ -27,7 +29,7 @@ KERNELS = {
     "next_batch_kernel",
 }
 
-MATRIX_KERNELS = ("up_kernel", "up_narrow_kernel", "down_kernel", "weight_grad_kernel")
+MATRIX_KERNELS = ("up_kernel", "up_narrow_kernel", "down_kernel", "weight_grad_kernel", "weight_grad_narrow_kernel")
 
 
 def compiled(*arguments):
@@ -55,6 +57,8 @@ def test_every_tile_fits_hopper(dtype):
     for row in compiled("90", "--tiles", dtype):
         assert row["stack_bytes"] == 0, row  # no spilled registers
         assert row["shared_bytes"] <= 227 * 1024, row
+        if row["kernel"] == "down_single_kernel":
+            continue
         if row["kernel"] != "up_narrow_kernel":
             assert row["copy_bytes"] == [16], row
         if row["tile"][0] != 16:  # fewer rows than the matrix units of Hopper take

@@ -1,12 +1,16 @@
 """Layers at the ends of a GAN, which take ways of their own, and how float32 becomes TF32."""
 
+from itertools import cycle
+
 import pytest
 import torch
 from torch.nn import functional as F
 
+from fastgan.kernels import weight_grad_narrow
 from fastgan.kernels.down import down
 from fastgan.kernels.launch import MatrixTile
 from fastgan.kernels.narrow import TILES, is_narrow
+from fastgan.kernels.single import TILES as SINGLE_TILES
 from fastgan.kernels.statistics import merge_statistics
 from fastgan.kernels.up import up
 from fastgan.kernels.weight_grad import weight_grad
@@ -52,6 +56,79 @@ def test_image_layers(case, dtype, device):
     for tile in (None, MatrixTile(64, 16, 16, 4, 2), *(TILES[dtype.itemsize] if HAS_GPU else ())):
         out = up(x, weight, plain.shape[2:], bias=bias, activation="tanh", tile=tile, **where)
         assert_as_accurate_as_stock(str(tile), out, plain, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", IMAGES, ids=str)
+def test_weight_gradients_of_image_layers(case, dtype, device):
+    a, b, size, kernel, stride, padding, extra = case
+    x, weight = draw(dtype, device, (3, a, *size), (a, b, kernel, kernel))
+    where = (stride, padding, extra)
+    (grad,) = draw(dtype, device, F.conv_transpose2d(x, weight, None, *where).shape)
+    x, grad = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, grad))
+
+    def stock(x, weight, grad):
+        weight = weight.requires_grad_()
+        return torch.autograd.grad(F.conv_transpose2d(x, weight, None, *where), weight, grad)[0]
+
+    plain, exact = stock(x, weight, grad), stock(*(tensor.detach().double() for tensor in (x, weight, grad)))
+    few_columns = b * kernel * kernel >= 10
+    assert weight_grad_narrow.is_narrow(weight, x) == few_columns
+    tiles = (None, MatrixTile(16, 1, 16, 4, 2) if few_columns else None, MatrixTile(32, 16, 16, 4, 2))
+    own = weight_grad_narrow.TILES[dtype.itemsize] if few_columns and HAS_GPU else ()
+    layouts = (torch.channels_last, torch.contiguous_format)
+    for tile, layout in zip((*tiles, *own), cycle(layouts), strict=False):
+        like = weight.detach().contiguous(memory_format=layout)
+        arguments = dict(stride=(stride, stride), padding=(padding, padding), precision="ieee", tile=tile)
+        ours = weight_grad(x, grad, like, **arguments)
+        assert_as_accurate_as_stock(str(tile), ours, plain, exact)
+        assert ours.stride() == like.stride()
+
+
+def test_weight_gradient_leaves_out_what_no_position_of_low_sees(device):
+    """Blocks of rows reach past low's end; what stands in high there, infinity too, does not count."""
+    x, weight = draw(torch.float32, device, (2, 4, 3, 3), (4, 3, 4, 4))
+    grad = torch.full((2, 3, 9, 9), float("inf"), device=device)
+    grad[:, :, :7, :7] = 1.0  # padding 1, stride 2: three positions see rows −1 to 6
+    x, grad = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, grad))
+    ours = weight_grad(x, grad, weight, stride=(2, 2), padding=(1, 1), precision="ieee")
+    assert torch.isfinite(ours).all()
+
+
+# B, high size, kernel, stride, padding: whole images, patches of them, more channels than a block and fewer
+LOGITS = (
+    (512, (4, 4), 4, 1, 0),
+    (33, (7, 7), 7, 1, 0),
+    (64, (6, 5), 4, 1, 1),
+    (5, (9, 8), 3, 2, 1),
+    (1, (4, 4), 4, 2, 3),
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", LOGITS, ids=str)
+def test_layers_of_one_output_channel(case, dtype, device):
+    b, size, kernel, stride, padding = case
+    x, weight, bias, mean, gamma, beta = draw(dtype, device, (3, b, *size), (1, b, kernel, kernel), *[(1,)] * 4)
+    x, weight = x.contiguous(memory_format=torch.channels_last), weight / (b * kernel**2) ** 0.5
+    var = gamma.abs() + 0.5
+
+    def stock(x, weight, bias, mean, var, gamma, beta):
+        y = F.batch_norm(F.conv2d(x, weight, bias, stride, padding), mean, var, gamma, beta)
+        return F.leaky_relu(y, 0.2)
+
+    known = (x, weight, bias, mean, var, gamma, beta)
+    plain, exact = stock(*known), stock(*(tensor.double() for tensor in known))
+    where = dict(stride=(stride, stride), padding=(padding, padding), precision="tf32")  # which it does not stoop to
+    epilogue = dict(bias=bias, batch_norm=(mean, var, gamma, beta), eps=1e-5, activation="leaky_relu", slope=0.2)
+    # One of its own tiles, and one of the matrix kernel that has no meaning for it.
+    for tile in (None, MatrixTile(2, 1, 32, 4, 2), MatrixTile(16, 16, 128, 4, 4), *(SINGLE_TILES if HAS_GPU else ())):
+        out = down(x, weight, plain.shape[2:], tile=tile, **epilogue, **where)
+        assert_as_accurate_as_stock(str(tile), out, plain, exact)
+        assert out.is_contiguous(memory_format=torch.channels_last)
+    bare = down(x, weight, plain.shape[2:], **where)
+    exact = F.conv2d(x.double(), weight.double(), None, stride, padding)
+    assert_as_accurate_as_stock("bare", bare, F.conv2d(x, weight, None, stride, padding), exact)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,4 +1,4 @@
-"""The memory of a step, told without a GPU: PyTorch's fake tensors know their sizes and when they die, and hold nothing.
+"""The memory of a step, told without a GPU: PyTorch's fake tensors hold nothing, but know their sizes and their end.
 
 Of what the kernels allocate within an operator and free at its end, the parts of a weight gradient are counted; the
 parts of statistics, a few MiB at the most, are not.

@@ -128,18 +128,25 @@ def test_candidates(dtype):
         tiles = candidates(problem)
         assert 1 <= len(tiles) <= 24 and len(set(tiles)) == len(tiles)
         for tile in tiles:
-            assert all(block >= 16 and block & (block - 1) == 0 for block in tile[:3])
+            assert all(block & (block - 1) == 0 for block in tile[:3])
+            assert min(tile[:3]) >= 16 or tile.block_n == 1  # of a kernel that is no matrix product, or has all columns
             # Operands of every stage must fit in the shared memory of a large GPU.
             kib = (tile.block_m + tile.block_n) * tile.block_k * dtype.itemsize * tile.num_stages / 1024
             assert kib <= 227, (problem, tile)
 
 
-def test_candidates_of_images_are_their_own_kernels():
+def test_candidates_at_the_ends_of_a_gan_are_of_their_own_kernels():
     for problem in problems_of(["dcgan28", "dcgan64"], (64,), [BF16]):
         kernels = [launch.kernel for launch in launches(problem, Choice("triton", candidates(problem)[0]._asdict()))]
         narrow = problem.operation == "up" and problem.b <= 3
         assert ("up_narrow_kernel" in kernels) == narrow
         assert all(tile.block_n == 16 for tile in candidates(problem)) or not narrow
+        # A weight gradient of images has two kernels to choose from, a convolution to one channel one of its own.
+        of_image = problem.operation == "weight_grad" and problem.b <= 3
+        to_one = problem.operation == "down" and problem.a == 1
+        assert {tile.block_n == 1 for tile in candidates(problem)} == ({True, False} if of_image else {to_one})
+        last = launches(problem, Choice("triton", candidates(problem)[-1]._asdict()))[0].kernel
+        assert (last == "weight_grad_narrow_kernel") == of_image and (last == "down_single_kernel") == to_one
 
 
 def test_launches_of_a_run_without_data():
