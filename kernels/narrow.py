@@ -97,26 +97,23 @@ def up_narrow_kernel(
         y = load_block(weight_ptr + a * (KH * KW * B) + weight_offset, a_ok, column_ok)
         products = multiply_add(products, x, y, PRECISION)
 
-    # Sum over the steps along the width, then over those along the height, each read from the position it belongs to.
-    # A neighbour outside of the patch is outside of the image too, or the position only serves others.
-    c = tl.arange(0, STEPS_W * OUTPUTS)
-    carry_w = (c % OUTPUTS // B % SW + PW) // SW
-    source = tl.arange(0, PATCH_W)[:, None] + (carry_w - c // OUTPUTS)[None, :]
-    source = tl.broadcast_to(source[None, :, None, :], (PATCH_H, PATCH_W, STEPS_H, STEPS_W * OUTPUTS))
-    source = tl.reshape(source, (PATCH_H, PATCH_W, STEPS_H * STEPS_W * OUTPUTS))
-    there = (source >= 0) & (source < PATCH_W)
-    products = tl.reshape(products, (PATCH_H, PATCH_W, STEPS_H * STEPS_W * OUTPUTS))
-    products = tl.where(there, tl.gather(products, tl.where(there, source, 0), 1), 0.0)
-    out = tl.sum(tl.reshape(products, (PATCH_H * PATCH_W * STEPS_H, STEPS_W, OUTPUTS)), 1)
-
-    c = tl.arange(0, STEPS_H * OUTPUTS)
-    carry_h = (c % OUTPUTS // (SW * B) + PH) // SH
-    source = tl.arange(0, PATCH_H)[:, None] + (carry_h - c // OUTPUTS)[None, :]
-    source = tl.broadcast_to(source[:, None, :], (PATCH_H, PATCH_W, STEPS_H * OUTPUTS))
-    there = (source >= 0) & (source < PATCH_H)
-    out = tl.reshape(out, (PATCH_H, PATCH_W, STEPS_H * OUTPUTS))
-    out = tl.where(there, tl.gather(out, tl.where(there, source, 0), 0), 0.0)
-    out = tl.sum(tl.reshape(out, (PATCH_H * PATCH_W, STEPS_H, OUTPUTS)), 1)
+    # Output (position, c) is the sum over steps of what the positions there made for it. All in one dimension, because
+    # `gather` then goes through shared memory: eight columns of all positions after eight others, which a warp writes
+    # without bank conflicts. It gives the steps one after the other, and a thread adds up its own. A position outside
+    # of the patch is outside of the image too, or the output is another program's.
+    STEPS: tl.constexpr = STEPS_H * STEPS_W
+    place = tl.arange(0, STEPS * PATCH_H * PATCH_W * OUTPUTS)
+    c, step = place % OUTPUTS, place // (PATCH_H * PATCH_W * OUTPUTS)
+    from_h = place // (PATCH_W * OUTPUTS) % PATCH_H + (c // (SW * B) + PH) // SH - step // STEPS_W
+    from_w = place // OUTPUTS % PATCH_W + (c // B % SW + PW) // SW - step % STEPS_W
+    there = (from_h >= 0) & (from_h < PATCH_H) & (from_w >= 0) & (from_w < PATCH_W)
+    position, column = from_h * PATCH_W + from_w, step * OUTPUTS + c
+    source = column // 8 * (PATCH_H * PATCH_W * 8) + position * 8 + column % 8
+    products = tl.permute(tl.reshape(products, (PATCH_H * PATCH_W, STEPS * OUTPUTS // 8, 8)), (1, 0, 2))
+    products = tl.reshape(products, (PATCH_H * PATCH_W * STEPS * OUTPUTS,))
+    products = tl.where(there, tl.gather(products, tl.where(there, source, 0), 0), 0.0)
+    out = tl.sum(tl.reshape(products, (STEPS, PATCH_H * PATCH_W * OUTPUTS)), 0)
+    out = tl.reshape(out, (PATCH_H * PATCH_W, OUTPUTS))
 
     c = tl.arange(0, OUTPUTS)
     c_ok = c < SH * SW * B
