@@ -8,7 +8,17 @@ import torch
 import triton
 import triton.language as tl
 
-from fastgan.kernels.launch import channels_last, empty_nhwc, geometry, launch, matrix_tile, needs_int64
+from fastgan.kernels.launch import (
+    MatrixTile,
+    channels_last,
+    empty_nhwc,
+    geometry,
+    launch,
+    matrix_tile,
+    needs_int64,
+    power_of_two,
+)
+from fastgan.kernels.patches import ALL, NO_BLOCK, block_constants, is_narrow, patch_sources, seen_numbers
 from fastgan.kernels.pieces import (
     NOWHERE,
     backward_epilogue,
@@ -22,6 +32,17 @@ from fastgan.kernels.pieces import (
 )
 from fastgan.kernels.single import down_single
 from fastgan.kernels.statistics import TileStatistics
+
+# What a tuner may try beside `launch.TILES` where high is an image of few channels.
+PATCH_TILES = {
+    2: (
+        MatrixTile(128, 64, ALL, 4, 1),
+        MatrixTile(64, 64, ALL, 4, 1),
+        MatrixTile(128, 64, ALL, 8, 1),
+        MatrixTile(128, 128, ALL, 8, 1),
+    ),
+    4: (MatrixTile(64, 64, ALL, 4, 1), MatrixTile(128, 64, ALL, 8, 1)),
+}
 
 
 @triton.jit
@@ -62,6 +83,12 @@ def down_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    ROWS: tl.constexpr,  # of images with few channels, all that follow: see patches.py
+    WIDTH: tl.constexpr,
+    TAPS_H: tl.constexpr,
+    TAPS_W: tl.constexpr,
+    MARGIN: tl.constexpr,
+    SEGMENT: tl.constexpr,
 ):
     column_tiles: tl.constexpr = (A + BLOCK_N - 1) // BLOCK_N
     pid_n, pid_m = tl.program_id(0) % column_tiles, tl.program_id(0) // column_tiles
@@ -82,27 +109,44 @@ def down_kernel(
 
     transposed: tl.constexpr = BLOCK_N >= 64 and high_ptr.dtype.element_ty.primitive_bitwidth == 16
     acc = new_accumulator(BLOCK_M, BLOCK_N, transposed)
-    steps: tl.constexpr = (depth + BLOCK_K - 1) // BLOCK_K
-    for step in range(steps_of(steps, steps, N)):
-        if B % BLOCK_K == 0:  # all of a step's products are of one tap
-            tap, b = step // (B // BLOCK_K), step % (B // BLOCK_K) * BLOCK_K
-            tap_h, tap_w = tap // KW, tap % KW
-            in_h, in_w = base_h + tap_h, base_w + tap_w
-            inside = (in_h >= 0) & (in_h < HO) & (in_w >= 0) & (in_w < WO)
-            high_step = (tap_h * WO + tap_w) * B + b
-            y = load_block(high_ptr + high_step + (high_offset[:, None] + lane[None, :]), inside, None)
-            w = load_block(weight_ptr + step * BLOCK_K + weight_offset, None, weight_column_ok)
-        else:
-            k = step * BLOCK_K + lane
-            k_ok = None if depth % BLOCK_K == 0 else k < depth
-            in_h, in_w = base_h[:, None] + (k // (KW * B))[None, :], base_w[:, None] + (k // B % KW)[None, :]
-            inside = (in_h >= 0) & (in_h < HO) & (in_w >= 0) & (in_w < WO)
-            if depth % BLOCK_K != 0:
-                inside = inside & k_ok[None, :]
-            high_step = k // (KW * B) * (WO * B) + k % (KW * B)
-            y = tl.load(high_ptr + high_offset[:, None] + high_step[None, :], mask=inside, other=0.0)
-            w = load_block(weight_ptr + step * BLOCK_K + weight_offset, k_ok, weight_column_ok)
+    if SEGMENT > 0:
+        low_row, tap_h, number = seen_numbers(ROWS, TAPS_H, SEGMENT, MARGIN)
+        low_row += pid_m * ROWS
+        image, high_row = group * N + low_row // H, low_row % H * SH + tap_h - PH
+        if INT64:
+            image = image.to(tl.int64)
+        seen = (low_row < N * H) & (high_row >= 0) & (high_row < HO)
+        seen = seen & (tap_h < KH) & (number >= 0) & (number < WO * B)
+        numbers = tl.load(high_ptr + (image * HO + high_row) * (WO * B) + number, mask=seen, other=0.0)
+        source = patch_sources(W, B, KW, SW, PW, ROWS, WIDTH, TAPS_H, TAPS_W, MARGIN, SEGMENT)
+        y = tl.reshape(tl.gather(numbers, source, 0), (BLOCK_M, TAPS_H * TAPS_W))
+        k = tl.arange(0, TAPS_H * TAPS_W)
+        tap_h, tap_w = k // TAPS_W, k % TAPS_W
+        weight_offset = (tap_h * (KW * B) + tap_w)[:, None] + (column * depth)[None, :]
+        w = load_block(weight_ptr + weight_offset, (tap_h < KH) & (tap_w < KW * B), weight_column_ok)
         acc = multiply_add(acc, y, w, PRECISION, transposed)
+    else:
+        steps: tl.constexpr = (depth + BLOCK_K - 1) // BLOCK_K
+        for step in range(steps_of(steps, steps, N)):
+            if B % BLOCK_K == 0:  # all of a step's products are of one tap
+                tap, b = step // (B // BLOCK_K), step % (B // BLOCK_K) * BLOCK_K
+                tap_h, tap_w = tap // KW, tap % KW
+                in_h, in_w = base_h + tap_h, base_w + tap_w
+                inside = (in_h >= 0) & (in_h < HO) & (in_w >= 0) & (in_w < WO)
+                high_step = (tap_h * WO + tap_w) * B + b
+                y = load_block(high_ptr + high_step + (high_offset[:, None] + lane[None, :]), inside, None)
+                w = load_block(weight_ptr + step * BLOCK_K + weight_offset, None, weight_column_ok)
+            else:
+                k = step * BLOCK_K + lane
+                k_ok = None if depth % BLOCK_K == 0 else k < depth
+                in_h, in_w = base_h[:, None] + (k // (KW * B))[None, :], base_w[:, None] + (k // B % KW)[None, :]
+                inside = (in_h >= 0) & (in_h < HO) & (in_w >= 0) & (in_w < WO)
+                if depth % BLOCK_K != 0:
+                    inside = inside & k_ok[None, :]
+                high_step = k // (KW * B) * (WO * B) + k % (KW * B)
+                y = tl.load(high_ptr + high_offset[:, None] + high_step[None, :], mask=inside, other=0.0)
+                w = load_block(weight_ptr + step * BLOCK_K + weight_offset, k_ok, weight_column_ok)
+            acc = multiply_add(acc, y, w, PRECISION, transposed)
 
     acc = tl.trans(acc) if transposed else acc
     cell = ((n * (H * W) + row % (H * W)) * A)[:, None] + column[None, :]
@@ -129,6 +173,11 @@ def down_kernel(
         count = tl.minimum(rows - pid_m * BLOCK_M, BLOCK_M).to(tl.float32)
         tile = group * tiles + pid_m
         store_tile_statistics(acc, row_ok, count, tile, column, column_ok, A, A, count_ptr, tile_mean_ptr, tile_m2_ptr)
+
+
+def picks_patches(weight, out_size):
+    """Whether tiles of whole rows of low, and patches.py for high, are a choice: rows are to fill the tiles."""
+    return is_narrow(weight, out_size[1]) and out_size[1] == triton.next_power_of_2(out_size[1])
 
 
 def down(
@@ -182,9 +231,15 @@ def down(
         y, mean, invstd, gamma, beta = normalized
         batch_norm, groups = (mean, None, gamma, beta), len(mean)
     rows = n // groups * out_size[0] * out_size[1]
+    if tile is None and picks_patches(weight, out_size):
+        tile = PATCH_TILES[high.dtype.itemsize][0]._replace(block_n=power_of_two(a, 16, 64))
     tile = tile or matrix_tile(rows, a, kh * kw * b, high.dtype, groups)
     if y is not None:
         tile = tile.with_room()
+    patches = NO_BLOCK
+    if tile.block_k == ALL:
+        patches = block_constants(tile.block_m, out_size, weight, high.shape[3], stride, padding)
+        tile = tile._replace(block_m=patches["ROWS"] * patches["WIDTH"])
     row_tiles = triton.cdiv(rows, tile.block_m)
     tiles = TileStatistics.empty(groups, row_tiles, a, high.device) if statistics else (None, None, None)
     if y is not None:
@@ -198,6 +253,7 @@ def down(
         SLOPE=slope,
         PRECISION=precision,
         INT64=needs_int64(low, high),
+        **patches,
         **geometry(low, weight, high, stride, padding),
         **tile.options(),
     )

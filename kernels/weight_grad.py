@@ -9,15 +9,10 @@ import triton
 import triton.language as tl
 
 from fastgan.kernels.launch import FEWEST_PROGRAMS, geometry, launch, matrix_tile, needs_int64
+from fastgan.kernels.patches import ALL, block_constants, is_narrow
 from fastgan.kernels.pieces import NOWHERE, load_block, multiply_add
 from fastgan.kernels.statistics import sum_rows
-from fastgan.kernels.weight_grad_narrow import (
-    ALL,
-    block_constants,
-    is_narrow,
-    narrow_tile,
-    weight_grad_narrow_kernel,
-)
+from fastgan.kernels.weight_grad_narrow import narrow_tile, weight_grad_narrow_kernel
 
 # Two programs of 128 × 128 on each multiprocessor of a large GPU: all run at once, and their sums fit its L2 cache.
 WANTED_OUTPUTS = 2 * 132 * 128 * 128
@@ -124,13 +119,14 @@ def weight_grad(low, high, weight, *, stride, padding, precision, tile=None):
     """
     (n, a, h, w), (_, b, kh, kw) = low.shape, weight.shape
     grad = torch.empty_like(weight)
-    if tile is None and is_narrow(weight, low):
+    if tile is None and is_narrow(weight, w):
         tile = narrow_tile(low)
     tile = tile or matrix_tile(a, kh * kw * b, n * h * w, low.dtype, copies=FEWEST_PROGRAMS)
     tiles = triton.cdiv(a, tile.block_m)
     if tile.block_n == ALL:
-        kernel, constants = weight_grad_narrow_kernel, block_constants(low, weight, high, stride, padding, tile)
-        columns, blocks = constants["TAPS_H"] * constants["TAPS_W"], n * triton.cdiv(h, constants["ROWS"])
+        constants = block_constants(tile.block_k, (h, w), weight, high.shape[3], stride, padding)
+        kernel, blocks = weight_grad_narrow_kernel, n * triton.cdiv(h, constants["ROWS"])
+        columns = constants["TAPS_H"] * constants["TAPS_W"]
     else:
         kernel, constants = weight_grad_kernel, dict(BLOCK_N=tile.block_n, BLOCK_K=tile.block_k)
         columns, blocks = tile.block_n, triton.cdiv(n * h * w, tile.block_k)

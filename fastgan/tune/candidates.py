@@ -3,7 +3,7 @@
 import torch
 import triton
 
-from fastgan.kernels import narrow, single, weight_grad_narrow
+from fastgan.kernels import down, narrow, patches, single, weight_grad_narrow
 from fastgan.kernels.launch import TILES, MatrixTile
 from fastgan.tune.workloads import DTYPES
 
@@ -11,7 +11,7 @@ from fastgan.tune.workloads import DTYPES
 def candidates(problem):
     """[MatrixTile] for `problem`, without blocks larger than the matrices."""
     itemsize = DTYPES[problem.dtype].itemsize
-    low, weight = (torch.empty(shape, device="meta") for shape in _shapes(problem))
+    weight = torch.empty((problem.a, problem.b, *problem.kernel), device="meta")
     if problem.operation == "up" and problem.then != "statistics" and not _one_position(problem):
         if narrow.is_narrow(weight, problem.stride):
             return list(narrow.TILES[itemsize])
@@ -22,14 +22,12 @@ def candidates(problem):
     for tile in TILES[itemsize]:
         blocks = (_fit(tile.block_m, rows), _fit(tile.block_n, columns), _fit(tile.block_k, depth))
         tiles.append(MatrixTile(*blocks, tile.num_warps, tile.num_stages))
-    if problem.operation == "weight_grad" and weight_grad_narrow.is_narrow(weight, low):
+    if problem.operation == "down" and down.picks_patches(weight, problem.low):
+        fitting = [tile._replace(block_n=_fit(tile.block_n, columns)) for tile in down.PATCH_TILES[itemsize]]
+        tiles += dict.fromkeys(fitting)
+    if problem.operation == "weight_grad" and patches.is_narrow(weight, problem.low[1]):
         tiles += [tile._replace(block_m=_fit(tile.block_m, rows)) for tile in weight_grad_narrow.TILES[itemsize]]
     return list(dict.fromkeys(tiles))
-
-
-def _shapes(problem):
-    """Of low and of the weight."""
-    return (problem.batch, problem.a, *problem.low), (problem.a, problem.b, *problem.kernel)
 
 
 def _one_position(problem):

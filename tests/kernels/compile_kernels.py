@@ -177,6 +177,10 @@ def every_tile(dtype):
         for tile in weight_grad_narrow.TILES[dtype.itemsize]:
             where = dict(stride=(2, 2), padding=(1, 1), precision="tf32", tile=tile)
             weight_grad.weight_grad(low, image, weight[:, :3], **where)
+        for tile in down.PATCH_TILES[dtype.itemsize]:
+            where.update(tile=tile)
+            down.down(image, weight[:, :3], (8, 8), statistics=True, **where)
+            down.down(image, weight[:, :3], (8, 8), normalized=(low, *vectors), activation="relu", **where)
 
     return [one for one in record(run) if one[0].__name__ != "sum_rows_kernel"]
 

@@ -59,7 +59,7 @@ def test_every_tile_fits_hopper(dtype):
         assert row["shared_bytes"] <= 227 * 1024, row
         if row["kernel"] == "down_single_kernel":
             continue
-        if row["kernel"] != "up_narrow_kernel":
+        if row["tile"][2] != 1 and row["kernel"] != "up_narrow_kernel":  # these two have no loop to copy ahead in
             assert row["copy_bytes"] == [16], row
         if row["tile"][0] != 16:  # fewer rows than the matrix units of Hopper take
             assert row["matrix_instructions"] == ["wgmma.mma_async"], row

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fastgan.kernels import weight_grad_narrow
-from fastgan.kernels.down import down
+from fastgan.kernels import patches, weight_grad_narrow
+from fastgan.kernels.down import PATCH_TILES, down, picks_patches
 from fastgan.kernels.launch import MatrixTile
 from fastgan.kernels.narrow import TILES, is_narrow
 from fastgan.kernels.single import TILES as SINGLE_TILES
@@ -73,7 +73,7 @@ def test_weight_gradients_of_image_layers(case, dtype, device):
 
     plain, exact = stock(x, weight, grad), stock(*(tensor.detach().double() for tensor in (x, weight, grad)))
     few_columns = b * kernel * kernel >= 10
-    assert weight_grad_narrow.is_narrow(weight, x) == few_columns
+    assert patches.is_narrow(weight, size[1]) == few_columns
     tiles = (None, MatrixTile(16, 1, 16, 4, 2) if few_columns else None, MatrixTile(32, 16, 16, 4, 2))
     own = weight_grad_narrow.TILES[dtype.itemsize] if few_columns and HAS_GPU else ()
     layouts = (torch.channels_last, torch.contiguous_format)
@@ -83,6 +83,54 @@ def test_weight_gradients_of_image_layers(case, dtype, device):
         ours = weight_grad(x, grad, like, **arguments)
         assert_as_accurate_as_stock(str(tile), ours, plain, exact)
         assert ours.stride() == like.stride()
+
+
+# A, B, high size, kernel, stride, padding: of images, with rows of low that fill tiles; the last is below one tile
+FROM_IMAGES = (
+    (64, 3, (64, 64), 4, 2, 1),
+    (20, 1, (16, 16), 4, 2, 1),
+    (5, 3, (9, 8), 3, 1, 1),
+    (7, 2, (13, 16), 5, 2, 2),
+    (3, 4, (11, 11), 4, 1, 0),
+    (16, 8, (4, 4), 2, 2, 0),
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", FROM_IMAGES, ids=str)
+def test_layers_that_see_an_image(case, dtype, device):
+    """Patches picked from rows, against stock, and in every epilogue against patches loaded number by number."""
+    a, b, size, kernel, stride, padding = case
+    x, weight, bias = draw(dtype, device, (4, b, *size), (a, b, kernel, kernel), (a,))
+    x, weight = x.contiguous(memory_format=torch.channels_last), weight / (b * kernel**2) ** 0.5
+
+    def stock(x, weight, bias):
+        return F.leaky_relu(F.conv2d(x, weight, bias, stride, padding), 0.2)
+
+    plain, exact = stock(x, weight, bias), stock(x.double(), weight.double(), bias.double())
+    out_size, leaky = plain.shape[2:], dict(activation="leaky_relu", slope=0.2)
+    where = dict(stride=(stride, stride), padding=(padding, padding), precision="ieee")
+    assert picks_patches(weight, out_size)
+    picked = (None, MatrixTile(64, 16, 1, 4, 1), *(PATCH_TILES[dtype.itemsize] if HAS_GPU else ()))
+    for tile in picked:
+        out = down(x, weight, out_size, bias=bias, tile=tile, **leaky, **where)
+        assert_as_accurate_as_stock(str(tile), out, plain, exact)
+
+    activated, mean, invstd, gamma, beta = draw(dtype, device, plain.shape, (2, a), (2, a), (a,), (a,))
+    activated = activated.contiguous(memory_format=torch.channels_last)
+    normalized = (activated, mean.float(), invstd.float().abs(), gamma.float(), beta.float())
+
+    def epilogues(tile):
+        y, tiles = down(x, weight, out_size, bias=bias, statistics=True, groups=2, tile=tile, **where)
+        dz, parts = down(x, weight, out_size, normalized=normalized, tile=tile, **leaky, **where)
+        grad = down(x, weight, out_size, activated=activated, tile=tile, **leaky, **where)
+        return y, *merge_statistics(tiles, 1e-5), dz, parts.sum(2), grad
+
+    expected = epilogues(MatrixTile(16, 16, 16, 4, 2))
+    for tile in picked[:2]:
+        for ours, theirs in zip(epilogues(tile), expected, strict=True):
+            tolerance = 2e-3 if theirs.dtype != torch.float32 or dtype != torch.float32 else 1e-4
+            torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * theirs.abs().max().item())
 
 
 def test_weight_gradient_leaves_out_what_no_position_of_low_sees(device):

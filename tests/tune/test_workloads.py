@@ -129,7 +129,8 @@ def test_candidates(dtype):
         assert 1 <= len(tiles) <= 24 and len(set(tiles)) == len(tiles)
         for tile in tiles:
             assert all(block & (block - 1) == 0 for block in tile[:3])
-            assert min(tile[:3]) >= 16 or tile.block_n == 1  # of a kernel that is no matrix product, or has all columns
+            # One: of a kernel that is no matrix product, or where a program has all columns, or the whole depth.
+            assert min(tile[:3]) >= 16 or 1 in (tile.block_n, tile.block_k)
             # Operands of every stage must fit in the shared memory of a large GPU.
             kib = (tile.block_m + tile.block_n) * tile.block_k * dtype.itemsize * tile.num_stages / 1024
             assert kib <= 227, (problem, tile)
@@ -141,10 +142,12 @@ def test_candidates_at_the_ends_of_a_gan_are_of_their_own_kernels():
         narrow = problem.operation == "up" and problem.b <= 3
         assert ("up_narrow_kernel" in kernels) == narrow
         assert all(tile.block_n == 16 for tile in candidates(problem)) or not narrow
-        # A weight gradient of images has two kernels to choose from, a convolution to one channel one of its own.
+        # Weight gradients and convolutions of images have two ways, a convolution to one channel one of its own.
         of_image = problem.operation == "weight_grad" and problem.b <= 3
         to_one = problem.operation == "down" and problem.a == 1
         assert {tile.block_n == 1 for tile in candidates(problem)} == ({True, False} if of_image else {to_one})
+        from_image = problem.operation == "down" and problem.b <= 3 and problem.low[1] == 32
+        assert any(tile.block_k == 1 for tile in candidates(problem)) == from_image
         last = launches(problem, Choice("triton", candidates(problem)[-1]._asdict()))[0].kernel
         assert (last == "weight_grad_narrow_kernel") == of_image and (last == "down_single_kernel") == to_one
 

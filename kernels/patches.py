@@ -1,0 +1,73 @@
+"""The patches of an image that has few channels: its rows are loaded once, in whole vectors, and patches picked there.
+
+As columns of a matrix product, patches of such an image are single numbers, each loaded by itself and several times.
+A block is of ROWS rows of low. Of high it sees TAPS_H rows for each, as SEGMENT numbers: a margin of zeros, the row,
+and what taps find right of it. All of that is in one dimension, because `gather` then goes through shared memory, where
+shuffles took six times the instructions.
+"""
+
+import triton
+import triton.language as tl
+
+ALL = 1  # in a MatrixTile where the block of patches' numbers would stand: a program has all of them
+MOST_CHANNELS = 8
+MOST_COLUMNS = 128
+MOST_WIDTH = 128
+ALIGNMENT = 8  # numbers of two bytes that a load takes at once
+NO_BLOCK = dict.fromkeys(("ROWS", "WIDTH", "TAPS_H", "TAPS_W", "MARGIN", "SEGMENT"), 0)
+
+
+@triton.jit
+def seen_numbers(ROWS: tl.constexpr, TAPS_H: tl.constexpr, SEGMENT: tl.constexpr, MARGIN: tl.constexpr):
+    """(row of low in the block, tap along the height, number in high's row) of all that a block sees."""
+    place = tl.arange(0, ROWS * TAPS_H * SEGMENT)
+    return place // (TAPS_H * SEGMENT), place // SEGMENT % TAPS_H, place % SEGMENT - MARGIN
+
+
+@triton.jit
+def patch_sources(
+    W: tl.constexpr,
+    B: tl.constexpr,
+    KW: tl.constexpr,
+    SW: tl.constexpr,
+    PW: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TAPS_H: tl.constexpr,
+    TAPS_W: tl.constexpr,
+    MARGIN: tl.constexpr,
+    SEGMENT: tl.constexpr,
+):
+    """Where among those the block's patches stand, (ROWS, WIDTH, TAPS_H, TAPS_W); what is not there is a zero."""
+    place = tl.arange(0, ROWS * WIDTH * TAPS_H * TAPS_W)
+    w, tap_w = place // (TAPS_H * TAPS_W) % WIDTH, place % TAPS_W
+    row = place // (WIDTH * TAPS_H * TAPS_W) * TAPS_H + place // TAPS_W % TAPS_H
+    source = row * SEGMENT + MARGIN + (w * SW - PW) * B + tap_w
+    return tl.where((w < W) & (tap_w < KW * B), source, 0)
+
+
+def is_narrow(weight, low_width):
+    """Whether the patches' numbers are few enough for one program, and low's rows short enough for a block."""
+    _, b, kh, kw = weight.shape
+    columns = triton.next_power_of_2(kh) * triton.next_power_of_2(kw * b)
+    return b <= MOST_CHANNELS and 16 <= columns <= MOST_COLUMNS and low_width <= MOST_WIDTH
+
+
+def block_constants(positions, low_size, weight, high_width, stride, padding):
+    """The sizes of a block of so many positions, or a few more, as constants of a kernel; all powers of two but MARGIN.
+
+    ROWS and WIDTH hold low's, TAPS_H the taps along the height, and TAPS_W those along the width, of all channels.
+    """
+    (h, w), (_, b, kh, kw) = low_size, weight.shape
+    width = triton.next_power_of_2(w)
+    least = triton.cdiv(16, width)  # matrix units take 16 positions
+    margin = triton.cdiv(max(padding[1] * b, 1), ALIGNMENT) * ALIGNMENT
+    reach = ((w - 1) * stride[1] - padding[1] + kw) * b
+    return dict(
+        ROWS=max(least, min(positions // width, triton.next_power_of_2(h))),
+        WIDTH=width,
+        TAPS_H=triton.next_power_of_2(kh),
+        TAPS_W=triton.next_power_of_2(kw * b),
+        MARGIN=margin,
+        SEGMENT=triton.next_power_of_2(margin + max(high_width * b, reach)),
+    )
