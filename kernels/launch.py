@@ -57,8 +57,10 @@ TILES = {
         MatrixTile(128, 64, 64, 4, 4),
         MatrixTile(128, 64, 64, 8, 3),
         MatrixTile(128, 64, 64, 8, 4),
-        MatrixTile(64, 128, 64, 4, 3),
         MatrixTile(64, 128, 64, 4, 4),
+        # Where a multiprocessor has one program only, more of its steps under way.
+        MatrixTile(128, 64, 64, 4, 6),
+        MatrixTile(128, 128, 64, 8, 6),
         MatrixTile(64, 64, 64, 4, 4),
         MatrixTile(64, 64, 128, 4, 3),
         MatrixTile(64, 32, 64, 4, 4),
