@@ -23,8 +23,7 @@ def candidates(problem):
         blocks = (_fit(tile.block_m, rows), _fit(tile.block_n, columns), _fit(tile.block_k, depth))
         tiles.append(MatrixTile(*blocks, tile.num_warps, tile.num_stages))
     if problem.operation == "down" and down.picks_patches(weight, problem.low):
-        fitting = [tile._replace(block_n=_fit(tile.block_n, columns)) for tile in down.PATCH_TILES[itemsize]]
-        tiles += dict.fromkeys(fitting)
+        tiles += [tile._replace(block_n=_fit(tile.block_n, columns)) for tile in down.PATCH_TILES[itemsize]]
     if problem.operation == "weight_grad" and patches.is_narrow(weight, problem.low[1]):
         tiles += [tile._replace(block_m=_fit(tile.block_m, rows)) for tile in weight_grad_narrow.TILES[itemsize]]
     return list(dict.fromkeys(tiles))
