@@ -16,6 +16,7 @@ from fastgan.kernels.pieces import (
     normalize,
     normalized_and_grad,
     scale_and_shift,
+    wait_for_previous,
 )
 from fastgan.kernels.statistics import sum_rows
 
@@ -46,6 +47,7 @@ def normalize_activate_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    wait_for_previous()
     group = tl.program_id(2)
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -111,6 +113,7 @@ def batch_norm_grad_sums_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    wait_for_previous()
     pid_r, group = tl.program_id(0), tl.program_id(2)
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     column_ok = column < C
@@ -164,6 +167,7 @@ def batch_norm_input_grad_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """dy = γ·invstd·(dz − Σdz/M − x̂·Σ(dz·x̂)/M), without the two means where the statistics are constants."""
+    wait_for_previous()
     group = tl.program_id(2)
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -269,6 +273,7 @@ def activation_input_grad_kernel(
     INT64: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    wait_for_previous()
     pid = tl.program_id(0)
     if INT64:
         pid = pid.to(tl.int64)

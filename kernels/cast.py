@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from fastgan.kernels.launch import launch
+from fastgan.kernels.pieces import wait_for_previous
 
 BLOCK = 4096
 
@@ -18,6 +19,7 @@ def cast_kernel(
     MULTIPLE: tl.constexpr,  # of which all numbers of elements are: what lets the compiler move 16 bytes at a time
     BLOCK: tl.constexpr,
 ):
+    wait_for_previous()
     block = blocks_ptr + tl.program_id(0) * 3
     tensor, start, elements = tl.load(block), tl.load(block + 1), tl.load(block + 2)
     source = tl.load(addresses_ptr + tensor * 2).to(tl.pointer_type(SOURCE))

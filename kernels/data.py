@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from fastgan.kernels.launch import launch
+from fastgan.kernels.pieces import wait_for_previous
 
 BLOCK = 2048
 
@@ -23,6 +24,7 @@ def next_batch_kernel(
     C: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    wait_for_previous()
     program = tl.program_id(0)
     n = program // tl.cdiv(SIZE, BLOCK)
     i = program % tl.cdiv(SIZE, BLOCK) * BLOCK + tl.arange(0, BLOCK)

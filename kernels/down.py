@@ -29,6 +29,7 @@ from fastgan.kernels.pieces import (
     normalized_and_grad,
     steps_of,
     store_tile_statistics,
+    wait_for_previous,
 )
 from fastgan.kernels.single import down_single
 from fastgan.kernels.statistics import TileStatistics
@@ -90,6 +91,7 @@ def down_kernel(
     MARGIN: tl.constexpr,
     SEGMENT: tl.constexpr,
 ):
+    wait_for_previous()
     column_tiles: tl.constexpr = (A + BLOCK_N - 1) // BLOCK_N
     pid_n, pid_m = tl.program_id(0) % column_tiles, tl.program_id(0) // column_tiles
     group, rows = tl.program_id(1), N * (H * W)

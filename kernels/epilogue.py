@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from fastgan.kernels.launch import launch, needs_int64, rows_tile
-from fastgan.kernels.pieces import conv_epilogue
+from fastgan.kernels.pieces import conv_epilogue, wait_for_previous
 
 
 @triton.jit
@@ -24,6 +24,7 @@ def conv_epilogue_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    wait_for_previous()
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     column_ok = column < C

@@ -1,17 +1,25 @@
 """What every launch has in common: the device, the compiler options, and the sizes of tiles."""
 
+import os
 from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 import triton
 
+from fastgan.backend import interpreted
+
+# Kernels that follow each other in a stream start while the one before ends, and wait for its end before they touch
+# memory (CUDA's programmatic dependent launch). An experiment: compute capability 9.0, not timed yet (NOTES.md).
+EARLY_START = os.environ.get("FASTGAN_EARLY_START") == "1" and not interpreted()
 INT32_ELEMENTS = 2**31  # tensors of more elements need 64-bit offsets
 FEWEST_READERS = 1024  # programs that only read: a few for each multiprocessor of a large GPU
 
 
 def launch(kernel, grid, *args, device, num_warps=4, num_stages=2, **constexprs):
     """Start `kernel` on the device that holds its tensors, which need not be the current one."""
+    if EARLY_START:
+        constexprs["launch_pdl"] = True
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         # Fused multiply-add is named explicitly because Triton's default for it differs between releases.
         kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True, **constexprs)

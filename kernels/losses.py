@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from fastgan.kernels.launch import launch
+from fastgan.kernels.pieces import wait_for_previous
 from fastgan.kernels.statistics import sum_rows
 
 BLOCK = 1024
@@ -39,6 +40,7 @@ def bce_kernel(
     fake_target,
     BLOCK: tl.constexpr,
 ):
+    wait_for_previous()
     loss, real_mean = _bce(real_ptr, real_grad_ptr, n_real, real_target, BLOCK)
     fake_mean = 0.0
     if fake_ptr is not None:

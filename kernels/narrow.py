@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from fastgan.kernels.launch import MatrixTile, geometry, launch, needs_int64, power_of_two
-from fastgan.kernels.pieces import backward_epilogue, conv_epilogue, load_block, multiply_add
+from fastgan.kernels.pieces import backward_epilogue, conv_epilogue, load_block, multiply_add, wait_for_previous
 
 # What a tuner may try, as `launch.TILES`; block_n is the kernel's own affair.
 TILES = {
@@ -62,6 +62,7 @@ def up_narrow_kernel(
     INT64: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    wait_for_previous()
     # Position q makes the outputs q·stride + phase.
     count_h: tl.constexpr = (HO + SH - 1) // SH
     count_w: tl.constexpr = (WO + SW - 1) // SW

@@ -3,7 +3,21 @@
 import triton
 import triton.language as tl
 
+from fastgan.kernels import launch
+
+EARLY_START = tl.constexpr(launch.EARLY_START)
 NOWHERE = tl.constexpr(-(2**30))  # a position that lies outside of every image, whatever tap is added to it
+
+
+@triton.jit
+def wait_for_previous():
+    """The first thing in every kernel: with EARLY_START it may have started before those that it reads from ended.
+
+    When all programs of this one have come so far, the next one may start.
+    """
+    if EARLY_START:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from fastgan.kernels.launch import launch
+from fastgan.kernels.pieces import wait_for_previous
 
 BLOCK = 256
 
@@ -28,6 +29,7 @@ def update_running_kernel(
     GROUPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    wait_for_previous()
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     c_ok = c < C
     mean = tl.load(running_mean_ptr + c, mask=c_ok, other=0.0).to(tl.float32)

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from fastgan.kernels.launch import FEWEST_READERS, MatrixTile, geometry, launch, needs_int64, power_of_two
-from fastgan.kernels.pieces import conv_epilogue
+from fastgan.kernels.pieces import conv_epilogue, wait_for_previous
 
 # What a tuner may try, as `launch.TILES`, for operands of any size.
 TILES = (
@@ -51,6 +51,7 @@ def down_single_kernel(
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    wait_for_previous()
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_ok = row < rows
     n, base_h, base_w = row // (H * W), row % (H * W) // W * SH - PH, row % W * SW - PW

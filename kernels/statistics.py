@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from fastgan.kernels.launch import launch, merge_tile, needs_int64, statistics_tile
-from fastgan.kernels.pieces import activate, channel_vector, mean_and_m2
+from fastgan.kernels.pieces import activate, channel_vector, mean_and_m2, wait_for_previous
 
 
 class TileStatistics(NamedTuple):
@@ -43,6 +43,7 @@ def tile_statistics_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """Each program takes BLOCKS blocks of rows; each is centred in registers and merged by Chan's rule."""
+    wait_for_previous()
     pid_r, group = tl.program_id(0), tl.program_id(2)
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     column_ok = column < C
@@ -122,6 +123,7 @@ def merge_statistics_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """Chan's rule over BLOCK_T tiles at once: M2 = Σ M2_i + Σ n_i (mean_i − mean)²."""
+    wait_for_previous()
     pid_t, group = tl.program_id(0), tl.program_id(2)
     t = pid_t * BLOCK_T + tl.arange(0, BLOCK_T)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -184,6 +186,7 @@ def sum_rows_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    wait_for_previous()
     pid_t, group = tl.program_id(1), tl.program_id(2)
     t = pid_t * BLOCK_T + tl.arange(0, BLOCK_T)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)

@@ -21,6 +21,7 @@ from fastgan.kernels.pieces import (
     normalized_and_grad,
     steps_of,
     store_tile_statistics,
+    wait_for_previous,
 )
 from fastgan.kernels.statistics import TileStatistics
 
@@ -65,6 +66,7 @@ def up_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    wait_for_previous()
     # The phases and column tiles of the same rows run side by side, so that they share the rows in L2.
     phases: tl.constexpr = SH * SW
     column_tiles: tl.constexpr = (B + BLOCK_N - 1) // BLOCK_N

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from fastgan.kernels.launch import FEWEST_PROGRAMS, geometry, launch, matrix_tile, needs_int64
 from fastgan.kernels.patches import ALL, block_constants, is_narrow
-from fastgan.kernels.pieces import NOWHERE, load_block, multiply_add
+from fastgan.kernels.pieces import NOWHERE, load_block, multiply_add, wait_for_previous
 from fastgan.kernels.statistics import sum_rows
 from fastgan.kernels.weight_grad_narrow import narrow_tile, weight_grad_narrow_kernel
 
@@ -49,6 +49,7 @@ def weight_grad_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    wait_for_previous()
     # The tiles of the same rows run side by side, so that they share the rows in L2.
     patch: tl.constexpr = KH * KW * B
     column_tiles: tl.constexpr = (patch + BLOCK_N - 1) // BLOCK_N

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from fastgan.kernels.launch import MatrixTile, power_of_two
 from fastgan.kernels.patches import ALL, patch_sources, seen_numbers
-from fastgan.kernels.pieces import multiply_add
+from fastgan.kernels.pieces import multiply_add, wait_for_previous
 
 # What a tuner may try beside `launch.TILES`.
 TILES = {
@@ -53,6 +53,7 @@ def weight_grad_narrow_kernel(
     INT64: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
+    wait_for_previous()
     row_tiles: tl.constexpr = (A + BLOCK_M - 1) // BLOCK_M
     blocks: tl.constexpr = (H + ROWS - 1) // ROWS  # of an image
     pid_m, split = tl.program_id(0) % row_tiles, tl.program_id(0) // row_tiles

@@ -205,7 +205,16 @@ def report(kernel, args, options, capability):
         stack_bytes=stack,
         shared_bytes=compiled.metadata.shared,
         cubin_bytes=len(compiled.asm["cubin"]),
+        waits_first=_waits_first(ptx),
     )
+
+
+def _waits_first(ptx):
+    """Whether the kernel waits for the end of the one before it, in its first block and before it touches memory."""
+    body = ptx[ptx.index(".entry") :]
+    waits, block_ends = body.find("griddepcontrol.wait"), body.find("\n$L__BB")
+    accesses = re.search(r"(ld|st|cp|red|atom|prefetch)\S*\.(global|async|bulk)", body).start()
+    return 0 <= waits < accesses and (waits < block_ends or block_ends < 0)
 
 
 def main(arguments):

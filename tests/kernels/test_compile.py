@@ -32,9 +32,9 @@ KERNELS = {
 MATRIX_KERNELS = ("up_kernel", "up_narrow_kernel", "down_kernel", "weight_grad_kernel", "weight_grad_narrow_kernel")
 
 
-def compiled(*arguments):
+def compiled(*arguments, **variables):
     # Another process: in this one the interpreter has taken the place of the compiler.
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | variables
     done = subprocess.run([sys.executable, str(SCRIPT), *arguments], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -46,10 +46,16 @@ def test_compiles(capability, instruction):
     for dtype in ("float32", "float16", "bfloat16"):
         found = [row for row in rows if row["dtype"] == dtype]
         assert {row["kernel"] for row in found} == KERNELS
-        assert all(row["cubin_bytes"] > 0 for row in found)
+        assert all(row["cubin_bytes"] > 0 and not row["waits_first"] for row in found)
         matrix = [row for row in found if row["kernel"] in MATRIX_KERNELS]
         # Tensor cores: on Hopper only tiles of 64 rows and more take wgmma, and these all have them.
         assert all(instruction in row["matrix_instructions"] for row in matrix), matrix
+
+
+def test_kernels_that_start_early_wait_before_they_touch_memory():
+    rows = compiled("90", FASTGAN_EARLY_START="1")
+    assert {row["kernel"] for row in rows} == KERNELS
+    assert all(row["waits_first"] for row in rows)
 
 
 @pytest.mark.parametrize("dtype", ("bfloat16", "float32"))
