@@ -12,17 +12,16 @@ from fastgan.backend import interpreted
 # Kernels that follow each other in a stream start while the one before ends, and wait for its end before they touch
 # memory (CUDA's programmatic dependent launch). An experiment: compute capability 9.0, not timed yet (NOTES.md).
 EARLY_START = os.environ.get("FASTGAN_EARLY_START") == "1" and not interpreted()
+# Fused multiply-add is named explicitly because Triton's default for it differs between releases.
+OPTIONS = dict(enable_fp_fusion=True) | (dict(launch_pdl=True) if EARLY_START else {})
 INT32_ELEMENTS = 2**31  # tensors of more elements need 64-bit offsets
 FEWEST_READERS = 1024  # programs that only read: a few for each multiprocessor of a large GPU
 
 
 def launch(kernel, grid, *args, device, num_warps=4, num_stages=2, **constexprs):
     """Start `kernel` on the device that holds its tensors, which need not be the current one."""
-    if EARLY_START:
-        constexprs["launch_pdl"] = True
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        # Fused multiply-add is named explicitly because Triton's default for it differs between releases.
-        kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True, **constexprs)
+        kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **OPTIONS, **constexprs)
 
 
 class MatrixTile(NamedTuple):

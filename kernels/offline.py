@@ -90,4 +90,4 @@ def compile_launch(launch):
     """
     kernel = getattr(importlib.import_module(launch.module), launch.kernel)
     options = {"num_warps": 4, "num_stages": 2, **launch.options}
-    return kernel.warmup(*launch.arguments, grid=(1,), enable_fp_fusion=True, **options)
+    return kernel.warmup(*launch.arguments, grid=(1,), **launching.OPTIONS, **options)
