@@ -112,13 +112,12 @@ def down_kernel(
     transposed: tl.constexpr = BLOCK_N >= 64 and high_ptr.dtype.element_ty.primitive_bitwidth == 16
     acc = new_accumulator(BLOCK_M, BLOCK_N, transposed)
     if SEGMENT > 0:
-        low_row, tap_h, number = seen_numbers(ROWS, TAPS_H, SEGMENT, MARGIN)
+        low_row, tap_h, number, seen = seen_numbers(WO * B, KH, ROWS, TAPS_H, SEGMENT, MARGIN)
         low_row += pid_m * ROWS
         image, high_row = group * N + low_row // H, low_row % H * SH + tap_h - PH
         if INT64:
             image = image.to(tl.int64)
-        seen = (low_row < N * H) & (high_row >= 0) & (high_row < HO)
-        seen = seen & (tap_h < KH) & (number >= 0) & (number < WO * B)
+        seen = seen & (low_row < N * H) & (high_row >= 0) & (high_row < HO)
         numbers = tl.load(high_ptr + (image * HO + high_row) * (WO * B) + number, mask=seen, other=0.0)
         source = patch_sources(W, B, KW, SW, PW, ROWS, WIDTH, TAPS_H, TAPS_W, MARGIN, SEGMENT)
         y = tl.reshape(tl.gather(numbers, source, 0), (BLOCK_M, TAPS_H * TAPS_W))

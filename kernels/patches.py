@@ -18,10 +18,18 @@ NO_BLOCK = dict.fromkeys(("ROWS", "WIDTH", "TAPS_H", "TAPS_W", "MARGIN", "SEGMEN
 
 
 @triton.jit
-def seen_numbers(ROWS: tl.constexpr, TAPS_H: tl.constexpr, SEGMENT: tl.constexpr, MARGIN: tl.constexpr):
-    """(row of low in the block, tap along the height, number in high's row) of all that a block sees."""
+def seen_numbers(
+    LENGTH: tl.constexpr,  # of high's rows, in numbers
+    KH: tl.constexpr,
+    ROWS: tl.constexpr,
+    TAPS_H: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    MARGIN: tl.constexpr,
+):
+    """Of all that a block sees: row of low, tap along the height, number in a row of high, whether it is there."""
     place = tl.arange(0, ROWS * TAPS_H * SEGMENT)
-    return place // (TAPS_H * SEGMENT), place // SEGMENT % TAPS_H, place % SEGMENT - MARGIN
+    tap_h, number = place // SEGMENT % TAPS_H, place % SEGMENT - MARGIN
+    return place // (TAPS_H * SEGMENT), tap_h, number, (tap_h < KH) & (number >= 0) & (number < LENGTH)
 
 
 @triton.jit

@@ -62,10 +62,9 @@ def weight_grad_narrow_kernel(
     row, w = lane // WIDTH, lane % WIDTH
     low_offset = ((row * W + w) * A)[None, :] + a[:, None]
 
-    low_row, tap_h, number = seen_numbers(ROWS, TAPS_H, SEGMENT, MARGIN)
+    low_row, tap_h, number, of_image = seen_numbers(WO * B, KH, ROWS, TAPS_H, SEGMENT, MARGIN)
     high_row = low_row * SH + tap_h - PH
     high_offset = high_row * (WO * B) + number
-    of_image = (tap_h < KH) & (number >= 0) & (number < WO * B)
     source = patch_sources(W, B, KW, SW, PW, ROWS, WIDTH, TAPS_H, TAPS_W, MARGIN, SEGMENT)
 
     acc = tl.zeros((BLOCK_M, TAPS_H * TAPS_W), tl.float32)

@@ -62,7 +62,7 @@ def compile_launch(kernel, args, options, capability):
     """The compiled kernel, typed and specialised as a launch with these arguments would be."""
     options = dict(options)
     compiler_options = dict(
-        num_warps=options.pop("num_warps", 4), num_stages=options.pop("num_stages", 2), enable_fp_fusion=True
+        num_warps=options.pop("num_warps", 4), num_stages=options.pop("num_stages", 2), **launch.OPTIONS
     )
     names = [parameter.name for parameter in kernel.params]
     constants = dict(options)

@@ -73,9 +73,9 @@ def make_fake(network):
             module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
-def step_peak(monkeypatch, batch, *, fused, image_size=64, **options):
+def step_peak(monkeypatch, batch, *, fused, **options):
     """Bytes that a steady step in bf16 holds at its highest, with the parameters and a batch in float32."""
-    setting = Setting(image_size, batch)
+    setting = Setting(64, batch)
     networks = networks_of(setting, fused)
     monkeypatch.setattr(nn.Module, "to", lambda module, *args, **kwargs: module)  # make_fake has done it
     monkeypatch.setattr("fastgan.fuse", lambda module: module)
@@ -83,7 +83,7 @@ def step_peak(monkeypatch, batch, *, fused, image_size=64, **options):
     with FakeTensorMode(), memory:
         for network in networks:
             make_fake(network)
-        images = torch.empty(batch, setting.channels, image_size, image_size)
+        images = torch.empty(batch, setting.channels, 64, 64)
         if fused:
             step = TrainStep(*networks, latent_dim=NZ, precision="bf16", **options)
             step._one_pass_tried = True  # the trial computes with real numbers
