@@ -96,6 +96,13 @@ def up_kernel(
     if KH % SH != 0 or KW % SW != 0:  # some phases have a tap more
         taps_h, taps_w = (KH - residue_h + SH - 1) // SH, (KW - residue_w + SW - 1) // SW
     taps = taps_h * taps_w
+    blocks: tl.constexpr = (A + BLOCK_K - 1) // BLOCK_K
+    most: tl.constexpr = ((KH + SH - 1) // SH) * ((KW + SW - 1) // SW) * blocks
+    steps = steps_of(taps * blocks, most, N)
+    if KH < SH or KW < SW:
+        # A phase without taps takes no step. But from a division by its taps the compiler would conclude that every
+        # phase has some, and read ahead for a first step that never comes.
+        taps, taps_w = tl.maximum(taps, 1), tl.maximum(taps_w, 1)
     base_h, base_w = (out_h + PH) // SH, (out_w + PW) // SW
     lane = tl.arange(0, BLOCK_K)
     low_offset = (((n * H + base_h) * W + base_w) * A)[:, None] + lane[None, :]
@@ -106,9 +113,7 @@ def up_kernel(
     # One loop over channels and taps: a loop for each tap would fill and drain the pipeline again.
     transposed: tl.constexpr = BLOCK_N >= 64 and low_ptr.dtype.element_ty.primitive_bitwidth == 16
     acc = new_accumulator(BLOCK_M, BLOCK_N, transposed)
-    blocks: tl.constexpr = (A + BLOCK_K - 1) // BLOCK_K
-    most: tl.constexpr = ((KH + SH - 1) // SH) * ((KW + SW - 1) // SW) * blocks
-    for step in range(steps_of(taps * blocks, most, N)):
+    for step in range(steps):
         a, tap = step // taps * BLOCK_K, step % taps
         step_h, step_w = tap // taps_w, tap % taps_w
         in_h, in_w = base_h - step_h, base_w - step_w
