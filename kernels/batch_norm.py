@@ -13,6 +13,7 @@ from fastgan.kernels.pieces import (
     activate,
     activation_grad,
     channel_vector,
+    column_sums,
     normalize,
     normalized_and_grad,
     scale_and_shift,
@@ -143,8 +144,8 @@ def batch_norm_grad_sums_kernel(
         sum_dz += dz
         sum_dz_x_hat += dz * x_hat
     sums_ptr += (group * tl.num_programs(0) + pid_r) * 2 * C
-    tl.store(sums_ptr + column, tl.sum(sum_dz, 0), mask=column_ok)
-    tl.store(sums_ptr + C + column, tl.sum(sum_dz_x_hat, 0), mask=column_ok)
+    tl.store(sums_ptr + column, column_sums(sum_dz), mask=column_ok)
+    tl.store(sums_ptr + C + column, column_sums(sum_dz_x_hat), mask=column_ok)
 
 
 @triton.jit

@@ -22,6 +22,7 @@ from fastgan.kernels.patches import ALL, NO_BLOCK, block_constants, is_narrow, p
 from fastgan.kernels.pieces import (
     NOWHERE,
     backward_epilogue,
+    column_sums,
     conv_epilogue,
     load_block,
     multiply_add,
@@ -89,6 +90,7 @@ def down_kernel(
     TAPS_H: tl.constexpr,
     TAPS_W: tl.constexpr,
     MARGIN: tl.constexpr,
+    SKEW: tl.constexpr,
     SEGMENT: tl.constexpr,
 ):
     wait_for_previous()
@@ -112,14 +114,14 @@ def down_kernel(
     transposed: tl.constexpr = BLOCK_N >= 64 and high_ptr.dtype.element_ty.primitive_bitwidth == 16
     acc = new_accumulator(BLOCK_M, BLOCK_N, transposed)
     if SEGMENT > 0:
-        low_row, tap_h, number, seen = seen_numbers(WO * B, KH, ROWS, TAPS_H, SEGMENT, MARGIN)
+        low_row, tap_h, number, seen = seen_numbers(WO * B, KH, ROWS, TAPS_H, SEGMENT, MARGIN, SKEW)
         low_row += pid_m * ROWS
         image, high_row = group * N + low_row // H, low_row % H * SH + tap_h - PH
         if INT64:
             image = image.to(tl.int64)
         seen = seen & (low_row < N * H) & (high_row >= 0) & (high_row < HO)
         numbers = tl.load(high_ptr + (image * HO + high_row) * (WO * B) + number, mask=seen, other=0.0)
-        source = patch_sources(W, B, KW, SW, PW, ROWS, WIDTH, TAPS_H, TAPS_W, MARGIN, SEGMENT)
+        source = patch_sources(W, B, KW, SW, PW, ROWS, WIDTH, TAPS_H, TAPS_W, MARGIN, SKEW, SEGMENT)
         y = tl.reshape(tl.gather(numbers, source, 0), (BLOCK_M, TAPS_H * TAPS_W))
         k = tl.arange(0, TAPS_H * TAPS_W)
         tap_h, tap_w = k // TAPS_W, k % TAPS_W
@@ -159,7 +161,8 @@ def down_kernel(
         x_hat, acc = normalized_and_grad(
             acc, y_ptr, cell, ok, mean_ptr, invstd_ptr, gamma_ptr, beta_ptr, column, column_ok, ACTIVATION, SLOPE
         )
-        sum_dz, sum_dz_x_hat = tl.sum(acc, 0), tl.sum(acc * x_hat, 0)
+        # Float32 products leave no registers for sums across warps.
+        sum_dz, sum_dz_x_hat = column_sums(acc, transposed), column_sums(acc * x_hat, transposed)
         sums_ptr += (group * 2 * tiles + pid_m) * A
         tl.store(sums_ptr + column, sum_dz, mask=column_ok)
         tl.store(sums_ptr + tiles * A + column, sum_dz_x_hat, mask=column_ok)

@@ -2,11 +2,10 @@
 
 As a matrix product for each phase (up.py) such a layer would read low once for every tap, to fill a few of the matrix
 unit's columns. Here a program reads a patch of low once and multiplies it by all taps: column (t, c) is the t-th tap
-of output c = (phase, channel). What belongs to the neighbour at a distance of one position is then picked up from the
-neighbour's row of the product, and the taps are summed.
+of output c = (phase_h, slot), where the slots of a position are its outputs in one row of high, all channels. What
+belongs to the neighbour at a distance of one position is then picked up from the neighbour's row of the product, and
+the taps are summed.
 """
-
-import math
 
 import triton
 import triton.language as tl
@@ -53,9 +52,10 @@ def up_narrow_kernel(
     BEFORE_W: tl.constexpr,
     AFTER_H: tl.constexpr,
     AFTER_W: tl.constexpr,
-    STEPS_H: tl.constexpr,  # powers of two that hold all taps of an output, and all outputs of a position
+    STEPS_H: tl.constexpr,  # powers of two that hold all taps of an output, all outputs of a position,
     STEPS_W: tl.constexpr,
     OUTPUTS: tl.constexpr,
+    SLOTS: tl.constexpr,  # and those in one row of high
     ACTIVATION: tl.constexpr,
     SLOPE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -74,56 +74,63 @@ def up_narrow_kernel(
     n = tl.program_id(0) // (patches_h * patches_w)
     if INT64:
         n = n.to(tl.int64)
-    row = tl.arange(0, PATCH_H * PATCH_W)
-    row_h, row_w = row // PATCH_W - BEFORE_H, row % PATCH_W - BEFORE_W
-    h, w = patch // patches_w * inner_h + row_h, patch % patches_w * inner_w + row_w
+    POSITIONS: tl.constexpr = PATCH_H * PATCH_W
+    first_h, first_w = patch // patches_w * inner_h - BEFORE_H, patch % patches_w * inner_w - BEFORE_W
+    position = tl.arange(0, POSITIONS)
+    h, w = first_h + position // PATCH_W, first_w + position % PATCH_W
 
     # Column (step_h, step_w, c): as in up.py, tap residue + stride·step of phase c's outputs reads position
     # q + carry − step, where carry = (phase + padding) div stride.
     column = tl.arange(0, STEPS_H * STEPS_W * OUTPUTS)
-    c = column % OUTPUTS
-    phase_h, phase_w = c // (SW * B), c // B % SW
+    phase_h, slot = column % OUTPUTS // SLOTS, column % SLOTS
     tap_h = (phase_h + PH) % SH + column // (STEPS_W * OUTPUTS) * SH
-    tap_w = (phase_w + PW) % SW + column // OUTPUTS % STEPS_W * SW
-    column_ok = (c < SH * SW * B) & (tap_h < KH) & (tap_w < KW)
+    tap_w = (slot // B + PW) % SW + column // OUTPUTS % STEPS_W * SW
+    column_ok = (phase_h < SH) & (slot < SW * B) & (tap_h < KH) & (tap_w < KW)
 
     inside = (h >= 0) & (h < H) & (w >= 0) & (w < W)
     lane = tl.arange(0, BLOCK_K)
     low_offset = (((n * H + h) * W + w) * A)[:, None] + lane[None, :]
-    weight_offset = (lane * (KH * KW * B))[:, None] + ((tap_h * KW + tap_w) * B + c % B)[None, :]
-    products = tl.zeros((PATCH_H * PATCH_W, STEPS_H * STEPS_W * OUTPUTS), tl.float32)
+    # Columns first, so that threads side by side load them: those of one channel are neighbours in memory.
+    weight_offset = ((tap_h * KW + tap_w) * B + slot % B)[:, None] + (lane * (KH * KW * B))[None, :]
+    products = tl.zeros((POSITIONS, STEPS_H * STEPS_W * OUTPUTS), tl.float32)
     for a in range(0, A, BLOCK_K):
         a_ok = None if A % BLOCK_K == 0 else lane < A - a
         x = load_block(low_ptr + a + low_offset, inside, a_ok)
-        y = load_block(weight_ptr + a * (KH * KW * B) + weight_offset, a_ok, column_ok)
-        products = multiply_add(products, x, y, PRECISION)
+        y = load_block(weight_ptr + a * (KH * KW * B) + weight_offset, column_ok, a_ok)
+        products = multiply_add(products, x, tl.trans(y), PRECISION)
 
-    # Output (position, c) is the sum over steps of what the positions there made for it. All in one dimension, because
-    # `gather` then goes through shared memory: eight columns of all positions after eight others, which a warp writes
-    # without bank conflicts. It gives the steps one after the other, and a thread adds up its own. A position outside
-    # of the patch is outside of the image too, or the output is another program's.
+    # An output is the sum over steps of what the positions there made for it. All in one dimension, because `gather`
+    # then goes through shared memory: eight columns of all positions after eight others, which a warp writes without
+    # bank conflicts. It gives one row of high after the other, which a warp reads without conflicts and stores side by
+    # side, and the steps one after the other, so that a thread adds up its own. A position outside of the patch is
+    # outside of the image too, or the output is another program's.
     STEPS: tl.constexpr = STEPS_H * STEPS_W
-    place = tl.arange(0, STEPS * PATCH_H * PATCH_W * OUTPUTS)
-    c, step = place % OUTPUTS, place // (PATCH_H * PATCH_W * OUTPUTS)
-    from_h = place // (PATCH_W * OUTPUTS) % PATCH_H + (c // (SW * B) + PH) // SH - step // STEPS_W
-    from_w = place // OUTPUTS % PATCH_W + (c // B % SW + PW) // SW - step % STEPS_W
+    place = tl.arange(0, STEPS * OUTPUTS * POSITIONS)
+    slot, position = place % SLOTS, place // SLOTS % POSITIONS
+    phase_h, step = place // (SLOTS * POSITIONS) % (OUTPUTS // SLOTS), place // (OUTPUTS * POSITIONS)
+    from_h = position // PATCH_W + (phase_h + PH) // SH - step // STEPS_W
+    from_w = position % PATCH_W + (slot // B + PW) // SW - step % STEPS_W
     there = (from_h >= 0) & (from_h < PATCH_H) & (from_w >= 0) & (from_w < PATCH_W)
-    position, column = from_h * PATCH_W + from_w, step * OUTPUTS + c
-    source = column // 8 * (PATCH_H * PATCH_W * 8) + position * 8 + column % 8
-    products = tl.permute(tl.reshape(products, (PATCH_H * PATCH_W, STEPS * OUTPUTS // 8, 8)), (1, 0, 2))
-    products = tl.reshape(products, (PATCH_H * PATCH_W * STEPS * OUTPUTS,))
+    column = step * OUTPUTS + phase_h * SLOTS + slot
+    source = column // 8 * (POSITIONS * 8) + (from_h * PATCH_W + from_w) * 8 + column % 8
+    products = tl.permute(tl.reshape(products, (POSITIONS, STEPS * OUTPUTS // 8, 8)), (1, 0, 2))
+    products = tl.reshape(products, (POSITIONS * STEPS * OUTPUTS,))
     products = tl.where(there, tl.gather(products, tl.where(there, source, 0), 0), 0.0)
-    out = tl.sum(tl.reshape(products, (STEPS, PATCH_H * PATCH_W * OUTPUTS)), 0)
-    out = tl.reshape(out, (PATCH_H * PATCH_W, OUTPUTS))
+    out = tl.sum(tl.reshape(products, (STEPS, OUTPUTS * POSITIONS)), 0)
+    out = tl.reshape(out, (OUTPUTS // SLOTS * POSITIONS, SLOTS))
 
-    c = tl.arange(0, OUTPUTS)
-    c_ok = c < SH * SW * B
-    out_h, out_w = h[:, None] * SH + (c // (SW * B))[None, :], w[:, None] * SW + (c // B % SW)[None, :]
-    own = (row_h >= 0) & (row_h < inner_h) & (row_w >= 0) & (row_w < inner_w)
-    cell = ((n * HO + out_h) * WO + out_w) * B + (c % B)[None, :]
-    ok = own[:, None] & c_ok[None, :] & (out_h < HO) & (out_w < WO)
+    row, slot = tl.arange(0, OUTPUTS // SLOTS * POSITIONS), tl.arange(0, SLOTS)
+    phase_h, row_h, row_w = row // POSITIONS, row % POSITIONS // PATCH_W, row % PATCH_W
+    out_h, out_w = (first_h + row_h) * SH + phase_h, (first_w + row_w) * SW
+    own_h = (row_h >= BEFORE_H) & (row_h < BEFORE_H + inner_h) & (phase_h < SH) & (out_h < HO)
+    own = own_h & (row_w >= BEFORE_W) & (row_w < BEFORE_W + inner_w)
+    slot_ok = slot < SW * B
+    cell = (((n * HO + out_h) * WO + out_w) * B)[:, None] + slot[None, :]
+    ok = own[:, None] & slot_ok[None, :] & (slot[None, :] < ((WO - out_w) * B)[:, None])
     if activated_ptr is None:
-        out = conv_epilogue(out, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, c % B, c_ok, ACTIVATION, SLOPE)
+        out = conv_epilogue(
+            out, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, slot % B, slot_ok, ACTIVATION, SLOPE
+        )
     else:
         out = backward_epilogue(out, activated_ptr, cell, ok, ACTIVATION, SLOPE)
     tl.store(high_ptr + cell, out.to(high_ptr.dtype.element_ty), mask=ok)
@@ -131,7 +138,9 @@ def up_narrow_kernel(
 
 def is_narrow(weight, stride):
     """Whether all taps of all outputs of a position are few enough columns for one program."""
-    return weight.shape[1] <= MOST_CHANNELS and math.prod(_columns(weight, stride).values()) <= MOST_COLUMNS
+    sizes = _columns(weight, stride)
+    columns = sizes["STEPS_H"] * sizes["STEPS_W"] * sizes["OUTPUTS"]
+    return weight.shape[1] <= MOST_CHANNELS and columns <= MOST_COLUMNS
 
 
 def up_narrow(
@@ -162,8 +171,9 @@ def _columns(weight, stride):
     """The powers of two that hold the taps of an output along each axis, and the outputs of a position."""
     (_, b, kh, kw), (sh, sw) = weight.shape, stride
     steps_h, steps_w = (triton.next_power_of_2(triton.cdiv(k, s)) for k, s in ((kh, sh), (kw, sw)))
-    outputs = max(triton.next_power_of_2(sh * sw * b), 16 // (steps_h * steps_w))  # the least that matrix units take
-    return dict(STEPS_H=steps_h, STEPS_W=steps_w, OUTPUTS=outputs)
+    slots = triton.next_power_of_2(sw * b)
+    outputs = max(triton.next_power_of_2(sh) * slots, 16 // (steps_h * steps_w))  # the least that matrix units take
+    return dict(STEPS_H=steps_h, STEPS_W=steps_w, OUTPUTS=outputs, SLOTS=slots)
 
 
 def _patch(rows, low_shape, high_shape, kernel, stride, padding):

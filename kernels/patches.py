@@ -14,7 +14,8 @@ MOST_CHANNELS = 8
 MOST_COLUMNS = 128
 MOST_WIDTH = 128
 ALIGNMENT = 8  # numbers of two bytes that a load takes at once
-NO_BLOCK = dict.fromkeys(("ROWS", "WIDTH", "TAPS_H", "TAPS_W", "MARGIN", "SEGMENT"), 0)
+HALF_OF_BANKS = 64  # bytes of shared memory
+NO_BLOCK = dict.fromkeys(("ROWS", "WIDTH", "TAPS_H", "TAPS_W", "MARGIN", "SKEW", "SEGMENT"), 0)
 
 
 @triton.jit
@@ -25,10 +26,12 @@ def seen_numbers(
     TAPS_H: tl.constexpr,
     SEGMENT: tl.constexpr,
     MARGIN: tl.constexpr,
+    SKEW: tl.constexpr,
 ):
     """Of all that a block sees: row of low, tap along the height, number in a row of high, whether it is there."""
     place = tl.arange(0, ROWS * TAPS_H * SEGMENT)
-    tap_h, number = place // SEGMENT % TAPS_H, place % SEGMENT - MARGIN
+    tap_h = place // SEGMENT % TAPS_H
+    number = place % SEGMENT - MARGIN - tap_h % 2 * SKEW
     return place // (TAPS_H * SEGMENT), tap_h, number, (tap_h < KH) & (number >= 0) & (number < LENGTH)
 
 
@@ -44,13 +47,14 @@ def patch_sources(
     TAPS_H: tl.constexpr,
     TAPS_W: tl.constexpr,
     MARGIN: tl.constexpr,
+    SKEW: tl.constexpr,
     SEGMENT: tl.constexpr,
 ):
     """Where among those the block's patches stand, (ROWS, WIDTH, TAPS_H, TAPS_W); what is not there is a zero."""
     place = tl.arange(0, ROWS * WIDTH * TAPS_H * TAPS_W)
-    w, tap_w = place // (TAPS_H * TAPS_W) % WIDTH, place % TAPS_W
-    row = place // (WIDTH * TAPS_H * TAPS_W) * TAPS_H + place // TAPS_W % TAPS_H
-    source = row * SEGMENT + MARGIN + (w * SW - PW) * B + tap_w
+    w, tap_h, tap_w = place // (TAPS_H * TAPS_W) % WIDTH, place // TAPS_W % TAPS_H, place % TAPS_W
+    row = place // (WIDTH * TAPS_H * TAPS_W) * TAPS_H + tap_h
+    source = row * SEGMENT + MARGIN + tap_h % 2 * SKEW + (w * SW - PW) * B + tap_w
     return tl.where((w < W) & (tap_w < KW * B), source, 0)
 
 
@@ -65,17 +69,22 @@ def block_constants(positions, low_size, weight, high_width, stride, padding):
     """The sizes of a block of so many positions, or a few more, as constants of a kernel; all powers of two but MARGIN.
 
     ROWS and WIDTH hold low's, TAPS_H the taps along the height, and TAPS_W those along the width, of all channels.
+    What odd taps along the height see stands SKEW further on, where there is room: half a warp picks from there, and
+    would else wait for the banks that the other half picks from.
     """
     (h, w), (_, b, kh, kw) = low_size, weight.shape
     width = triton.next_power_of_2(w)
     least = triton.cdiv(16, width)  # matrix units take 16 positions
     margin = triton.cdiv(max(padding[1] * b, 1), ALIGNMENT) * ALIGNMENT
     reach = ((w - 1) * stride[1] - padding[1] + kw) * b
+    numbers = margin + max(high_width * b, reach)
+    segment, skew = triton.next_power_of_2(numbers), HALF_OF_BANKS // weight.element_size()
     return dict(
         ROWS=max(least, min(positions // width, triton.next_power_of_2(h))),
         WIDTH=width,
         TAPS_H=triton.next_power_of_2(kh),
         TAPS_W=triton.next_power_of_2(kw * b),
         MARGIN=margin,
-        SEGMENT=triton.next_power_of_2(margin + max(high_width * b, reach)),
+        SKEW=skew if numbers + skew <= segment else 0,
+        SEGMENT=segment,
     )

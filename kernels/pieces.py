@@ -200,14 +200,34 @@ def normalized_and_grad(
 
 
 @triton.jit
-def mean_and_m2(values, ok, count):
-    """Mean and centred sum of squares of each column, over its `count` rows that are ok."""
+def column_sums(x, ACROSS_WARPS: tl.constexpr = True):
+    """The sums of a tile over its rows; ACROSS_WARPS, where they are those of several warps, at a few registers more.
+
+    Between warps `sum` alone would hand over what a thread has, eight neighbouring columns, through one bank of shared
+    memory. So a thread first adds up its own rows, and a gather of everything from its own place gives columns side by
+    side to threads side by side.
+    """
+    if ACROSS_WARPS:
+        COLUMNS: tl.constexpr = x.shape[1]
+        PARTS: tl.constexpr = 16 if x.shape[0] > 16 else x.shape[0]
+        parts = tl.sum(tl.reshape(x, (x.shape[0] // PARTS, PARTS, COLUMNS)), 0)
+        parts = tl.gather(tl.reshape(parts, (PARTS * COLUMNS,)), tl.arange(0, PARTS * COLUMNS), 0)
+        x = tl.reshape(parts, (PARTS, COLUMNS))
+    return tl.sum(x, 0)
+
+
+@triton.jit
+def mean_and_m2(values, ok, count, ACROSS_WARPS: tl.constexpr = False):
+    """Mean and centred sum of squares of each column, over its `count` rows that are ok.
+
+    ACROSS_WARPS: a column's rows lie in several warps, as after a load; not so in a transposed accumulator.
+    """
     rows = tl.maximum(count, 1.0)
-    rough = tl.sum(tl.where(ok, values, 0.0), 0) / rows
+    rough = column_sums(tl.where(ok, values, 0.0), ACROSS_WARPS) / rows
     centred = tl.where(ok, values - rough[None, :], 0.0)
     # The sum's own rounding error is what the centred values still average to.
-    rest = tl.sum(centred, 0) / rows
-    return rough + rest, tl.sum(centred * centred, 0) - rows * rest * rest
+    rest = column_sums(centred, ACROSS_WARPS) / rows
+    return rough + rest, column_sums(centred * centred, ACROSS_WARPS) - rows * rest * rest
 
 
 @triton.jit

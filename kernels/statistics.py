@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastgan.kernels.launch import launch, merge_tile, needs_int64, statistics_tile
+from fastgan.kernels.launch import launch, merge_tile, needs_int64, power_of_two, statistics_tile
 from fastgan.kernels.pieces import activate, channel_vector, mean_and_m2, wait_for_previous
 
 
@@ -67,7 +67,7 @@ def tile_statistics_kernel(
             tl.store(y_ptr + cell, y.to(y_ptr.dtype.element_ty), mask=ok)
 
         block_count = tl.minimum(tl.maximum(rows - start, 0), BLOCK_R).to(tl.float32)
-        block_mean, block_m2 = mean_and_m2(y, ok, block_count)
+        block_mean, block_m2 = mean_and_m2(y, ok, block_count, ACROSS_WARPS=True)
         total = count + block_count
         offset = block_mean - mean
         share = block_count / tl.maximum(total, 1.0)
@@ -183,28 +183,31 @@ def sum_rows_kernel(
     out_ptr,  # (groups, programs along T, C)
     T,
     C,
+    STEPS: tl.constexpr,  # of BLOCK_T rows each, for every program
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     wait_for_previous()
     pid_t, group = tl.program_id(1), tl.program_id(2)
-    t = pid_t * BLOCK_T + tl.arange(0, BLOCK_T)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    x = tl.load(
-        x_ptr + (group * T + t)[:, None].to(tl.int64) * C + c[None, :],
-        mask=(t < T)[:, None] & (c < C)[None, :],
-        other=0.0,
-    ).to(tl.float32)
+    total = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
+    for step in range(STEPS):
+        t = (pid_t * STEPS + step) * BLOCK_T + tl.arange(0, BLOCK_T)
+        total += tl.load(
+            x_ptr + (group * T + t)[:, None].to(tl.int64) * C + c[None, :],
+            mask=(t < T)[:, None] & (c < C)[None, :],
+            other=0.0,
+        )
     out = group * tl.num_programs(1) + pid_t
-    tl.store(out_ptr + out * C + c, tl.sum(x, 0).to(out_ptr.dtype.element_ty), mask=c < C)
+    tl.store(out_ptr + out * C + c, tl.sum(total, 0).to(out_ptr.dtype.element_ty), mask=c < C)
 
 
 def sum_rows(parts, out):
     """out (groups, C) = the sums over the rows of each group of parts (groups, T, C) float32, rounded once."""
     while True:
         groups, count, columns = parts.shape
-        block_t, block_c = merge_tile(count, columns)
-        programs = triton.cdiv(count, block_t)
+        steps, block_t, block_c, num_warps = _sum_tile(count, columns)
+        programs = triton.cdiv(count, steps * block_t)
         # More rows than one program takes: sum in stages.
         target = out if programs == 1 else parts.new_empty((groups, programs, columns))
         launch(
@@ -212,10 +215,23 @@ def sum_rows(parts, out):
             (triton.cdiv(columns, block_c), programs, groups),
             *(parts, target, count, columns),
             device=parts.device,
-            num_warps=8,
+            num_warps=num_warps,
+            STEPS=steps,
             BLOCK_T=block_t,
             BLOCK_C=block_c,
         )
         if programs == 1:
             return
         parts = target
+
+
+def _sum_tile(parts, columns):
+    """(steps of a program, block_parts, block_columns, warps).
+
+    Where columns are many, a weight's, programs are single warps whose threads each add up whole columns: between warps
+    sums go through shared memory, which takes longer than the parts do to arrive.
+    """
+    if parts <= 64 and columns >= 2**15:
+        block_parts = power_of_two(parts, 1, 16)
+        return triton.cdiv(parts, block_parts), block_parts, 2048 // block_parts, 1
+    return 1, *merge_tile(parts, columns), 8

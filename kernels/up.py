@@ -14,6 +14,7 @@ from fastgan.kernels.narrow import is_narrow, up_narrow
 from fastgan.kernels.pieces import (
     NOWHERE,
     backward_epilogue,
+    column_sums,
     conv_epilogue,
     load_block,
     multiply_add,
@@ -137,7 +138,8 @@ def up_kernel(
         x_hat, acc = normalized_and_grad(
             acc, y_ptr, cell, ok, mean_ptr, invstd_ptr, gamma_ptr, beta_ptr, vectors, column_ok, ACTIVATION, SLOPE
         )
-        sum_dz, sum_dz_x_hat = tl.sum(acc, 0), tl.sum(acc * x_hat, 0)
+        # Float32 products leave no registers for sums across warps.
+        sum_dz, sum_dz_x_hat = column_sums(acc, transposed), column_sums(acc * x_hat, transposed)
         sums_ptr += (group * 2 * tiles + tile) * B
         tl.store(sums_ptr + column, sum_dz, mask=column_ok)
         tl.store(sums_ptr + tiles * B + column, sum_dz_x_hat, mask=column_ok)

@@ -48,6 +48,7 @@ def weight_grad_narrow_kernel(
     TAPS_H: tl.constexpr,
     TAPS_W: tl.constexpr,
     MARGIN: tl.constexpr,
+    SKEW: tl.constexpr,
     SEGMENT: tl.constexpr,
     PRECISION: tl.constexpr,
     INT64: tl.constexpr,
@@ -62,10 +63,10 @@ def weight_grad_narrow_kernel(
     row, w = lane // WIDTH, lane % WIDTH
     low_offset = ((row * W + w) * A)[None, :] + a[:, None]
 
-    low_row, tap_h, number, of_image = seen_numbers(WO * B, KH, ROWS, TAPS_H, SEGMENT, MARGIN)
+    low_row, tap_h, number, of_image = seen_numbers(WO * B, KH, ROWS, TAPS_H, SEGMENT, MARGIN, SKEW)
     high_row = low_row * SH + tap_h - PH
     high_offset = high_row * (WO * B) + number
-    source = patch_sources(W, B, KW, SW, PW, ROWS, WIDTH, TAPS_H, TAPS_W, MARGIN, SEGMENT)
+    source = patch_sources(W, B, KW, SW, PW, ROWS, WIDTH, TAPS_H, TAPS_W, MARGIN, SKEW, SEGMENT)
 
     acc = tl.zeros((BLOCK_M, TAPS_H * TAPS_W), tl.float32)
     for step in range(steps):
