@@ -1,0 +1,44 @@
+"""What takes the place of `fastgan.kernels.launch.launch`: kernels compiled for a GPU, and their PTX emulated."""
+
+import functools
+import os
+from collections import Counter
+from contextlib import contextmanager
+
+import torch
+
+from fastgan.kernels import launch as launching
+from fastgan.kernels.offline import compiling_for
+from tests.emulator.block import run
+from tests.emulator.program import Program
+
+CAPABILITY = int(os.environ.get("FASTGAN_EMULATED_CAPABILITY", "90"))  # sm_90
+launches = Counter()  # by the kernels' names
+
+_program = functools.cache(Program)
+_reachable = []
+
+
+@contextmanager
+def reachable(tensors):
+    """Kernels that are started within may touch these tensors too, of which they know the addresses."""
+    before = list(_reachable)
+    _reachable.extend(tensors)
+    try:
+        yield
+    finally:
+        _reachable[:] = before
+
+
+def launch(kernel, grid, *args, device, num_warps=4, num_stages=2, **constexprs):
+    """Run `kernel` on tensors on the CPU, as compiled for these very arguments."""
+    options = dict(num_warps=num_warps, num_stages=num_stages, **launching.OPTIONS, **constexprs)
+    with compiling_for(CAPABILITY):
+        compiled = kernel.warmup(*args, grid=grid, **options)
+    # Triton makes constants of None and of 1: those are no parameters.
+    types = compiled.src.signature
+    names = [parameter.name for parameter in kernel.params]
+    passed = [value for name, value in zip(names, args, strict=False) if types[name] != "constexpr"]
+    tensors = [value for value in args if isinstance(value, torch.Tensor)] + _reachable
+    run(_program(compiled.asm["ptx"]), grid, passed, tensors, compiled.metadata.shared)
+    launches[kernel.__name__] += 1

@@ -1,0 +1,50 @@
+"""`python -m pytest -p tests.emulator.plugin tests/kernels`: the tests' kernels run in the emulator.
+
+This must be imported before the kernels and before tests/conftest.py, which chooses Triton's interpreter: there would
+be nothing to compile then. Afterwards the interpreter is what operators believe in, so that they take tensors on a CPU.
+"""
+
+import importlib
+import os
+from pkgutil import iter_modules
+
+os.environ.pop("TRITON_INTERPRET", None)
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # tests keep their tensors on the CPU
+
+from triton import JITFunction
+
+from fastgan import kernels
+from fastgan.kernels import cast
+from tests.emulator import launch as emulation
+
+
+def _replace_launch():
+    modules = [importlib.import_module(f"{kernels.__name__}.{found.name}") for found in iter_modules(kernels.__path__)]
+    original = emulation.launching.launch
+    for module in modules:
+        if getattr(module, "launch", None) is original:
+            module.launch = emulation.launch
+
+
+def _declare_what_casts_reach():
+    """The one kernel that takes tensors by their addresses, from a table."""
+    call = cast.Cast.__call__
+
+    def declared(self, sources, targets):
+        with emulation.reachable([*sources, *targets]):
+            call(self, sources, targets)
+
+    cast.Cast.__call__ = declared
+
+
+_replace_launch()
+_declare_what_casts_reach()
+if not isinstance(cast.cast_kernel, JITFunction):
+    raise ImportError("the kernels were imported, for Triton's interpreter, before the emulator")
+os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_terminal_summary(terminalreporter):
+    launches = ", ".join(f"{name} {count}" for name, count in sorted(emulation.launches.items()))
+    if launches:  # none in the process that only hands tests out to others
+        terminalreporter.write_line(f"kernels emulated for sm_{emulation.CAPABILITY}: {launches}")

@@ -1,0 +1,43 @@
+"""Kernels as they are compiled for a GPU, with warps, barriers and asynchronous copies, in the emulator of PTX."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.kernels.test_compile import KERNELS
+
+ROOT = Path(__file__).parents[2]
+# Tests that are quick to compile and to emulate: every kernel, wgmma and mma, and several blocks.
+SELECTION = (
+    "tests/kernels/test_tiles.py::test_every_tile"
+    "[float16-MatrixTile(block_m=64,block_n=64,block_k=64,num_warps=4,num_stages=4)]",
+    "tests/kernels/test_tiles.py::test_every_tile"
+    "[float16-MatrixTile(block_m=16,block_n=16,block_k=128,num_warps=4,num_stages=4)]",
+    "tests/kernels/test_batch_groups.py::test_tiles_end_with_their_group",
+    "tests/kernels/test_convolutions.py::test_several_tiles_in_every_direction",
+    "tests/kernels/test_convolutions.py::test_batch_norm_of_activated_values[False-False-triton]",
+    "tests/kernels/test_hybrid.py::test_statistics_of_several_tiles_and_blocks",
+    "tests/kernels/test_hybrid.py::test_images_in_eval_mode",
+    "tests/kernels/test_special_layers.py::test_image_layers[(7, 4, (6, 5), 3, 3, 1, 2)-torch.float16]",
+    "tests/kernels/test_special_layers.py::test_weight_gradients_of_image_layers"
+    "[(7, 4, (6, 5), 3, 3, 1, 2)-torch.float16]",
+    "tests/kernels/test_special_layers.py::test_layers_that_see_an_image[(5, 3, (9, 8), 3, 1, 1)-torch.float16]",
+    "tests/kernels/test_special_layers.py::test_layers_of_one_output_channel[(64, (6, 5), 4, 1, 1)-torch.float16]",
+    "tests/kernels/test_special_layers.py::test_tf32_is_rounded_to_nearest",
+    "tests/kernels/test_losses.py::test_discriminator_loss",
+    "tests/kernels/test_next_batch.py::test_equals_torch_bit_for_bit",
+    "tests/test_weight_copies.py::test_one_launch_casts_all",
+)
+
+
+def test_every_kernel_emulated():
+    # Another process: in this one the interpreter has taken the place of the compiler, or the kernels run on a GPU.
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    options = ("-p", "tests.emulator.plugin", "-p", "no:cacheprovider")
+    command = [sys.executable, "-m", "pytest", *options, *SELECTION]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    emulated = re.search(r"kernels emulated for sm_\d+: (.*)", done.stdout).group(1)
+    assert KERNELS <= set(re.findall(r"\w+_kernel", emulated)), emulated
