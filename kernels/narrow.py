@@ -1,11 +1,12 @@
 """low → high where high has few channels: the layer that makes an image, and the gradient that reaches one.
 
 As a matrix product for each phase (up.py) such a layer would read low once for every tap, to fill a few of the matrix
-unit's columns. Here a program reads a patch of low once and multiplies it by all taps: column (t, c) is the t-th tap
-of output c = (phase_h, slot), where the slots of a position are its outputs in one row of high, all channels. What
-belongs to the neighbour at a distance of one position is then picked up from the neighbour's row of the product, and
-the taps are summed.
+unit's columns. Here a program reads a patch of low once and multiplies it by all of the weight, whose columns, (KH, KW,
+B), are as they stand in memory. An output is then picked up: the sum of the products of its phase's taps, each from the
+row of the neighbour that the tap reads. The outputs that a position has in one row of high are its slots, all channels.
 """
+
+import math
 
 import triton
 import triton.language as tl
@@ -52,10 +53,11 @@ def up_narrow_kernel(
     BEFORE_W: tl.constexpr,
     AFTER_H: tl.constexpr,
     AFTER_W: tl.constexpr,
-    STEPS_H: tl.constexpr,  # powers of two that hold all taps of an output, all outputs of a position,
+    COLUMNS: tl.constexpr,  # powers of two that hold the weight's columns,
+    STEPS_H: tl.constexpr,  # all taps of an output,
     STEPS_W: tl.constexpr,
-    OUTPUTS: tl.constexpr,
-    SLOTS: tl.constexpr,  # and those in one row of high
+    PHASES: tl.constexpr,  # and the rows of high and the slots of a position
+    SLOTS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     SLOPE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -79,47 +81,45 @@ def up_narrow_kernel(
     position = tl.arange(0, POSITIONS)
     h, w = first_h + position // PATCH_W, first_w + position % PATCH_W
 
-    # Column (step_h, step_w, c): as in up.py, tap residue + stride·step of phase c's outputs reads position
-    # q + carry − step, where carry = (phase + padding) div stride.
-    column = tl.arange(0, STEPS_H * STEPS_W * OUTPUTS)
-    phase_h, slot = column % OUTPUTS // SLOTS, column % SLOTS
-    tap_h = (phase_h + PH) % SH + column // (STEPS_W * OUTPUTS) * SH
-    tap_w = (slot // B + PW) % SW + column // OUTPUTS % STEPS_W * SW
-    column_ok = (phase_h < SH) & (slot < SW * B) & (tap_h < KH) & (tap_w < KW)
-
     inside = (h >= 0) & (h < H) & (w >= 0) & (w < W)
     lane = tl.arange(0, BLOCK_K)
     low_offset = (((n * H + h) * W + w) * A)[:, None] + lane[None, :]
-    # Columns first, so that threads side by side load them: those of one channel are neighbours in memory.
-    weight_offset = ((tap_h * KW + tap_w) * B + slot % B)[:, None] + (lane * (KH * KW * B))[None, :]
-    products = tl.zeros((POSITIONS, STEPS_H * STEPS_W * OUTPUTS), tl.float32)
+    column = tl.arange(0, COLUMNS)
+    column_ok = column < KH * KW * B
+    weight_offset = (lane * (KH * KW * B))[:, None] + column[None, :]
+    products = tl.zeros((POSITIONS, COLUMNS), tl.float32)
     for a in range(0, A, BLOCK_K):
         a_ok = None if A % BLOCK_K == 0 else lane < A - a
         x = load_block(low_ptr + a + low_offset, inside, a_ok)
-        y = load_block(weight_ptr + a * (KH * KW * B) + weight_offset, column_ok, a_ok)
-        products = multiply_add(products, x, tl.trans(y), PRECISION)
+        y = load_block(weight_ptr + a * (KH * KW * B) + weight_offset, a_ok, column_ok)
+        products = multiply_add(products, x, y, PRECISION)
 
-    # An output is the sum over steps of what the positions there made for it. All in one dimension, because `gather`
-    # then goes through shared memory: eight columns of all positions after eight others, which a warp writes without
-    # bank conflicts. It gives one row of high after the other, which a warp reads without conflicts and stores side by
-    # side, and the steps one after the other, so that a thread adds up its own. A position outside of the patch is
-    # outside of the image too, or the output is another program's.
-    STEPS: tl.constexpr = STEPS_H * STEPS_W
-    place = tl.arange(0, STEPS * OUTPUTS * POSITIONS)
-    slot, position = place % SLOTS, place // SLOTS % POSITIONS
-    phase_h, step = place // (SLOTS * POSITIONS) % (OUTPUTS // SLOTS), place // (OUTPUTS * POSITIONS)
-    from_h = position // PATCH_W + (phase_h + PH) // SH - step // STEPS_W
-    from_w = position % PATCH_W + (slot // B + PW) // SW - step % STEPS_W
-    there = (from_h >= 0) & (from_h < PATCH_H) & (from_w >= 0) & (from_w < PATCH_W)
-    column = step * OUTPUTS + phase_h * SLOTS + slot
+    # As in up.py, tap residue + stride·step of a phase's outputs reads position q + carry − step, with carry = (phase +
+    # padding) div stride. All in one dimension, because `gather` then goes through shared memory: eight columns of all
+    # positions after eight others, which a warp writes without bank conflicts. It gives one row of high after the
+    # other, which a warp reads without conflicts and stores side by side, and the steps one after the other, so that a
+    # thread adds up its own. A position outside of the patch is outside of the image too, or the output is another
+    # program's.
+    place = tl.arange(0, STEPS_H * STEPS_W * PHASES * POSITIONS * SLOTS)
+    position, phase_h = place // SLOTS % POSITIONS, place // (SLOTS * POSITIONS) % PHASES
+    slot = tl.minimum(place % SLOTS, SW * B - 1)  # those that are too many read what the last one does
+    step = place // (SLOTS * POSITIONS * PHASES)
+    at_h, at_w = phase_h + PH, slot // B + PW
+    from_h, from_w = (
+        position // PATCH_W + at_h // SH - step // STEPS_W,
+        position % PATCH_W + at_w // SW - step % STEPS_W,
+    )
+    tap_h, tap_w = at_h % SH + step // STEPS_W * SH, at_w % SW + step % STEPS_W * SW
+    there = (from_h >= 0) & (from_h < PATCH_H) & (from_w >= 0) & (from_w < PATCH_W) & (tap_h < KH) & (tap_w < KW)
+    column = (tap_h * KW + tap_w) * B + slot % B
     source = column // 8 * (POSITIONS * 8) + (from_h * PATCH_W + from_w) * 8 + column % 8
-    products = tl.permute(tl.reshape(products, (POSITIONS, STEPS * OUTPUTS // 8, 8)), (1, 0, 2))
-    products = tl.reshape(products, (POSITIONS * STEPS * OUTPUTS,))
+    products = tl.permute(tl.reshape(products, (POSITIONS, COLUMNS // 8, 8)), (1, 0, 2))
+    products = tl.reshape(products, (POSITIONS * COLUMNS,))
     products = tl.where(there, tl.gather(products, tl.where(there, source, 0), 0), 0.0)
-    out = tl.sum(tl.reshape(products, (STEPS, OUTPUTS * POSITIONS)), 0)
-    out = tl.reshape(out, (OUTPUTS // SLOTS * POSITIONS, SLOTS))
+    out = tl.sum(tl.reshape(products, (STEPS_H * STEPS_W, PHASES * POSITIONS * SLOTS)), 0)
+    out = tl.reshape(out, (PHASES * POSITIONS, SLOTS))
 
-    row, slot = tl.arange(0, OUTPUTS // SLOTS * POSITIONS), tl.arange(0, SLOTS)
+    row, slot = tl.arange(0, PHASES * POSITIONS), tl.arange(0, SLOTS)
     phase_h, row_h, row_w = row // POSITIONS, row % POSITIONS // PATCH_W, row % PATCH_W
     out_h, out_w = (first_h + row_h) * SH + phase_h, (first_w + row_w) * SW
     own_h = (row_h >= BEFORE_H) & (row_h < BEFORE_H + inner_h) & (phase_h < SH) & (out_h < HO)
@@ -137,10 +137,9 @@ def up_narrow_kernel(
 
 
 def is_narrow(weight, stride):
-    """Whether all taps of all outputs of a position are few enough columns for one program."""
-    sizes = _columns(weight, stride)
-    columns = sizes["STEPS_H"] * sizes["STEPS_W"] * sizes["OUTPUTS"]
-    return weight.shape[1] <= MOST_CHANNELS and columns <= MOST_COLUMNS
+    """Whether the weight's columns, and all taps of all outputs of a position, are few enough for one program."""
+    columns, *sizes = _columns(weight, stride).values()
+    return weight.shape[1] <= MOST_CHANNELS and max(columns, math.prod(sizes)) <= MOST_COLUMNS
 
 
 def up_narrow(
@@ -168,12 +167,15 @@ def up_narrow(
 
 
 def _columns(weight, stride):
-    """The powers of two that hold the taps of an output along each axis, and the outputs of a position."""
+    """The powers of two that hold the weight's columns, the taps of an output and the outputs of a position."""
     (_, b, kh, kw), (sh, sw) = weight.shape, stride
-    steps_h, steps_w = (triton.next_power_of_2(triton.cdiv(k, s)) for k, s in ((kh, sh), (kw, sw)))
-    slots = triton.next_power_of_2(sw * b)
-    outputs = max(triton.next_power_of_2(sh) * slots, 16 // (steps_h * steps_w))  # the least that matrix units take
-    return dict(STEPS_H=steps_h, STEPS_W=steps_w, OUTPUTS=outputs, SLOTS=slots)
+    sizes = kh * kw * b, triton.cdiv(kh, sh), triton.cdiv(kw, sw), sh, sw * b
+    names = "COLUMNS", "STEPS_H", "STEPS_W", "PHASES", "SLOTS"
+    # Matrix units take 16 columns at least.
+    return {
+        name: max(triton.next_power_of_2(size), 16 if name == "COLUMNS" else 1)
+        for name, size in zip(names, sizes, strict=True)
+    }
 
 
 def _patch(rows, low_shape, high_shape, kernel, stride, padding):

@@ -125,14 +125,19 @@ def run(program, grid, arguments, tensors, shared_bytes=0):
         arguments: tensors, integers and floats, in the order of the kernel's parameters; more parameters are zeros.
         tensors: all that it may read and write.
     """
-    arguments = [*arguments, *[0] * (len(program.parameters) - len(arguments))]
-    parameters = {
-        name: _bits(value, TYPES[type_]) for (type_, name), value in zip(program.parameters, arguments, strict=True)
-    }
+    parameters = parameters_of(program, arguments)
     memory, grid = GlobalMemory(tensors), (*grid, 1, 1)[:3]
     with np.errstate(all="ignore"):
         for z, y, x in np.ndindex(grid[::-1]):
             Block(program, parameters, memory, shared_bytes, (x, y, z), grid).run()
+
+
+def parameters_of(program, arguments):
+    """{name: bits} of a program's parameters; those that are more than the arguments are zeros."""
+    arguments = [*arguments, *[0] * (len(program.parameters) - len(arguments))]
+    return {
+        name: _bits(value, TYPES[type_]) for (type_, name), value in zip(program.parameters, arguments, strict=True)
+    }
 
 
 def _bits(value, dtype):

@@ -30,15 +30,21 @@ def reachable(tensors):
         _reachable[:] = before
 
 
-def launch(kernel, grid, *args, device, num_warps=4, num_stages=2, **constexprs):
-    """Run `kernel` on tensors on the CPU, as compiled for these very arguments."""
-    options = dict(num_warps=num_warps, num_stages=num_stages, **launching.OPTIONS, **constexprs)
+def compiled_program(kernel, grid, args, options):
+    """(Program, the arguments that are its parameters, bytes of shared memory) of a launch."""
+    options = {"num_warps": 4, "num_stages": 2, **launching.OPTIONS, **options}
     with compiling_for(CAPABILITY):
         compiled = kernel.warmup(*args, grid=grid, **options)
     # Triton makes constants of None and of 1: those are no parameters.
     types = compiled.src.signature
     names = [parameter.name for parameter in kernel.params]
     passed = [value for name, value in zip(names, args, strict=False) if types[name] != "constexpr"]
+    return _program(compiled.asm["ptx"]), passed, compiled.metadata.shared
+
+
+def launch(kernel, grid, *args, device, **options):
+    """Run `kernel` on tensors on the CPU, as compiled for these very arguments."""
+    program, passed, shared_bytes = compiled_program(kernel, grid, args, options)
     tensors = [value for value in args if isinstance(value, torch.Tensor)] + _reachable
-    run(_program(compiled.asm["ptx"]), grid, passed, tensors, compiled.metadata.shared)
+    run(program, grid, passed, tensors, shared_bytes)
     launches[kernel.__name__] += 1

@@ -24,6 +24,7 @@ from fastgan.kernels import (
     cast,
     data,
     down,
+    epilogue,
     launch,
     losses,
     narrow,
@@ -37,7 +38,7 @@ from fastgan.kernels import (
 
 _TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 _INTEGER_TYPES = {torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64"}
-_MODULES = (batch_norm, cast, data, down, losses, narrow, running, single, statistics, up, weight_grad)
+_MODULES = (batch_norm, cast, data, down, epilogue, losses, narrow, running, single, statistics, up, weight_grad)
 
 
 def record(workload):
@@ -137,6 +138,7 @@ def workload(dtype, batch=8):
         batch_norm.normalize_activate(high, vector, vector, vector, vector, **act)
         batch_norm.batch_norm_grad(high, high, vector, vector, vector, vector, batch_statistics=True, **act)
         batch_norm.batch_norm_grad_sums(high, high, vector, vector, vector, vector, dz=high, **act)
+        epilogue.conv_epilogue_(high, bias=vector, batch_norm=(vector,) * 4, eps=1e-5, **act)
         batch_norm.activation_input_grad(image, image, activation="tanh", slope=0.0)
         tiles = statistics.TileStatistics.empty(2, 300, 64, low.device)  # enough tiles to be merged in two stages
         statistics.merge_statistics(tiles, 1e-5)

@@ -27,6 +27,7 @@ KERNELS = {
     "cast_kernel",
     "update_running_kernel",
     "next_batch_kernel",
+    "conv_epilogue_kernel",
 }
 
 MATRIX_KERNELS = ("up_kernel", "up_narrow_kernel", "down_kernel", "weight_grad_kernel", "weight_grad_narrow_kernel")

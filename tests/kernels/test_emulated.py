@@ -32,12 +32,35 @@ SELECTION = (
 )
 
 
-def test_every_kernel_emulated():
+def run(*arguments):
     # Another process: in this one the interpreter has taken the place of the compiler, or the kernels run on a GPU.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    options = ("-p", "tests.emulator.plugin", "-p", "no:cacheprovider")
-    command = [sys.executable, "-m", "pytest", *options, *SELECTION]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-m", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_every_kernel_emulated():
+    done = run("pytest", "-p", "tests.emulator.plugin", "-p", "no:cacheprovider", *SELECTION)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     emulated = re.search(r"kernels emulated for sm_\d+: (.*)", done.stdout).group(1)
     assert KERNELS <= set(re.findall(r"\w+_kernel", emulated)), emulated
+
+
+def test_costs_of_a_block():
+    done = run("tests.emulator.costs", "--batch", "264", "--only", "down to one")
+    assert done.returncode == 0, done.stderr[-2000:]
+    layer, kernel, blocks, issue, shared, matrix, l2 = re.split(r"  +", done.stdout.splitlines()[1])
+    assert (layer, kernel, float(blocks), float(matrix)) == ("down to one", "down_single", 2.0, 0.0)
+    # An image of 512×4×4 numbers and as large a weight: 32 KB through L2, in and out of shared memory.
+    assert abs(float(l2) - 2 * 32768 / 64 / 1755) < 0.1
+    assert float(shared) > 2 * 2 * 32768 / 128 / 1755
+    assert float(issue) > 0
+
+
+def test_costs_refuses_what_it_cannot_count():
+    for arguments, message in (
+        (("--batch", "3"), "even number of images"),
+        (("--only", "x"), "must be part of one of"),
+    ):
+        done = run("tests.emulator.costs", *arguments)
+        assert done.returncode == 2 and message in done.stderr
