@@ -8,11 +8,10 @@ and L2 (32-byte sectors). What takes longest is no prediction of the kernel's ti
 """
 
 import argparse
-import importlib
 import os
 import re
 from collections import Counter
-from pkgutil import iter_modules
+from functools import partial
 
 import numpy as np
 
@@ -20,12 +19,10 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
 
-from fastgan import kernels
 from fastgan.kernels import batch_norm, down, statistics, up, weight_grad
-from fastgan.kernels import launch as launching
 from fastgan.kernels.launch import MatrixTile
 from tests.emulator.block import Block, parameters_of
-from tests.emulator.launch import compiled_program
+from tests.emulator.launch import compiled_program, replace_launch
 from tests.emulator.memory import GlobalMemory, SharedMemory
 
 MULTIPROCESSORS, CYCLES_A_MICROSECOND = 132, 1755
@@ -127,54 +124,44 @@ def count_block(kernel, grid, *args, device, **options):
 
 
 def layers(batch):
-    """{title: function that starts the kernels}. The tiles are those that an H100 was faster with."""
+    """{title: function that starts the kernels}."""
 
     def half(*shape):
         return torch.empty(shape, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
 
-    def vectors(channels, groups=1):
-        return (*(torch.ones(groups, channels),) * 2, *(torch.ones(channels),) * 2)
+    def batch_norm_of(y, groups=1):
+        statistics_of_groups, parameters = torch.ones(groups, y.shape[1]), torch.ones(y.shape[1])
+        return y, statistics_of_groups, statistics_of_groups, parameters, parameters
 
     where, leaky = dict(stride=(2, 2), padding=(1, 1), precision="tf32"), dict(activation="leaky_relu", slope=0.2)
     whole = dict(stride=(1, 1), padding=(0, 0), precision="tf32")
     found = {}
     for a, b, size, tile in ((128, 64, 16, (128, 64, 64, 4, 3)), (256, 128, 8, (128, 128, 64, 8, 3))):
         low, high, weight = half(batch, a, size, size), half(batch, b, 2 * size, 2 * size), half(a, b, 4, 4)
-        tile, out = MatrixTile(*tile), high.shape[2:]
-        of_high, of_low, name = (high, *vectors(b, 2)), (low, *vectors(a)), f"{a}×{b} at {size}"
+        upwards = partial(up.up, low, weight, high.shape[2:], tile=MatrixTile(*tile), **where)
+        downwards = partial(down.down, high, weight, low.shape[2:], tile=MatrixTile(*tile), **where)
+        gradient = partial(weight_grad.weight_grad, low, high, weight, tile=MatrixTile(128, 128, 64, 4, 3), **where)
         found |= {
-            f"up {name}, statistics": lambda x=low, w=weight, o=out, t=tile: up.up(
-                x, w, o, statistics=True, tile=t, **where
-            ),
-            f"up {name}, back to BatchNorm": lambda x=low, w=weight, o=out, t=tile, y=of_high: up.up(
-                x, w, o, normalized=y, tile=t, **leaky, **where
-            ),
-            f"down {name}, back to BatchNorm": lambda x=high, w=weight, o=low.shape[2:], t=tile, y=of_low: down.down(
-                x, w, o, normalized=y, tile=t, **leaky, **where
-            ),
-            f"weight gradient {name}": lambda x=low, y=high, w=weight: weight_grad.weight_grad(
-                x, y, w, tile=MatrixTile(128, 128, 64, 4, 3), **where
-            ),
+            f"up {a}×{b}, statistics": partial(upwards, statistics=True),
+            f"up {a}×{b}, back to BatchNorm": partial(upwards, normalized=batch_norm_of(high, 2), **leaky),
+            f"down {a}×{b}, back to BatchNorm": partial(downwards, normalized=batch_norm_of(low), **leaky),
+            f"weight gradient {a}×{b}": gradient,
         }
     low, image, weight = half(batch, 64, 32, 32), half(batch, 3, 64, 64), half(64, 3, 4, 4)
-    one, last, logit = half(batch, 512, 4, 4), half(1, 512, 4, 4), half(batch, 1, 1, 1)
-    rows = half(batch, 64, 32, 32)
-    mean, invstd, gamma, beta = vectors(64)
+    downwards = partial(down.down, image, weight, (32, 32), **leaky, **where)
+    last, to_last, logits = half(batch, 512, 4, 4), half(1, 512, 4, 4), half(batch, 1, 1, 1)
+    from_one = partial(up.up, logits, to_last, (4, 4), normalized=batch_norm_of(last), **leaky, **whole)
+    y, mean, invstd, gamma, beta = batch_norm_of(low)
+    normalize = partial(batch_norm.normalize_activate, y, mean[0], invstd[0], gamma, beta, activation="relu", slope=0.0)
     return found | {
-        "up to images, tanh": lambda: up.up(low, weight, (64, 64), activation="tanh", **where),
-        "down from images": lambda: down.down(image, weight, (32, 32), **leaky, **where),
-        "down from images, back to BatchNorm": lambda: down.down(
-            image, weight, (32, 32), normalized=(low, *vectors(64)), **leaky, **where
-        ),
-        "weight gradient of images": lambda: weight_grad.weight_grad(low, image, weight, **where),
-        "down to one": lambda: down.down(one, last, (1, 1), **whole),
-        "up from one, back to BatchNorm": lambda: up.up(
-            logit, last, (4, 4), normalized=(one, *vectors(512)), **leaky, **whole
-        ),
-        "normalise": lambda: batch_norm.normalize_activate(
-            rows, mean[0], invstd[0], gamma, beta, activation="relu", slope=0.0
-        ),
-        "statistics": lambda: statistics.tile_statistics(rows),
+        "up to images, tanh": partial(up.up, low, weight, (64, 64), activation="tanh", **where),
+        "down from images": downwards,
+        "down from images, back to BatchNorm": partial(downwards, normalized=batch_norm_of(low)),
+        "weight gradient of images": partial(weight_grad.weight_grad, low, image, weight, **where),
+        "down to one": partial(down.down, last, to_last, (1, 1), **whole),
+        "up from one, back to BatchNorm": from_one,
+        "normalize": normalize,
+        "statistics": partial(statistics.tile_statistics, y),
     }
 
 
@@ -189,12 +176,16 @@ def report(title, kernel, block, blocks, lines):
         block.matrix_cycles,
         sectors * 32 / L2_BYTES,
     )
-    print(f"{title:34} {kernel:26} {blocks:7.1f}" + "".join(f"{microseconds(unit):9.1f}" for unit in units))
+    print(_row(title, kernel, *(f"{number:.1f}" for number in (blocks, *map(microseconds, units)))))
     waste = Counter({key: used - block.needed[key] for key, used in block.used.items()})
     for (kind, source, opcode), more in waste.most_common() if lines else ():
         if more > 0.02 * (shared if kind == "shared" else sectors):
             used = block.used[kind, source, opcode]
             print(f"    {source}  {opcode}: {used:.0f} {kind}, {used - more:.0f} needed")
+
+
+def _row(layer, kernel, *numbers):
+    return f"{layer:37}{kernel:27}" + "".join(f"{number:>9}" for number in numbers)
 
 
 def main():
@@ -208,23 +199,15 @@ def main():
     chosen = {title: start for title, start in layers(options.batch).items() if options.only in title}
     if not chosen:
         parser.error(f"--only must be part of one of {', '.join(layers(2))}; got {options.only!r}")
-    print(
-        f"{'layer':34} {'kernel':26} {'a SM':>7}"
-        + "".join(f"{name:>9}" for name in ("issue", "shared", "matrix", "L2"))
-    )
-    modules = [importlib.import_module(f"{kernels.__name__}.{found.name}") for found in iter_modules(kernels.__path__)]
-    original = launching.launch
+    print(_row("layer", "kernel", "a SM", "issue", "shared", "matrix", "L2"))
     for title, start in chosen.items():
 
         def count(kernel, grid, *args, title=title, **settings):
             block, blocks = count_block(kernel, grid, *args, **settings)
             report(title, kernel.__name__.removesuffix("_kernel"), block, blocks, options.lines)
 
-        for module in modules:
-            if getattr(module, "launch", None) is not None and module is not launching:
-                module.launch = count
+        replace_launch(count)
         start()
-    launching.launch = original
 
 
 if __name__ == "__main__":

@@ -4,26 +4,15 @@ This must be imported before the kernels and before tests/conftest.py, which cho
 be nothing to compile then. Afterwards the interpreter is what operators believe in, so that they take tensors on a CPU.
 """
 
-import importlib
 import os
-from pkgutil import iter_modules
 
 os.environ.pop("TRITON_INTERPRET", None)
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # tests keep their tensors on the CPU
 
 from triton import JITFunction
 
-from fastgan import kernels
 from fastgan.kernels import cast
 from tests.emulator import launch as emulation
-
-
-def _replace_launch():
-    modules = [importlib.import_module(f"{kernels.__name__}.{found.name}") for found in iter_modules(kernels.__path__)]
-    original = emulation.launching.launch
-    for module in modules:
-        if getattr(module, "launch", None) is original:
-            module.launch = emulation.launch
 
 
 def _declare_what_casts_reach():
@@ -37,7 +26,7 @@ def _declare_what_casts_reach():
     cast.Cast.__call__ = declared
 
 
-_replace_launch()
+emulation.replace_launch(emulation.launch)
 _declare_what_casts_reach()
 if not isinstance(cast.cast_kernel, JITFunction):
     raise ImportError("the kernels were imported, for Triton's interpreter, before the emulator")
