@@ -7,7 +7,9 @@ import triton
 import triton.language as tl
 
 from fastgan.kernels.launch import launch, merge_tile, needs_int64, power_of_two, statistics_tile
-from fastgan.kernels.pieces import activate, channel_vector, mean_and_m2, wait_for_previous
+from fastgan.kernels.pieces import activate, channel_vector, column_sums, mean_and_m2, wait_for_previous
+
+WIDE = 64  # columns of a block from which `column_sums` is quicker than `sum`
 
 
 class TileStatistics(NamedTuple):
@@ -119,6 +121,7 @@ def merge_statistics_kernel(
     eps,
     T,
     C,
+    ACROSS_WARPS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -137,9 +140,9 @@ def merge_statistics_kernel(
     total = tl.sum(count, 0)
     # Averaging differences from the first tile's mean keeps the digits that averaging large means would lose.
     origin = tl.load(mean_ptr + (group * T + pid_t * BLOCK_T) * C + c, mask=c_ok, other=0.0)
-    merged = origin + tl.sum(count[:, None] * (mean - origin[None, :]), 0) / tl.maximum(total, 1.0)
+    merged = origin + column_sums(count[:, None] * (mean - origin[None, :]), ACROSS_WARPS) / tl.maximum(total, 1.0)
     offset = mean - merged[None, :]
-    merged_m2 = tl.sum(m2 + count[:, None] * offset * offset, 0)
+    merged_m2 = column_sums(m2 + count[:, None] * offset * offset, ACROSS_WARPS)
 
     out = group * tl.num_programs(0) + pid_t
     tl.store(out_mean_ptr + out * C + c, merged, mask=c_ok)
@@ -169,6 +172,7 @@ def merge_statistics(tiles, eps):
             *(*tiles, *merged, invstd, var, eps, count, channels),
             device=tiles.mean.device,
             num_warps=8,
+            ACROSS_WARPS=block_c >= WIDE,
             BLOCK_T=block_t,
             BLOCK_C=block_c,
         )
@@ -184,6 +188,7 @@ def sum_rows_kernel(
     T,
     C,
     STEPS: tl.constexpr,  # of BLOCK_T rows each, for every program
+    ACROSS_WARPS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -199,7 +204,7 @@ def sum_rows_kernel(
             other=0.0,
         )
     out = group * tl.num_programs(1) + pid_t
-    tl.store(out_ptr + out * C + c, tl.sum(total, 0).to(out_ptr.dtype.element_ty), mask=c < C)
+    tl.store(out_ptr + out * C + c, column_sums(total, ACROSS_WARPS).to(out_ptr.dtype.element_ty), mask=c < C)
 
 
 def sum_rows(parts, out):
@@ -217,6 +222,7 @@ def sum_rows(parts, out):
             device=parts.device,
             num_warps=num_warps,
             STEPS=steps,
+            ACROSS_WARPS=num_warps > 1 and block_c >= WIDE,
             BLOCK_T=block_t,
             BLOCK_C=block_c,
         )
