@@ -235,7 +235,10 @@ def down(
         y, mean, invstd, gamma, beta = normalized
         batch_norm, groups = (mean, None, gamma, beta), len(mean)
     rows = n // groups * out_size[0] * out_size[1]
-    if tile is None and picks_patches(weight, out_size):
+    patches_fit = picks_patches(weight, out_size)
+    if tile is not None and tile.block_k == ALL and not patches_fit:
+        tile = None  # a tile of patches, which means nothing here
+    if tile is None and patches_fit:
         tile = PATCH_TILES[high.dtype.itemsize][0]._replace(block_n=power_of_two(a, 16, 64))
     tile = tile or matrix_tile(rows, a, kh * kw * b, high.dtype, groups)
     if y is not None:

@@ -133,6 +133,16 @@ def test_layers_that_see_an_image(case, dtype, device):
             torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * theirs.abs().max().item())
 
 
+def test_a_tile_of_patches_means_nothing_where_rows_do_not_fill_it(device):
+    x, weight = draw(torch.float32, device, (2, 3, 14, 14), (8, 3, 4, 4))
+    x = x.contiguous(memory_format=torch.channels_last)
+    where = dict(stride=(2, 2), padding=(1, 1))
+    assert not picks_patches(weight, (7, 7))
+    out = down(x, weight, (7, 7), precision="ieee", tile=PATCH_TILES[4][0], **where)
+    plain, exact = F.conv2d(x, weight, **where), F.conv2d(x.double(), weight.double(), **where)
+    assert_as_accurate_as_stock("out", out, plain, exact)
+
+
 def test_weight_gradient_leaves_out_what_no_position_of_low_sees(device):
     """Blocks of rows reach past low's end; what stands in high there, infinity too, does not count."""
     x, weight = draw(torch.float32, device, (2, 4, 3, 3), (4, 3, 4, 4))
