@@ -105,10 +105,8 @@ def up_narrow_kernel(
     slot = tl.minimum(place % SLOTS, SW * B - 1)  # those that are too many read what the last one does
     step = place // (SLOTS * POSITIONS * PHASES)
     at_h, at_w = phase_h + PH, slot // B + PW
-    from_h, from_w = (
-        position // PATCH_W + at_h // SH - step // STEPS_W,
-        position % PATCH_W + at_w // SW - step % STEPS_W,
-    )
+    from_h = position // PATCH_W + at_h // SH - step // STEPS_W
+    from_w = position % PATCH_W + at_w // SW - step % STEPS_W
     tap_h, tap_w = at_h % SH + step // STEPS_W * SH, at_w % SW + step % STEPS_W * SW
     there = (from_h >= 0) & (from_h < PATCH_H) & (from_w >= 0) & (from_w < PATCH_W) & (tap_h < KH) & (tap_w < KW)
     column = (tap_h * KW + tap_w) * B + slot % B
@@ -169,13 +167,13 @@ def up_narrow(
 def _columns(weight, stride):
     """The powers of two that hold the weight's columns, the taps of an output and the outputs of a position."""
     (_, b, kh, kw), (sh, sw) = weight.shape, stride
-    sizes = kh * kw * b, triton.cdiv(kh, sh), triton.cdiv(kw, sw), sh, sw * b
-    names = "COLUMNS", "STEPS_H", "STEPS_W", "PHASES", "SLOTS"
-    # Matrix units take 16 columns at least.
-    return {
-        name: max(triton.next_power_of_2(size), 16 if name == "COLUMNS" else 1)
-        for name, size in zip(names, sizes, strict=True)
-    }
+    return dict(
+        COLUMNS=max(triton.next_power_of_2(kh * kw * b), 16),  # the least that matrix units take
+        STEPS_H=triton.next_power_of_2(triton.cdiv(kh, sh)),
+        STEPS_W=triton.next_power_of_2(triton.cdiv(kw, sw)),
+        PHASES=triton.next_power_of_2(sh),
+        SLOTS=triton.next_power_of_2(sw * b),
+    )
 
 
 def _patch(rows, low_shape, high_shape, kernel, stride, padding):

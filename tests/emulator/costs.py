@@ -113,7 +113,7 @@ class _CountedGlobal:
 
 def count_block(kernel, grid, *args, device, **options):
     """What takes the place of a launch. Returns (the counted block, how many blocks a multiprocessor gets)."""
-    program, passed, shared_bytes = compiled_program(kernel, grid, args, options)
+    program, passed, shared_bytes = compiled_program(kernel, args, options)
     grid = (*grid, 1, 1)[:3]
     memory = GlobalMemory([value for value in args if isinstance(value, torch.Tensor)])
     middle = tuple(size // 2 for size in grid)

@@ -11,7 +11,7 @@ import torch
 
 from fastgan import kernels
 from fastgan.kernels import launch as launching
-from fastgan.kernels.offline import compiling_for
+from fastgan.kernels.offline import Launch, compile_launch, compiling_for
 from tests.emulator.block import run
 from tests.emulator.program import Program
 
@@ -33,11 +33,10 @@ def reachable(tensors):
         _reachable[:] = before
 
 
-def compiled_program(kernel, grid, args, options):
+def compiled_program(kernel, args, options):
     """(Program, the arguments that are its parameters, bytes of shared memory) of a launch."""
-    options = {"num_warps": 4, "num_stages": 2, **launching.OPTIONS, **options}
     with compiling_for(CAPABILITY):
-        compiled = kernel.warmup(*args, grid=grid, **options)
+        compiled = compile_launch(Launch(kernel.__module__, kernel.__name__, args, options))
     # Triton makes constants of None and of 1: those are no parameters.
     types = compiled.src.signature
     names = [parameter.name for parameter in kernel.params]
@@ -47,7 +46,7 @@ def compiled_program(kernel, grid, args, options):
 
 def launch(kernel, grid, *args, device, **options):
     """Run `kernel` on tensors on the CPU, as compiled for these very arguments."""
-    program, passed, shared_bytes = compiled_program(kernel, grid, args, options)
+    program, passed, shared_bytes = compiled_program(kernel, args, options)
     tensors = [value for value in args if isinstance(value, torch.Tensor)] + _reachable
     run(program, grid, passed, tensors, shared_bytes)
     launches[kernel.__name__] += 1
