@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from fastgan.backend import held_choice
 from fastgan.batch_groups import batch_groups
 from fastgan.first_order import first_order
+from fastgan.training.adam import ContiguousAdam
 from fastgan.training.devices import check_precision
 from fastgan.training.graph import StepGraph
 from fastgan.training.one_pass import one_pass_obstacle
@@ -112,8 +113,8 @@ class TrainStep:
         self._one_pass_tried = False
         self._lr_tensors = [torch.tensor(lr, dtype=torch.float32, device=self.device) for _ in range(2)]
         adam = {"lr": lr, "betas": betas, "fused": True, "capturable": on_cuda}
-        self.optimizer_g = torch.optim.Adam(generator.parameters(), **adam)
-        self.optimizer_d = torch.optim.Adam(discriminator.parameters(), **adam)
+        self.optimizer_g = ContiguousAdam(generator.parameters(), **adam)
+        self.optimizer_d = ContiguousAdam(discriminator.parameters(), **adam)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self._graph = StepGraph(self._step, self.device) if cuda_graph and on_cuda else None
 

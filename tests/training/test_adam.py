@@ -1,0 +1,66 @@
+"""Adam in the order of memory, against torch's."""
+
+import pytest
+import torch
+
+from fastgan.training.adam import ContiguousAdam
+
+SHAPES = [(8, 5, 3, 3), (6, 1, 4, 4), (1, 6, 4, 4), (7, 9, 1, 1), (4, 3, 2, 3, 2), (5, 3), (11,), ()]
+
+
+def parameters(layout, seed=0):
+    random = torch.Generator().manual_seed(seed)
+    tensors = [torch.randn(shape, generator=random) for shape in SHAPES]
+    return [tensor.to(memory_format=layout) if tensor.dim() == 4 else tensor for tensor in tensors]
+
+
+def trained(adam, layout, grad_layout, steps=3, **options):
+    """(parameters, state of the optimizer) after steps with random gradients, the last parameter but one without."""
+    learning = [tensor.requires_grad_() for tensor in parameters(layout)]
+    optimizer = adam(learning, lr=0.1, fused=True, **options)
+    for step in range(steps):
+        for parameter, grad in zip(learning, parameters(grad_layout, seed=step + 1), strict=True):
+            parameter.grad = grad
+        learning[-2].grad = None
+        optimizer.step()
+    return learning, optimizer.state_dict()["state"]
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("grad_layout", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("options", [{}, {"amsgrad": True, "weight_decay": 0.1, "maximize": True}], ids=str)
+def test_numbers_are_those_of_torch(layout, grad_layout, options):
+    ours, state = trained(ContiguousAdam, layout, grad_layout, **options)
+    theirs, expected = trained(torch.optim.Adam, layout, grad_layout, **options)
+    assert all(map(torch.equal, ours, theirs))
+    assert state.keys() == expected.keys()
+    for index, moments in expected.items():
+        assert moments.keys() == state[index].keys()
+        for name, value in moments.items():
+            assert torch.equal(state[index][name], value) and state[index][name].stride() == value.stride(), name
+
+
+def test_no_gradient_is_copied():
+    learning = [tensor.requires_grad_() for tensor in parameters(torch.channels_last)]
+    optimizer = ContiguousAdam(learning, fused=True)
+    for parameter, grad in zip(learning, parameters(torch.channels_last, seed=1), strict=True):
+        parameter.grad = grad
+    optimizer.step()
+    with torch.profiler.profile() as profile:
+        optimizer.step()
+    names = {event.key for event in profile.key_averages()}
+    assert "aten::_fused_adam_" in names
+    assert "aten::clone" not in names
+
+
+def test_hooks_and_schedulers_work():
+    parameter, called = torch.ones(2, 3, 4, 4).to(memory_format=torch.channels_last).requires_grad_(), []
+    optimizer = ContiguousAdam([parameter], lr=1.0, fused=True)
+    optimizer.register_step_post_hook(lambda *_: called.append(True))
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.0)
+    for _ in range(2):
+        parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        scheduler.step()
+        after = parameter.detach().clone()
+    assert len(called) == 2 and (after.abs() < 1e-6).all()  # one step of 1.0, then one of 0.0
