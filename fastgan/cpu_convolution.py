@@ -20,12 +20,15 @@ _LEAST_CHANNELS = 16  # a narrow product leaves the CPU's vectors half empty
 
 def convolve(x, conv, forward):
     """The result of `forward`, which is that of the Conv2d or ConvTranspose2d `conv`, for x on any device."""
-    if x.is_cuda or conv.bias is not None or not _is_plain(x, conv):
+    if x.is_cuda or conv.bias is not None:
+        return forward(x)
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    half, of_one_position = dtype in _HALF_DTYPES, conv.transposed and x.shape[2:] == (1, 1)
+    if not (half or of_one_position) or not _is_plain(x, conv):
         return forward(x)
     weight, kernel_size = conv.weight, tuple(conv.kernel_size)
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    half, unpadded = dtype in _HALF_DTYPES, not any((*conv.padding, *conv.output_padding))
-    if conv.transposed and unpadded and x.shape[2:] == (1, 1):
+    unpadded = not any((*conv.padding, *conv.output_padding))
+    if of_one_position and unpadded:
         if half or (dtype == x.dtype == weight.dtype == torch.float32 and _has_same_bits(x, weight)):
             return from_one_position(x, weight)
     elif half and not conv.transposed and unpadded and x.shape[2:] == kernel_size:
