@@ -34,6 +34,22 @@ def _specialised(argument):
     return "float" if isinstance(argument, float) else argument
 
 
+@contextmanager
+def started_by(function):
+    """Within it all kernels are started by function(kernel, grid, *arguments, device, **options)."""
+    original = launching.launch
+    # All of them, so that none is first imported, and keeps the function, while it stands in.
+    modules = [importlib.import_module(f"{__package__}.{found.name}") for found in iter_modules(kernels.__path__)]
+    users = [module for module in modules if getattr(module, "launch", None) is original]
+    for module in users:
+        module.launch = function
+    try:
+        yield
+    finally:
+        for module in users:
+            module.launch = original
+
+
 def record(workload):
     """[Launch] of all that `workload()` would start; nothing is started, so its tensors may be on any device."""
     launches = []
@@ -42,17 +58,8 @@ def record(workload):
         arguments = tuple(value.dtype if isinstance(value, torch.Tensor) else value for value in arguments)
         launches.append(Launch(kernel.__module__, kernel.__name__, arguments, options))
 
-    original = launching.launch
-    # All of them, so that none is first imported, and keeps the recorder, while it stands in.
-    modules = [importlib.import_module(f"{__package__}.{found.name}") for found in iter_modules(kernels.__path__)]
-    users = [module for module in modules if getattr(module, "launch", None) is original]
-    for module in users:
-        module.launch = recorder
-    try:
+    with started_by(recorder):
         workload()
-    finally:
-        for module in users:
-            module.launch = original
     return launches
 
 

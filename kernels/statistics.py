@@ -10,6 +10,9 @@ from fastgan.kernels.launch import launch, merge_tile, needs_int64, power_of_two
 from fastgan.kernels.pieces import activate, channel_vector, column_sums, mean_and_m2, wait_for_previous
 
 WIDE = 64  # columns of a block from which `column_sums` is quicker than `sum`
+# Of sums by single warps: the numbers that one of them holds, the columns that are enough of them to fill a GPU, and
+# the parts that one still adds up in little time.
+WARP_TILE, MANY_COLUMNS, FEW_PARTS = 2048, 2**15, 64
 
 
 class TileStatistics(NamedTuple):
@@ -237,7 +240,7 @@ def _sum_tile(parts, columns):
     Where columns are many, a weight's, programs are single warps whose threads each add up whole columns: between warps
     sums go through shared memory, which takes longer than the parts do to arrive.
     """
-    if parts <= 64 and columns >= 2**15:
+    if parts <= FEW_PARTS and columns >= MANY_COLUMNS:
         block_parts = power_of_two(parts, 1, 16)
-        return triton.cdiv(parts, block_parts), block_parts, 2048 // block_parts, 1
+        return triton.cdiv(parts, block_parts), block_parts, WARP_TILE // block_parts, 1
     return 1, *merge_tile(parts, columns), 8

@@ -21,8 +21,9 @@ import torch
 
 from fastgan.kernels import batch_norm, down, statistics, up, weight_grad
 from fastgan.kernels.launch import MatrixTile
+from fastgan.kernels.offline import started_by
 from tests.emulator.block import Block, parameters_of
-from tests.emulator.launch import compiled_program, replace_launch
+from tests.emulator.launch import compiled_program
 from tests.emulator.memory import GlobalMemory, SharedMemory
 
 MULTIPROCESSORS, CYCLES_A_MICROSECOND = 132, 1755
@@ -206,8 +207,8 @@ def main():
             block, blocks = count_block(kernel, grid, *args, **settings)
             report(title, kernel.__name__.removesuffix("_kernel"), block, blocks, options.lines)
 
-        replace_launch(count)
-        start()
+        with started_by(count):
+            start()
 
 
 if __name__ == "__main__":

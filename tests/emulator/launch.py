@@ -1,16 +1,12 @@
 """What takes the place of `fastgan.kernels.launch.launch`: kernels compiled for a GPU, and their PTX emulated."""
 
 import functools
-import importlib
 import os
 from collections import Counter
 from contextlib import contextmanager
-from pkgutil import iter_modules
 
 import torch
 
-from fastgan import kernels
-from fastgan.kernels import launch as launching
 from fastgan.kernels.offline import Launch, compile_launch, compiling_for
 from tests.emulator.block import run
 from tests.emulator.program import Program
@@ -50,11 +46,3 @@ def launch(kernel, grid, *args, device, **options):
     tensors = [value for value in args if isinstance(value, torch.Tensor)] + _reachable
     run(program, grid, passed, tensors, shared_bytes)
     launches[kernel.__name__] += 1
-
-
-def replace_launch(function):
-    """All kernels are started by function(kernel, grid, *args, device, **options) from now on."""
-    for found in iter_modules(kernels.__path__):
-        module = importlib.import_module(f"{kernels.__name__}.{found.name}")
-        if hasattr(module, "launch") and module is not launching:
-            module.launch = function

@@ -12,6 +12,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # tests keep their tensors on the CPU
 from triton import JITFunction
 
 from fastgan.kernels import cast
+from fastgan.kernels.offline import started_by
 from tests.emulator import launch as emulation
 
 
@@ -26,7 +27,8 @@ def _declare_what_casts_reach():
     cast.Cast.__call__ = declared
 
 
-emulation.replace_launch(emulation.launch)
+_emulating = started_by(emulation.launch)  # kept, or it would end with its last reference
+_emulating.__enter__()
 _declare_what_casts_reach()
 if not isinstance(cast.cast_kernel, JITFunction):
     raise ImportError("the kernels were imported, for Triton's interpreter, before the emulator")

@@ -2,7 +2,7 @@
 
 With `--tiles bfloat16` it is the matrix kernels in every tile that a tuner may choose.
 
-Runs the operators on small CPU tensors with `launch` replaced, so what is compiled is what they would start, with the
+Runs the operators on small CPU tensors, starting nothing, so what is compiled is what they would start, with the
 argument types and compile-time constants that they would pass. Prints one JSON line a kernel: its name, target, dtype,
 tile, the matrix instructions and the widths of asynchronous copies in its PTX, registers, stack and shared memory.
 """
@@ -16,8 +16,6 @@ from pathlib import Path
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from fastgan.kernels import (
     batch_norm,
@@ -25,7 +23,6 @@ from fastgan.kernels import (
     data,
     down,
     epilogue,
-    launch,
     losses,
     narrow,
     running,
@@ -35,58 +32,10 @@ from fastgan.kernels import (
     weight_grad,
     weight_grad_narrow,
 )
+from fastgan.kernels.launch import TILES
+from fastgan.kernels.offline import compile_launch, compiling_for, record
 
-_TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
-_INTEGER_TYPES = {torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64"}
-_MODULES = (batch_norm, cast, data, down, epilogue, losses, narrow, running, single, statistics, up, weight_grad)
-
-
-def record(workload):
-    """[(kernel, positional arguments, keyword arguments)] of every launch that `workload` makes."""
-    launches = []
-
-    def recorder(kernel, grid, *args, device, **options):
-        launches.append((kernel, args, options))
-
-    originals = {module: module.launch for module in _MODULES}
-    for module in _MODULES:
-        module.launch = recorder
-    try:
-        workload()
-    finally:
-        for module, original in originals.items():
-            module.launch = original
-    return launches
-
-
-def compile_launch(kernel, args, options, capability):
-    """The compiled kernel, typed and specialised as a launch with these arguments would be."""
-    options = dict(options)
-    compiler_options = dict(
-        num_warps=options.pop("num_warps", 4), num_stages=options.pop("num_stages", 2), **launch.OPTIONS
-    )
-    names = [parameter.name for parameter in kernel.params]
-    constants = dict(options)
-    signature, attributes = {}, {}
-    for i, (name, value) in enumerate(zip(names, args, strict=False)):
-        if value is None:
-            constants[name], signature[name] = None, "constexpr"
-        elif isinstance(value, torch.Tensor):
-            signature[name] = (_TYPES | _INTEGER_TYPES)[value.dtype]
-            attributes[(i,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        elif value == 1:  # Triton makes a constant of every integer argument that is one
-            constants[name], signature[name] = 1, "constexpr"
-        else:
-            signature[name] = "i32"
-            if value % 16 == 0:
-                attributes[(i,)] = [["tt.divisibility", 16]]
-    signature.update(dict.fromkeys(options, "constexpr"))
-    source = ASTSource(
-        kernel, signature, {(names.index(name),): value for name, value in constants.items()}, attributes
-    )
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=compiler_options)
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def workload(dtype, batch=8):
@@ -163,7 +112,7 @@ def every_tile(dtype):
         weight = torch.empty(256, 256, 4, 4, dtype=dtype, device="meta")
         low, high, weight = (tensor.to(memory_format=torch.channels_last) for tensor in (low, high, weight))
         vectors = [torch.empty(shape, device="meta") for shape in ((2, 256), (2, 256), (256,), (256,))]
-        for tile in launch.TILES[dtype.itemsize]:
+        for tile in TILES[dtype.itemsize]:
             where = dict(stride=(2, 2), padding=(1, 1), precision="tf32", tile=tile)
             up.up(low, weight, (16, 16), statistics=True, **where)
             down.down(high, weight, (8, 8), statistics=True, **where)
@@ -184,11 +133,12 @@ def every_tile(dtype):
             down.down(image, weight[:, :3], (8, 8), statistics=True, **where)
             down.down(image, weight[:, :3], (8, 8), normalized=(low, *vectors), activation="relu", **where)
 
-    return [one for one in record(run) if one[0].__name__ != "sum_rows_kernel"]
+    return [one for one in record(run) if one.kernel != "sum_rows_kernel"]
 
 
-def report(kernel, args, options, capability):
-    compiled = compile_launch(kernel, args, options, capability)
+def report(launch, capability):
+    with compiling_for(capability):
+        compiled = compile_launch(launch)
     ptx = compiled.asm["ptx"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -198,9 +148,9 @@ def report(kernel, args, options, capability):
     registers, stack = (int(re.search(rf"{name}:(\d+)", usage).group(1)) for name in ("REG", "STACK"))
     keys = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
     return dict(
-        kernel=kernel.__name__,
+        kernel=launch.kernel,
         target=f"sm_{capability}",
-        tile=[options.get(key) for key in keys],
+        tile=[launch.options.get(key) for key in keys],
         matrix_instructions=sorted({word for word in ("wgmma.mma_async", "mma.sync") if word in ptx}),
         copy_bytes=sorted({int(size, 16) for size in re.findall(r"cp\.async\.c\S+ [^;]*?, (0x\w+)", ptx)}),
         registers=registers,
@@ -220,15 +170,15 @@ def _waits_first(ptx):
 
 
 def main(arguments):
-    dtypes, launches_of = list(_TYPES), lambda dtype: record(workload(dtype))
+    dtypes, launches_of = _DTYPES, lambda dtype: record(workload(dtype))
     if "--tiles" in arguments:
         at = arguments.index("--tiles")
         dtypes, launches_of = [getattr(torch, arguments[at + 1])], every_tile
         arguments = arguments[:at]
     for dtype in dtypes:
-        for kernel, args, options in launches_of(dtype):
+        for launch in launches_of(dtype):
             for capability in arguments:
-                row = report(kernel, args, options, int(capability))
+                row = report(launch, int(capability))
                 print(json.dumps(dict(row, dtype=str(dtype).removeprefix("torch."))), flush=True)
 
 

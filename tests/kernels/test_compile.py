@@ -1,14 +1,11 @@
 """Every kernel compiles for GPUs that are not here."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).with_name("compile_kernels.py")
+from tests.processes import run_compiling
+
 KERNELS = {
     "up_kernel",
     "up_narrow_kernel",
@@ -34,9 +31,7 @@ MATRIX_KERNELS = ("up_kernel", "up_narrow_kernel", "down_kernel", "weight_grad_k
 
 
 def compiled(*arguments, **variables):
-    # Another process: in this one the interpreter has taken the place of the compiler.
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | variables
-    done = subprocess.run([sys.executable, str(SCRIPT), *arguments], env=environment, capture_output=True, text=True)
+    done = run_compiling("-m", "tests.kernels.compile_kernels", *arguments, **variables)
     assert done.returncode == 0, done.stderr[-2000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 

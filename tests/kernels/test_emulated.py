@@ -1,14 +1,10 @@
 """Kernels as they are compiled for a GPU, with warps, barriers and asynchronous copies, in the emulator of PTX."""
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 from tests.kernels.test_compile import KERNELS
+from tests.processes import run_compiling
 
-ROOT = Path(__file__).parents[2]
 # Tests that are quick to compile and to emulate: every kernel, wgmma and mma, and several blocks.
 SELECTION = (
     "tests/kernels/test_tiles.py::test_every_tile"
@@ -32,22 +28,15 @@ SELECTION = (
 )
 
 
-def run(*arguments):
-    # Another process: in this one the interpreter has taken the place of the compiler, or the kernels run on a GPU.
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-
-
 def test_every_kernel_emulated():
-    done = run("pytest", "-p", "tests.emulator.plugin", "-p", "no:cacheprovider", *SELECTION)
+    done = run_compiling("-m", "pytest", "-p", "tests.emulator.plugin", "-p", "no:cacheprovider", *SELECTION)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     emulated = re.search(r"kernels emulated for sm_\d+: (.*)", done.stdout).group(1)
     assert KERNELS <= set(re.findall(r"\w+_kernel", emulated)), emulated
 
 
 def test_costs_of_a_block():
-    done = run("tests.emulator.costs", "--batch", "264", "--only", "down to one")
+    done = run_compiling("-m", "tests.emulator.costs", "--batch", "264", "--only", "down to one")
     assert done.returncode == 0, done.stderr[-2000:]
     layer, kernel, blocks, issue, shared, matrix, l2 = re.split(r"  +", done.stdout.splitlines()[1])
     assert (layer, kernel, float(blocks), float(matrix)) == ("down to one", "down_single", 2.0, 0.0)
@@ -62,5 +51,5 @@ def test_costs_refuses_what_it_cannot_count():
         (("--batch", "3"), "even number of images"),
         (("--only", "x"), "must be part of one of"),
     ):
-        done = run("tests.emulator.costs", *arguments)
+        done = run_compiling("-m", "tests.emulator.costs", *arguments)
         assert done.returncode == 2 and message in done.stderr

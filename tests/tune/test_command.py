@@ -16,6 +16,7 @@ from fastgan.tune import __main__ as command
 from fastgan.tune.measure import Candidate, Result
 from fastgan.tune.workloads import problems_of
 from tests.conftest import HAS_GPU
+from tests.processes import run_compiling
 
 SHAPE = "conv:16-32:k4s2p1:8x8+bn"
 TILE = {"block_m": 64, "block_n": 32, "block_k": 32, "num_warps": 4, "num_stages": 3}
@@ -138,9 +139,8 @@ if __name__ == "__main__":
 def test_other_processes_compile(tmp_path):
     script = tmp_path / "compile.py"
     script.write_text(COMPILE)
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment.update(TRITON_CACHE_DIR=str(tmp_path / "cache"), PYTHONPATH=os.pathsep.join(sys.path))
-    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True)
+    variables = {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = run_compiling(str(script), **variables)
     assert done.stdout.strip() == "done", done.stderr[-3000:]
 
 
