@@ -5,19 +5,25 @@ import triton.language as tl
 
 from fastgan.kernels import launch
 
-EARLY_START = tl.constexpr(launch.EARLY_START)
 NOWHERE = tl.constexpr(-(2**30))  # a position that lies outside of every image, whatever tap is added to it
 
 
 @triton.jit
-def wait_for_previous():
-    """The first thing in every kernel: with EARLY_START it may have started before those that it reads from ended.
+def _started_early():
+    """Wait for the end of the kernels before; when all programs of this one have come so far, the next may start."""
+    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
 
-    When all programs of this one have come so far, the next one may start.
-    """
-    if EARLY_START:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+
+@triton.jit
+def _started_in_turn():
+    pass
+
+
+# The first thing in every kernel. Two functions, not one with a condition: where a function reads a global constant,
+# Triton 3.6 gives its callers another key in the cache on disk if it was compiled before them, and what one process
+# compiled another does not find.
+wait_for_previous = _started_early if launch.EARLY_START else _started_in_turn
 
 
 @triton.jit
