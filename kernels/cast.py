@@ -6,6 +6,7 @@ import triton.language as tl
 
 from fastgan.kernels.launch import launch
 from fastgan.kernels.pieces import wait_for_previous
+from fastgan.kernels.tables import Tables
 
 BLOCK = 4096
 
@@ -34,13 +35,10 @@ _ELEMENT = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16
 
 
 class Cast:
-    """``cast(sources, targets)``: targets ← sources, each pair of one layout in memory, in one launch.
-
-    Keeps the table of addresses between calls with the same tensors, so that a CUDA graph can hold all but the first.
-    """
+    """``cast(sources, targets)``: targets ← sources, each pair of one layout in memory, in one launch."""
 
     def __init__(self):
-        self._known, self._tables = None, None
+        self._tables = Tables(BLOCK)
 
     @staticmethod
     def can(sources, targets):
@@ -54,17 +52,12 @@ class Cast:
         )
 
     def __call__(self, sources, targets):
-        addresses = [(source.data_ptr(), target.data_ptr()) for source, target in zip(sources, targets, strict=True)]
-        device = sources[0].device
-        if addresses != self._known:
-            blocks = [(i, start, t.numel()) for i, t in enumerate(sources) for start in range(0, t.numel(), BLOCK)]
-            self._tables = [torch.tensor(rows, dtype=torch.int64, device=device) for rows in (addresses, blocks)]
-            self._known = addresses
+        addresses, blocks = self._tables(sources, targets)
         launch(
             cast_kernel,
-            (len(self._tables[1]),),
-            *self._tables,
-            device=device,
+            (len(blocks),),
+            *(addresses, blocks),
+            device=addresses.device,
             SOURCE=_ELEMENT[sources[0].dtype],
             TARGET=_ELEMENT[targets[0].dtype],
             MULTIPLE=16 if all(source.numel() % 16 == 0 for source in sources) else 1,

@@ -37,17 +37,17 @@ def _specialised(argument):
 @contextmanager
 def started_by(function):
     """Within it all kernels are started by function(kernel, grid, *arguments, device, **options)."""
-    original = launching.launch
     # All of them, so that none is first imported, and keeps the function, while it stands in.
     modules = [importlib.import_module(f"{__package__}.{found.name}") for found in iter_modules(kernels.__path__)]
-    users = [module for module in modules if getattr(module, "launch", None) is original]
+    users = [module for module in modules if module is not launching and callable(getattr(module, "launch", None))]
+    before = [module.launch for module in users]
     for module in users:
         module.launch = function
     try:
         yield
     finally:
-        for module in users:
-            module.launch = original
+        for module, own in zip(users, before, strict=True):
+            module.launch = own
 
 
 def record(workload):

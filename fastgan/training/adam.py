@@ -2,6 +2,8 @@
 
 import torch
 
+from fastgan.backend import select
+
 
 class ContiguousAdam(torch.optim.Adam):
     """torch.optim.Adam that goes through channels_last tensors as they lie in memory: the same numbers, bit for bit.
@@ -20,3 +22,36 @@ class ContiguousAdam(torch.optim.Adam):
                 for tensors in shaped_alike:
                     tensors[i] = tensors[i].permute(0, 2, 3, 1)
         return has_complex
+
+
+class KernelAdam(ContiguousAdam):
+    """The same by our kernel, where kernels run; its state is torch's.
+
+    torch's gives each block of threads 65,536 numbers: the weights of a DCGAN keep less than half of a large GPU busy.
+    What our kernel has no code for, amsgrad or the scale of gradients in float16 say, torch computes.
+    """
+
+    _update = None  # made when it is needed: a copy of an optimizer has its state and nothing else
+
+    def _init_group(self, group, *lists):
+        has_complex = super()._init_group(group, *lists)
+        params, *averages, _, steps = lists
+        if params and self._is_for_kernel(group, params[0]):
+            from fastgan.kernels.adam import AdamUpdate
+
+            if AdamUpdate.can(params, *averages, steps):
+                self._update = self._update or AdamUpdate()
+                self._update(params, *averages, steps, lr=group["lr"], betas=group["betas"], eps=group["eps"])
+                for done in lists:
+                    done.clear()  # nothing is left to torch
+        return has_complex
+
+    def _is_for_kernel(self, group, param):
+        lr = group["lr"]
+        return (
+            select(param.device, param.dtype)[0] == "triton"
+            and not any(group[name] for name in ("weight_decay", "amsgrad", "maximize", "differentiable"))
+            and getattr(self, "grad_scale", None) is None  # a GradScaler's, for one step, as found_inf is
+            and getattr(self, "found_inf", None) is None
+            and (not isinstance(lr, torch.Tensor) or (lr.dtype == torch.float32 and lr.device == param.device))
+        )

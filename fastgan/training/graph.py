@@ -2,6 +2,8 @@
 
 import torch
 
+from fastgan.kernels.tables import filled_after_capture
+
 WARMUP_STEPS = 3  # before the capture: compilation, cuDNN's choice of algorithms, the optimizers' state
 
 
@@ -23,7 +25,7 @@ class StepGraph:
 
     def forget(self):
         """Drop the capture; the next calls warm up and capture anew."""
-        self._graph = self._images = self._losses = None
+        self._graph = self._images = self._losses = self._tables = None
         self._warmups = 0
 
     @property
@@ -63,7 +65,11 @@ class StepGraph:
         torch.cuda.synchronize(self._device)
         try:
             # Other threads go on preparing batches meanwhile.
-            with torch.cuda.device(self._device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with (
+                filled_after_capture() as self._tables,
+                torch.cuda.device(self._device),
+                torch.cuda.graph(graph, capture_error_mode="thread_local"),
+            ):
                 losses = self._step(self._images)
                 self._losses = torch.stack(list(losses.values()))
         except RuntimeError as error:

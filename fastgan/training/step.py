@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from fastgan.backend import held_choice
 from fastgan.batch_groups import batch_groups
 from fastgan.first_order import first_order
-from fastgan.training.adam import ContiguousAdam
+from fastgan.training.adam import ContiguousAdam, KernelAdam
 from fastgan.training.devices import check_precision
 from fastgan.training.graph import StepGraph
 from fastgan.training.one_pass import one_pass_obstacle
@@ -113,8 +113,9 @@ class TrainStep:
         self._one_pass_tried = False
         self._lr_tensors = [torch.tensor(lr, dtype=torch.float32, device=self.device) for _ in range(2)]
         adam = {"lr": lr, "betas": betas, "fused": True, "capturable": on_cuda}
-        self.optimizer_g = ContiguousAdam(generator.parameters(), **adam)
-        self.optimizer_d = ContiguousAdam(discriminator.parameters(), **adam)
+        optimizer = KernelAdam if fused else ContiguousAdam
+        self.optimizer_g = optimizer(generator.parameters(), **adam)
+        self.optimizer_d = optimizer(discriminator.parameters(), **adam)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self._graph = StepGraph(self._step, self.device) if cuda_graph and on_cuda else None
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import triton
 
-from fastgan.kernels import batch_norm, cast, data, losses, running, statistics
+from fastgan.kernels import adam, batch_norm, cast, data, losses, running, statistics
 from fastgan.kernels.offline import compile_launch, record
 from fastgan.ops.choice import Choice
 from fastgan.ops.tables import read_table
@@ -58,6 +58,8 @@ def _passes(dtype, batch):
         statistics.merge_statistics(statistics.TileStatistics.empty(2, 2000, 64, y.device), 1e-5)
         running.update_running(vector, vector, torch.empty(2, 64), torch.empty(2, 64), None, 0.1)
         cast.Cast()([torch.empty(64, 8)], [torch.empty(64, 8, dtype=dtype)])
+        averaged = [[torch.empty(64, 8)] for _ in range(4)]
+        adam.AdamUpdate()(*averaged, [torch.empty(())], lr=torch.empty(()), betas=(0.5, 0.999), eps=1e-8)
         losses.bce(logits, logits, 1.0, 0.0)
         losses.bce(logits, None, 1.0, 0.0)
         drawn = torch.empty(data.programs(batch, images), dtype=torch.int32)

@@ -15,7 +15,7 @@ _WIDE = {"s16": np.int32, "u16": np.uint32, "s32": np.int64, "u32": np.uint64}
 _COMPARE = dict(eq=np.equal, ne=np.not_equal, lt=np.less, le=np.less_equal, gt=np.greater, ge=np.greater_equal)
 
 
-@instruction(rf"(add|sub)\.({_INTEGER}|f16|f32)|(and|or|xor)\.(pred|{_INTEGER})")
+@instruction(rf"(add|sub)\.({_INTEGER}|f16|f32|f64)|(and|or|xor)\.(pred|{_INTEGER})")
 def two_operands(block, op):
     to, *values = op.operands
     block.write(to, _TWO[op.name](*(block.read(value, op.type) for value in values)))
@@ -67,7 +67,7 @@ def _product(block, op):
     return product if "wide" in op.modifiers else (product >> wide(8 * a.itemsize)).astype(a.dtype)
 
 
-@instruction(r"mul\.((lo|hi|wide)\.[us](16|32)|lo\.[us]64|f32)")
+@instruction(r"mul\.((lo|hi|wide)\.[us](16|32)|lo\.[us]64|f32|f64)")
 def multiply(block, op):
     block.write(op.operands[0], _product(block, op))
 
@@ -145,7 +145,7 @@ def permute_bytes(block, op):
     block.write(to, picked.view(np.uint32)[:, 0])
 
 
-@instruction(r"selp\.(b16|b32|b64|f32)")
+@instruction(r"selp\.(b16|b32|b64|f32|f64)")
 def select(block, op):
     to, yes, no, condition = op.operands
     block.write(to, np.where(block.read(condition, "pred"), block.read(yes, op.type), block.read(no, op.type)))
@@ -179,13 +179,13 @@ def compare_halves(block, op):
         block.write(half, result[:, i])
 
 
-@instruction(r"cvt\.[us](8|16|32|64)\.[us](8|16|32|64)|cvt\.rn\.f32\.[us](16|32)")
+@instruction(r"cvt\.[us](8|16|32|64)\.[us](8|16|32|64)|cvt\.rn\.f32\.[us](16|32)|cvt\.rzi\.s32\.f32")
 def convert_integer(block, op):
     to, value = op.operands
     block.write(to, block.read(value, op.type).astype(TYPES[op.modifiers[-2]]))
 
 
-@instruction(r"cvt\.f32\.b?f16|cvt\.rn\.b?f16\.f32")
+@instruction(r"cvt\.f32\.b?f16|cvt\.rn\.(b?f16\.f32|f32\.f64)")
 def convert_float(block, op):
     to, value = op.operands
     block.write(to, from_floats(as_floats(block.read(value, op.type), op.type), op.modifiers[-2]))

@@ -3,7 +3,6 @@
 import functools
 import os
 from collections import Counter
-from contextlib import contextmanager
 
 import torch
 
@@ -15,18 +14,6 @@ CAPABILITY = int(os.environ.get("FASTGAN_EMULATED_CAPABILITY", "90"))  # sm_90
 launches = Counter()  # by the kernels' names
 
 _program = functools.cache(Program)
-_reachable = []
-
-
-@contextmanager
-def reachable(tensors):
-    """Kernels that are started within may touch these tensors too, of which they know the addresses."""
-    before = list(_reachable)
-    _reachable.extend(tensors)
-    try:
-        yield
-    finally:
-        _reachable[:] = before
 
 
 def compiled_program(kernel, args, options):
@@ -43,6 +30,7 @@ def compiled_program(kernel, args, options):
 def launch(kernel, grid, *args, device, **options):
     """Run `kernel` on tensors on the CPU, as compiled for these very arguments."""
     program, passed, shared_bytes = compiled_program(kernel, args, options)
-    tensors = [value for value in args if isinstance(value, torch.Tensor)] + _reachable
+    tensors = [value for value in args if isinstance(value, torch.Tensor)]
+    tensors += [tensor for table in tensors for tensor in getattr(table, "leads_to", ())]
     run(program, grid, passed, tensors, shared_bytes)
     launches[kernel.__name__] += 1

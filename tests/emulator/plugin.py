@@ -13,23 +13,25 @@ from triton import JITFunction
 
 from fastgan.kernels import cast
 from fastgan.kernels.offline import started_by
+from fastgan.kernels.tables import Tables
 from tests.emulator import launch as emulation
 
 
-def _declare_what_casts_reach():
-    """The one kernel that takes tensors by their addresses, from a table."""
-    call = cast.Cast.__call__
+def _tables_that_say_where_they_lead():
+    """A kernel may touch the tensors whose addresses it gets from a table, too."""
+    call = Tables.__call__
 
-    def declared(self, sources, targets):
-        with emulation.reachable([*sources, *targets]):
-            call(self, sources, targets)
+    def declared(self, *lists):
+        made = call(self, *lists)
+        made[0].leads_to = [tensor for tensors in lists for tensor in tensors]
+        return made
 
-    cast.Cast.__call__ = declared
+    Tables.__call__ = declared
 
 
 _emulating = started_by(emulation.launch)  # kept, or it would end with its last reference
 _emulating.__enter__()
-_declare_what_casts_reach()
+_tables_that_say_where_they_lead()
 if not isinstance(cast.cast_kernel, JITFunction):
     raise ImportError("the kernels were imported, for Triton's interpreter, before the emulator")
 os.environ["TRITON_INTERPRET"] = "1"

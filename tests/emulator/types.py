@@ -53,7 +53,7 @@ def as_floats(bits, type_):
 
 
 def from_floats(values, type_):
-    """The bits of float32 numbers, rounded to the nearest of the type: f16, bf16 or f32."""
+    """The bits of float32 (or float64) numbers, rounded to the nearest of the type: f16, bf16 or f32."""
     if type_ != "bf16":
         values = values.astype(TYPES[type_])
         return values.view(unsigned(values.dtype))

@@ -18,6 +18,7 @@ import torch
 import triton
 
 from fastgan.kernels import (
+    adam,
     batch_norm,
     cast,
     data,
@@ -93,6 +94,8 @@ def workload(dtype, batch=8):
         statistics.merge_statistics(tiles, 1e-5)
         running.update_running(vector, vector, torch.empty(2, 64), torch.empty(2, 64), None, 0.1)
         cast.Cast()([torch.empty(64, 8)], [torch.empty(64, 8, dtype=dtype)])
+        five = [[torch.empty(64, 8)] for _ in range(4)] + [[torch.empty(())]]
+        adam.AdamUpdate()(*five, lr=torch.empty(()), betas=(0.5, 0.999), eps=1e-8)
         losses.bce(torch.empty(batch, dtype=dtype), torch.empty(batch, dtype=dtype), 1.0, 0.0)
         losses.bce(torch.empty(batch, dtype=dtype), None, 1.0, 0.0)
 

@@ -22,6 +22,8 @@ KERNELS = {
     "activation_input_grad_kernel",
     "bce_kernel",
     "cast_kernel",
+    "adam_factors_kernel",
+    "adam_kernel",
     "update_running_kernel",
     "next_batch_kernel",
     "conv_epilogue_kernel",

@@ -25,6 +25,7 @@ SELECTION = (
     "tests/kernels/test_losses.py::test_discriminator_loss",
     "tests/kernels/test_next_batch.py::test_equals_torch_bit_for_bit",
     "tests/test_weight_copies.py::test_one_launch_casts_all",
+    "tests/kernels/test_adam.py",
 )
 
 
