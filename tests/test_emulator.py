@@ -131,6 +131,9 @@ def test_access_outside_of_shared_memory():
     x = torch.zeros(64)
     emulate(body, x, x, shared=260)
     refused("outside of shared memory", body, x, x, shared=256)
+    below = "shl.b32 %r3, %r2, 2; sub.s32 %r3, %r3, 8; st.shared.b32 [%r3+{}], %r2;"  # the sum counts, of 32 bits
+    emulate(below.format(8), x, x, shared=256)
+    refused("outside of shared memory", below.format(4), x, x, shared=256)
 
 
 def test_misaligned_vector():

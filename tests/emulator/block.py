@@ -99,11 +99,12 @@ class Block:
         self._registers[operand] = values
 
     def addresses(self, operand):
-        """(threads,) int64 of an operand such as [%rd1+16]."""
+        """(threads,) int64 of an operand such as [%rd1+16]; of a register of 32 bits the sum has 32 bits, too."""
         base, _, offset = operand.strip("[] ").partition("+")
         base = base.strip()
-        wide = base.startswith("%") and self._dtype(base).itemsize == 8
-        return self.read(base, "s64" if wide else "u32").astype(np.int64) + int(offset or 0)
+        if base.startswith("%") and self._dtype(base).itemsize == 8:
+            return self.read(base, "s64") + int(offset or 0)
+        return self.read(base, "u32").astype(np.int64) + int(offset or 0) & 0xFFFFFFFF
 
     def _dtype(self, register):
         return self._program.registers[register.rstrip("0123456789")]
