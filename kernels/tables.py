@@ -20,26 +20,27 @@ def filled_after_capture():
     finally:
         _late = None
     for table, rows in tables:
-        table.copy_(_on(torch.device("cpu"), rows))
+        table.copy_(_host(rows, table.device), non_blocking=True)
 
 
 def _table(rows, device):
     if _late is None:
-        return _on(device, rows)
+        return _host(rows, device).to(device, non_blocking=True)
     table = torch.empty((len(rows), len(rows[0])), dtype=torch.int64, device=device)
     _late.append((table, rows))
     return table
 
 
-def _on(device, rows):
-    return torch.tensor(rows, dtype=torch.int64, device=device)
+def _host(rows, device):
+    """The rows in memory from which a copy to the device need not be waited for."""
+    return torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda")
 
 
 class Tables:
     """tables(*lists), lists of tensors where the i-th have one size each → two tables, int64:
 
     addresses (tensors, lists), and blocks (programs, 3): which tensor, its first element here, its number of elements.
-    Calls with the same tensors get the same tables.
+    They are kept for calls with the same tensors, or tensors of the same sizes.
 
     Args:
         block: elements of a program.
@@ -47,18 +48,19 @@ class Tables:
 
     def __init__(self, block):
         self._block = block
-        self._known = self._tables = None
+        self._addresses = self._blocks = (None, None)  # what it was made of, the table
 
     def __call__(self, first, *lists):
+        device = first[0].device
         addresses = [[tensor.data_ptr() for tensor in row] for row in zip(first, *lists, strict=True)]
-        if _late is not None or addresses != self._known:
-            blocks = [
-                (i, start, tensor.numel())
-                for i, tensor in enumerate(first)
-                for start in range(0, tensor.numel(), self._block)
-            ]
-            tables = [_table(rows, first[0].device) for rows in (addresses, blocks)]
-            if _late is not None:
-                return tables
-            self._known, self._tables = addresses, tables
-        return self._tables
+        sizes = [tensor.numel() for tensor in first]
+        if _late is not None:
+            return _table(addresses, device), _table(self._blocks_of(sizes), device)
+        if addresses != self._addresses[0]:
+            self._addresses = addresses, _table(addresses, device)
+        if sizes != self._blocks[0]:
+            self._blocks = sizes, _table(self._blocks_of(sizes), device)
+        return self._addresses[1], self._blocks[1]
+
+    def _blocks_of(self, sizes):
+        return [(i, start, size) for i, size in enumerate(sizes) for start in range(0, size, self._block)]

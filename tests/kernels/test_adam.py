@@ -144,14 +144,21 @@ def contiguous(tensors):
 def test_tables_of_a_capture_are_filled_at_its_end(device):
     tensors, made = [torch.ones(5, device=device), torch.ones(2, device=device)], tables.Tables(block=4)
     known = made(tensors)
-    assert made(tensors) is known
     with tables.filled_after_capture() as late:
         addresses, blocks = made(tensors)
         assert [table.data_ptr() for table, _ in late] == [addresses.data_ptr(), blocks.data_ptr()]
     assert addresses.tolist() == known[0].tolist() == [[tensor.data_ptr()] for tensor in tensors]
     assert blocks.tolist() == known[1].tolist() == [[0, 0, 5], [0, 4, 5], [1, 0, 2]]
-    assert made(tensors) is known
-    with pytest.raises(ZeroDivisionError), tables.filled_after_capture() as late:
+    with pytest.raises(ZeroDivisionError), tables.filled_after_capture():
         made(tensors)
         raise ZeroDivisionError
-    assert made(tensors) is known
+    assert all(ours is theirs for ours, theirs in zip(made(tensors), known, strict=True))
+
+
+def test_tables_are_kept(device):
+    tensors, made = [torch.ones(5, device=device), torch.ones(2, device=device)], tables.Tables(block=4)
+    addresses, blocks = made(tensors)
+    assert made(tensors)[0] is addresses and made(tensors)[1] is blocks
+    moved = [tensor.clone() for tensor in tensors]
+    assert made(moved)[0].tolist() == [[tensor.data_ptr()] for tensor in moved] and made(moved)[1] is blocks
+    assert made(tensors[:1])[1].tolist() == [[0, 0, 5], [0, 4, 5]]
