@@ -105,10 +105,13 @@ class AdamUpdate:
 
     @staticmethod
     def can(*lists):
-        """Whether it takes these five lists of tensors."""
+        """Whether it takes these five lists of tensors; of a subclass of torch's it would not know the address."""
         device = lists[0][0].device
         return all(
-            tensor.dtype == torch.float32 and tensor.device == device and tensor.is_contiguous()
+            type(tensor) in (torch.Tensor, torch.nn.Parameter)
+            and tensor.dtype == torch.float32
+            and tensor.device == device
+            and tensor.is_contiguous()
             for tensors in lists
             for tensor in tensors
         ) and all(tensor.data_ptr() % 16 == 0 for tensors in lists[:-1] for tensor in tensors)

@@ -54,4 +54,5 @@ class KernelAdam(ContiguousAdam):
             and getattr(self, "grad_scale", None) is None  # a GradScaler's, for one step, as found_inf is
             and getattr(self, "found_inf", None) is None
             and (not isinstance(lr, torch.Tensor) or (lr.dtype == torch.float32 and lr.device == param.device))
+            and not any(isinstance(beta, torch.Tensor) for beta in group["betas"])  # compile-time constants to it
         )

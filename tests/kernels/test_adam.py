@@ -54,9 +54,11 @@ def updates(monkeypatch):
 
 
 @pytest.mark.parametrize("steps", (1, 4))
-def test_numbers_are_those_of_torch(steps, device, updates):
+@pytest.mark.parametrize("betas", (BETAS, (0, 0.9)))
+def test_numbers_are_those_of_torch(betas, steps, device, updates):
     kinds = ((KernelAdam, torch.float32), (torch.optim.Adam, torch.float32), (torch.optim.Adam, torch.float64))
-    assert_as_accurate(*(train(kind, device, dtype, steps) for kind, dtype in kinds))
+    options = {"betas": betas}
+    assert_as_accurate(*(train(kind, device, dtype, steps, options) for kind, dtype in kinds))
     assert len(updates) == steps
 
 
@@ -87,6 +89,20 @@ def test_learning_rate_in_memory(device, updates):
 def test_what_the_kernel_has_no_code_for_is_left_to_torch(options, device, updates):
     ours, theirs = (train(kind, device, **options)[1] for kind in (KernelAdam, torch.optim.Adam))
     assert all(map(torch.equal, ours, theirs)) and not updates
+
+
+def test_what_the_kernel_cannot_reach_is_left_to_torch(device):
+    class Elsewhere(torch.Tensor):
+        pass
+
+    def lists(params, grads):
+        return [params, grads, *([torch.ones_like(grad) for grad in grads] for _ in range(2)), [torch.ones(())]]
+
+    plain = torch.ones(8)
+    assert AdamUpdate.can(*lists([plain], [plain]))
+    others = [plain.as_subclass(Elsewhere), plain.double(), plain.to("meta"), plain[::2], torch.ones(9)[1:]]
+    assert not any(AdamUpdate.can(*lists([plain], [other])) for other in others)
+    assert not any(AdamUpdate.can(*lists([other], [plain])) for other in others)
 
 
 def test_scaled_gradients_are_left_to_torch(device, updates):
