@@ -100,6 +100,14 @@ def bits(value):
         ("add.s16x2 %r4, %r3, 0x20001;", 0x7000FFFF, 0x70020000),
         ("popc.b32 %r4, %r3;", 0xF00F0001, 9),
         ("cvt.rn.f32.s32 %r4, %r3;", -3, bits(-3.0)),
+        ("cvt.rzi.s32.f32 %r4, %r3;", bits(-2.75), -2),
+        ("mov.b64 %rd4, 0d4008000000000000; mul.f64 %rd4, %rd4, %rd4; cvt.rn.f32.f64 %r4, %rd4;", 0, bits(9.0)),
+        (  # 9 − 2^−40 − 9, of which float32 would have nothing left
+            "sub.f64 %rd4, 0d4022000000000000, 0d3D70000000000000; add.f64 %rd4, %rd4, 0dC022000000000000;"
+            "setp.eq.s32 %p1, %r3, 0; selp.f64 %rd4, %rd4, 0d0000000000000000, %p1; cvt.rn.f32.f64 %r4, %rd4;",
+            0,
+            bits(-(2.0**-40)),
+        ),
         ("cvt.rn.f16x2.f32 %r4, %r3, 0f3F800000;", bits(-2.0), 0xC0003C00),
         ("cvt.rn.bf16.f32 %rs1, %r3; cvt.f32.bf16 %r4, %rs1;", 0x3F808000, 0x3F800000),  # ties go to the even
         ("cvt.rn.bf16.f32 %rs1, %r3; cvt.f32.bf16 %r4, %rs1;", 0x3F818000, 0x3F820000),
@@ -209,28 +217,35 @@ def test_unknown_instruction(opcode):
     refused(rf"does not know this instruction(.|\n)*{opcode} %r3, %r4", f"{opcode} %r3, %r4;", x, x)
 
 
-def test_mma():
-    """One warp: a (16, 16) matrix by ldmatrix times an (16, 8) one by its transposing form."""
-    body = """
+# x into shared memory, 16 bytes a thread: first all threads, then, at MORE, the first 16. Leaves %rd2 at a thread's 16
+# bytes of out, and %r3 at its own in shared memory.
+OPERANDS = """
     shl.b32 %r3, %r2, 4;
     shl.b64 %rd4, %rd3, 2;
     sub.s64 %rd1, %rd1, %rd3;
+    sub.s64 %rd2, %rd2, %rd3;
     add.s64 %rd1, %rd1, %rd4;
+    add.s64 %rd2, %rd2, %rd4;
     ld.global.v4.b32 {%r4, %r5, %r6, %r7}, [%rd1];
     st.shared.v4.b32 [%r3], {%r4, %r5, %r6, %r7};
     setp.lt.u32 %p1, %r2, 16;
-    @%p1 ld.global.v4.b32 {%r4, %r5, %r6, %r7}, [%rd1+512];
-    @%p1 st.shared.v4.b32 [%r3+512], {%r4, %r5, %r6, %r7};
+    @%p1 ld.global.v4.b32 {%r4, %r5, %r6, %r7}, [%rd1+MORE];
+    @%p1 st.shared.v4.b32 [%r3+MORE], {%r4, %r5, %r6, %r7};
+"""
+
+
+def test_mma():
+    """One warp: a (16, 16) matrix by ldmatrix times an (16, 8) one by its transposing form."""
+    multiply = """
     bar.sync 0;
     ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r10, %r11, %r12, %r13}, [%r3];
     and.b32 %r8, %r3, 255;
     ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%r14, %r15}, [%r8+512];
     mma.sync.aligned.m16n8k16.row.col.f32.TYPE.TYPE.f32 {%r20, %r21, %r22, %r23}, \
 {%r10, %r11, %r12, %r13}, {%r14, %r15}, {0f3F800000, 0f3F800000, 0f3F800000, 0f3F800000};
-    sub.s64 %rd2, %rd2, %rd3;
-    add.s64 %rd2, %rd2, %rd4;
     st.global.v4.b32 [%rd2], {%r20, %r21, %r22, %r23};
     """
+    body = OPERANDS.replace("MORE", "512") + multiply
     for dtype, name in ((torch.float16, "f16"), (torch.bfloat16, "bf16")):
         a, b = torch.randn(16, 16).to(dtype), torch.randn(16, 8).to(dtype)
         # Four 8×8 matrices, of which the second one is below the first.
@@ -241,17 +256,6 @@ def test_mma():
 
 
 WGMMA = """
-    shl.b32 %r3, %r2, 4;
-    sub.s64 %rd1, %rd1, %rd3;
-    sub.s64 %rd2, %rd2, %rd3;
-    shl.b64 %rd4, %rd3, 2;
-    add.s64 %rd1, %rd1, %rd4;
-    add.s64 %rd2, %rd2, %rd4;
-    ld.global.v4.b32 {%r4, %r5, %r6, %r7}, [%rd1];
-    st.shared.v4.b32 [%r3], {%r4, %r5, %r6, %r7};
-    setp.lt.u32 %p1, %r2, 16;
-    @%p1 ld.global.v4.b32 {%r4, %r5, %r6, %r7}, [%rd1+2048];
-    @%p1 st.shared.v4.b32 [%r3+2048], {%r4, %r5, %r6, %r7};
     fence.proxy.async.shared::cta;
     bar.sync 0;
     mov.b64 %rd5, DESCRIPTOR_A;
@@ -271,6 +275,7 @@ def descriptor(start, leading, stride):
 
 
 WGMMA = WGMMA.replace("DESCRIPTOR_A", descriptor(0, 128, 256)).replace("DESCRIPTOR_B", descriptor(2048, 128, 256))
+WGMMA = OPERANDS.replace("MORE", "2048") + WGMMA
 
 
 def wgmma_operands():

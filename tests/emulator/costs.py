@@ -23,7 +23,7 @@ from fastgan.kernels import batch_norm, down, statistics, up, weight_grad
 from fastgan.kernels.launch import MatrixTile
 from fastgan.kernels.offline import started_by
 from tests.emulator.block import Block, parameters_of
-from tests.emulator.launch import compiled_program
+from tests.emulator.launch import compiled_program, reachable
 from tests.emulator.memory import GlobalMemory, SharedMemory
 
 MULTIPROCESSORS, CYCLES_A_MICROSECOND = 132, 1755
@@ -116,7 +116,7 @@ def count_block(kernel, grid, *args, device, **options):
     """What takes the place of a launch. Returns (the counted block, how many blocks a multiprocessor gets)."""
     program, passed, shared_bytes = compiled_program(kernel, args, options)
     grid = (*grid, 1, 1)[:3]
-    memory = GlobalMemory([value for value in args if isinstance(value, torch.Tensor)])
+    memory = GlobalMemory(reachable(args))
     middle = tuple(size // 2 for size in grid)
     block = _CountedBlock(program, parameters_of(program, passed), memory, shared_bytes, middle, grid)
     with np.errstate(all="ignore"):

@@ -27,10 +27,14 @@ def compiled_program(kernel, args, options):
     return _program(compiled.asm["ptx"]), passed, compiled.metadata.shared
 
 
+def reachable(args):
+    """The tensors that a kernel may touch: those it is given, and those whose addresses it gets from a table."""
+    given = [value for value in args if isinstance(value, torch.Tensor)]
+    return given + [tensor for table in given for tensor in getattr(table, "leads_to", ())]
+
+
 def launch(kernel, grid, *args, device, **options):
     """Run `kernel` on tensors on the CPU, as compiled for these very arguments."""
     program, passed, shared_bytes = compiled_program(kernel, args, options)
-    tensors = [value for value in args if isinstance(value, torch.Tensor)]
-    tensors += [tensor for table in tensors for tensor in getattr(table, "leads_to", ())]
-    run(program, grid, passed, tensors, shared_bytes)
+    run(program, grid, passed, reachable(args), shared_bytes)
     launches[kernel.__name__] += 1
