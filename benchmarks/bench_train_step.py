@@ -55,8 +55,12 @@ def test_train_step(benchmark, setting, variant):
     median = measure(benchmark, lambda: step(images), seconds=SECONDS, setup=step_beside if beside else None)
     benchmark.extra_info.update(images_per_sec=fixed(setting.batch / median), peak_memory_mb=peak)
     if beside:
-        pairs = zip(times[-len(benchmark.stats.stats.data) :], benchmark.stats.stats.data, strict=True)
-        benchmark.extra_info["against_eager"] = fixed(statistics.median(eager / ours for eager, ours in pairs))
+        ours = benchmark.stats.stats.data
+        eager = times[-len(ours) :]
+        benchmark.extra_info.update(
+            against_eager=fixed(statistics.median(e / o for e, o in zip(eager, ours, strict=True))),
+            eager_images_per_sec=fixed(setting.batch / statistics.median(eager)),
+        )
 
 
 def stock_beside(variant, setting, images):

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import fastgan
 from benchmarks import work
 from benchmarks.timing import DEVICE, DTYPES, ON_GPU, graphed
 from fastgan.models import Discriminator, Generator
@@ -185,6 +186,8 @@ GPU_VARIANTS = {
     "compile-graph-bf16": _stock_step("bf16", compile=True, graph=True),
     "stock-step-graph-bf16": _our_step("bf16", fused=False, compile=True),
     "fused-bf16": _our_step("bf16", fused=True, compile=True),
+    # `fastgan.fuse` in a loop that is stock otherwise: neither compiled nor captured, every launch from Python.
+    "fused-eager-bf16": lambda networks, _: StockStep(*map(fastgan.fuse, networks), precision="bf16", compile=False),
     # The discriminator on real and on fake images apart, for its memory.
     "fused-two-passes-bf16": _our_step("bf16", fused=True, compile=True, one_pass=False),
 }

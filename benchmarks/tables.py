@@ -72,12 +72,13 @@ def _train_steps(run):
         for batch in sorted({e["batch"] for e in of_size}):
             together = [e for e in of_size if e["batch"] == batch]
             rows += [_step_row(run, entry, together) for entry in together]
-        head = "batch | variant | images/s | ms a step | against best stock | against eager-fp32 | "
+        in_turn = "" if run.on_gpu else "eager in turn | "
+        head = f"batch | variant | images/s | {in_turn}ms a step | against best stock | against eager-fp32 | "
         parts.append(_table(head + "of arithmetic floor | of traffic floor | memory | of best stock's memory", rows))
     if not run.on_gpu:
         parts.append(
-            "Ratios are medians over pairs of steps, one of them eager in the same precision, that ran one after the "
-            "other, so that both saw the same machine; images/s of different rows need not have."
+            "Each step ran in turn with an eager one in the same precision, whose images/s stand beside its own: both "
+            "saw the same machine, which different rows need not have. Ratios are medians over such pairs of steps."
         )
     missing = _unmeasured(run, entries)
     if missing:
@@ -95,6 +96,7 @@ def _step_row(run, entry, together):
         entry["batch"],
         entry["variant"],
         _number(entry["images_per_sec"]),
+        *([] if run.on_gpu else [_number(entry.get("eager_images_per_sec"))]),
         _number(entry["batch"] / entry["images_per_sec"] * 1e3),
         _ratio(relative_speed(entry), best and relative_speed(best)),
         _ratio(relative_speed(entry), example and relative_speed(example)),

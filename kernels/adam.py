@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastgan.kernels.launch import launch
+from fastgan.kernels.launch import launch, next_power_of_2
 from fastgan.kernels.pieces import wait_for_previous
 from fastgan.kernels.tables import Tables
 
@@ -129,7 +129,7 @@ class AdamUpdate:
             num_warps=1,  # where tensors are fewer than threads some threads are two's: none reads what another wrote
             LR_IN_MEMORY=isinstance(lr, torch.Tensor),
             **decay,
-            BLOCK=triton.next_power_of_2(tensors),
+            BLOCK=next_power_of_2(tensors),
         )
         launch(
             adam_kernel,

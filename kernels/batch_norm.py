@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastgan.kernels.launch import empty_nhwc, launch, needs_int64, reduction_tile, rows_tile
+from fastgan.kernels.launch import cdiv, empty_nhwc, launch, needs_int64, next_power_of_2, reduction_tile, rows_tile
 from fastgan.kernels.pieces import (
     activate,
     activation_grad,
@@ -83,7 +83,7 @@ def normalize_activate(y, mean, invstd, gamma, beta, *, activation, slope):
     block_r, block_c = rows_tile(rows, channels)
     launch(
         normalize_activate_kernel,
-        (triton.cdiv(rows, block_r), triton.cdiv(channels, block_c), groups),
+        (cdiv(rows, block_r), cdiv(channels, block_c), groups),
         *(y, mean, invstd, gamma, beta, out, rows, channels),
         device=y.device,
         ACTIVATION=activation,
@@ -220,13 +220,13 @@ def batch_norm_grad_sums(grad, y, mean, invstd, gamma, beta, *, activation, slop
     """
     groups, rows, channels = group_rows(y, mean)
     block_r, block_c = reduction_tile(rows, channels)
-    most = max(1, MOST_PROGRAMS // (groups * triton.cdiv(channels, block_c)))
-    blocks = triton.next_power_of_2(triton.cdiv(rows, block_r * most))
-    programs = triton.cdiv(rows, block_r * blocks)
+    most = max(1, MOST_PROGRAMS // (groups * cdiv(channels, block_c)))
+    blocks = next_power_of_2(cdiv(rows, block_r * most))
+    programs = cdiv(rows, block_r * blocks)
     parts = torch.empty((groups, programs, 2 * channels), dtype=torch.float32, device=y.device)
     launch(
         batch_norm_grad_sums_kernel,
-        (programs, triton.cdiv(channels, block_c), groups),
+        (programs, cdiv(channels, block_c), groups),
         *(grad, y, mean, invstd, gamma, beta, dz, parts, rows, channels),
         device=y.device,
         ACTIVATION=activation,
@@ -251,7 +251,7 @@ def batch_norm_input_grad(grad, y, mean, invstd, gamma, beta, sums, count=None, 
     block_r, block_c = rows_tile(rows, channels)
     launch(
         batch_norm_input_grad_kernel,
-        (triton.cdiv(rows, block_r), triton.cdiv(channels, block_c), groups),
+        (cdiv(rows, block_r), cdiv(channels, block_c), groups),
         *(grad, y, mean, invstd, gamma, beta, sums, count, dy, rows, channels),
         device=y.device,
         ACTIVATION=activation,
@@ -290,7 +290,7 @@ def activation_input_grad(grad, out, *, activation, slope):
     dz = empty_nhwc(out.shape, out)
     launch(
         activation_input_grad_kernel,
-        (triton.cdiv(out.numel(), 2048),),
+        (cdiv(out.numel(), 2048),),
         *(grad, out, dz, out.numel()),
         device=out.device,
         ACTIVATION=activation,

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastgan.kernels.launch import launch
+from fastgan.kernels.launch import cdiv, launch, next_power_of_2
 from fastgan.kernels.pieces import wait_for_previous
 
 BLOCK = 2048
@@ -48,13 +48,13 @@ def next_batch_kernel(
 
 
 def _block(size):
-    return min(triton.next_power_of_2(size), BLOCK)
+    return min(next_power_of_2(size), BLOCK)
 
 
 def programs(batch_size, images):
     """How many programs write a batch: the length of `drawn`."""
     size = images[0].numel()
-    return batch_size * triton.cdiv(size, _block(size))
+    return batch_size * cdiv(size, _block(size))
 
 
 def next_batch(images, order, mirrored, drawn, batch_size, dtype):

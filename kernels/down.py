@@ -10,12 +10,14 @@ import triton.language as tl
 
 from fastgan.kernels.launch import (
     MatrixTile,
+    cdiv,
     channels_last,
     empty_nhwc,
     geometry,
     launch,
     matrix_tile,
     needs_int64,
+    next_power_of_2,
     power_of_two,
 )
 from fastgan.kernels.patches import ALL, NO_BLOCK, block_constants, is_narrow, patch_sources, seen_numbers
@@ -181,7 +183,7 @@ def down_kernel(
 
 def picks_patches(weight, out_size):
     """Whether tiles of whole rows of low, and patches.py for high, are a choice: rows are to fill the tiles."""
-    return is_narrow(weight, out_size[1]) and out_size[1] == triton.next_power_of_2(out_size[1])
+    return is_narrow(weight, out_size[1]) and out_size[1] == next_power_of_2(out_size[1])
 
 
 def down(
@@ -247,13 +249,13 @@ def down(
     if tile.block_k == ALL:
         patches = block_constants(tile.block_m, out_size, weight, high.shape[3], stride, padding)
         tile = tile._replace(block_m=patches["ROWS"] * patches["WIDTH"])
-    row_tiles = triton.cdiv(rows, tile.block_m)
+    row_tiles = cdiv(rows, tile.block_m)
     tiles = TileStatistics.empty(groups, row_tiles, a, high.device) if statistics else (None, None, None)
     if y is not None:
         sums = torch.empty((groups, 2, row_tiles, a), dtype=torch.float32, device=high.device)
     launch(
         down_kernel,
-        (triton.cdiv(a, tile.block_n) * row_tiles, groups),
+        (cdiv(a, tile.block_n) * row_tiles, groups),
         *(high, weight, low, bias, *batch_norm, activated, y, invstd, sums, *tiles, eps, n // groups),
         device=high.device,
         ACTIVATION=activation,

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from fastgan.kernels.launch import launch, needs_int64, rows_tile
+from fastgan.kernels.launch import cdiv, launch, needs_int64, rows_tile
 from fastgan.kernels.pieces import conv_epilogue, wait_for_previous
 
 
@@ -43,7 +43,7 @@ def conv_epilogue_(y, *, bias, batch_norm, eps, activation, slope):
     block_r, block_c = rows_tile(rows, channels)
     launch(
         conv_epilogue_kernel,
-        (triton.cdiv(rows, block_r), triton.cdiv(channels, block_c)),
+        (cdiv(rows, block_r), cdiv(channels, block_c)),
         *(y, bias, *batch_norm, eps, rows, channels),
         device=y.device,
         ACTIVATION=activation,

@@ -5,7 +5,6 @@ from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
-import triton
 
 from fastgan.backend import interpreted
 
@@ -20,7 +19,8 @@ FEWEST_READERS = 1024  # programs that only read: a few for each multiprocessor 
 
 def launch(kernel, grid, *args, device, num_warps=4, num_stages=2, **constexprs):
     """Start `kernel` on the device that holds its tensors, which need not be the current one."""
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if elsewhere else nullcontext():
         kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **OPTIONS, **constexprs)
 
 
@@ -98,8 +98,8 @@ def matrix_tile(rows, columns, depth, dtype, copies=1):
     block_k = power_of_two(depth, 16, 64 if half else 32)
     # Hopper's matrix units take 64 rows at least; a handful of columns is bound by memory, not by them.
     fewest_rows = 64 if block_n >= 64 else 16
-    wanted = FEWEST_PROGRAMS / (copies * triton.cdiv(columns, block_n))
-    while block_m > fewest_rows and triton.cdiv(rows, block_m) < wanted:
+    wanted = FEWEST_PROGRAMS / (copies * cdiv(columns, block_n))
+    while block_m > fewest_rows and cdiv(rows, block_m) < wanted:
         block_m //= 2
     # Float32 operands pass through registers to be rounded to TF32: they need more threads.
     return MatrixTile(block_m, block_n, block_k, 8 if not half and block_m * block_n >= 128 * 128 else 4, 3)
@@ -141,11 +141,11 @@ def statistics_tile(rows, columns, groups):
     """
     block_columns = power_of_two(columns, 1, 64)
     block_rows = power_of_two(rows, 1, 8192 // block_columns)
-    across = groups * triton.cdiv(columns, block_columns)
-    while block_rows > 16 and across * triton.cdiv(rows, block_rows) < FEWEST_READERS:
+    across = groups * cdiv(columns, block_columns)
+    while block_rows > 16 and across * cdiv(rows, block_rows) < FEWEST_READERS:
         block_rows //= 2
     blocks = 1
-    while across * triton.cdiv(rows, 2 * blocks * block_rows) >= 2 * FEWEST_READERS:
+    while across * cdiv(rows, 2 * blocks * block_rows) >= 2 * FEWEST_READERS:
         blocks *= 2
     return block_rows, block_columns, min(blocks, 16)
 
@@ -155,9 +155,20 @@ def needs_int64(*tensors):
     return any(tensor.numel() >= INT32_ELEMENTS for tensor in tensors)
 
 
+# Triton has both of these for kernels too, and takes a few microseconds for each call because of it.
+def cdiv(n, divisor):
+    """n / divisor, rounded up."""
+    return -(-n // divisor)
+
+
+def next_power_of_2(n):
+    """The power of two at or above n, 1 at least."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
 def power_of_two(n, least, most):
     """The power of two at or above n, within bounds."""
-    return min(max(triton.next_power_of_2(n), least), most)
+    return min(max(next_power_of_2(n), least), most)
 
 
 def empty_nhwc(shape, like):

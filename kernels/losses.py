@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastgan.kernels.launch import launch
+from fastgan.kernels.launch import cdiv, launch
 from fastgan.kernels.pieces import wait_for_previous
 from fastgan.kernels.statistics import sum_rows
 
@@ -59,7 +59,7 @@ def bce(real, fake, real_target, fake_target):
         the loss, 0-dim; [mean σ(real), mean σ(fake)]; the loss's gradient (n_real + n_fake,), real's first.
     """
     n_real, n_fake = real.numel(), 0 if fake is None else fake.numel()
-    programs = triton.cdiv(max(n_real, n_fake), BLOCK)
+    programs = cdiv(max(n_real, n_fake), BLOCK)
 
     def empty(*shape):
         return torch.empty(shape, dtype=torch.float32, device=real.device)

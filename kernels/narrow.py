@@ -11,7 +11,7 @@ import math
 import triton
 import triton.language as tl
 
-from fastgan.kernels.launch import MatrixTile, geometry, launch, needs_int64, power_of_two
+from fastgan.kernels.launch import MatrixTile, cdiv, geometry, launch, needs_int64, next_power_of_2, power_of_two
 from fastgan.kernels.pieces import backward_epilogue, conv_epilogue, load_block, multiply_add, wait_for_previous
 
 # What a tuner may try, as `launch.TILES`; block_n is the kernel's own affair.
@@ -168,11 +168,11 @@ def _columns(weight, stride):
     """The powers of two that hold the weight's columns, the taps of an output and the outputs of a position."""
     (_, b, kh, kw), (sh, sw) = weight.shape, stride
     return dict(
-        COLUMNS=max(triton.next_power_of_2(kh * kw * b), 16),  # the least that matrix units take
-        STEPS_H=triton.next_power_of_2(triton.cdiv(kh, sh)),
-        STEPS_W=triton.next_power_of_2(triton.cdiv(kw, sw)),
-        PHASES=triton.next_power_of_2(sh),
-        SLOTS=triton.next_power_of_2(sw * b),
+        COLUMNS=max(next_power_of_2(kh * kw * b), 16),  # the least that matrix units take
+        STEPS_H=next_power_of_2(cdiv(kh, sh)),
+        STEPS_W=next_power_of_2(cdiv(kw, sw)),
+        PHASES=next_power_of_2(sh),
+        SLOTS=next_power_of_2(sw * b),
     )
 
 
@@ -183,7 +183,7 @@ def _patch(rows, low_shape, high_shape, kernel, stride, padding):
         sizes, patches, names = (rows // width, width), low_shape[0], {}
         for axis, name in enumerate("HW"):
             k, s, p, size = kernel[axis], stride[axis], padding[axis], sizes[axis]
-            count = triton.cdiv(high_shape[2 + axis], s)
+            count = cdiv(high_shape[2 + axis], s)
             before, after = (k - 1 - p) // s, (p + s - 1) // s  # how far an output reaches back and ahead
             before, after = max(before, 0), max(after, 0)
             if size >= max(count, low_shape[2 + axis]):  # the whole image: beyond it there is nothing to read
@@ -191,7 +191,7 @@ def _patch(rows, low_shape, high_shape, kernel, stride, padding):
             inner = size - before - after
             if inner <= 0:
                 break
-            patches *= triton.cdiv(count, inner)
+            patches *= cdiv(count, inner)
             names.update({f"PATCH_{name}": size, f"BEFORE_{name}": before, f"AFTER_{name}": after})
         else:
             if best is None or patches <= best[1]:  # of equals, the widest: its memory lies together

@@ -9,6 +9,8 @@ shuffles took six times the instructions.
 import triton
 import triton.language as tl
 
+from fastgan.kernels.launch import cdiv, next_power_of_2
+
 ALL = 1  # in a MatrixTile where the block of patches' numbers would stand: a program has all of them
 MOST_CHANNELS = 8
 MOST_COLUMNS = 128
@@ -61,7 +63,7 @@ def patch_sources(
 def is_narrow(weight, low_width):
     """Whether the patches' numbers are few enough for one program, and low's rows short enough for a block."""
     _, b, kh, kw = weight.shape
-    columns = triton.next_power_of_2(kh) * triton.next_power_of_2(kw * b)
+    columns = next_power_of_2(kh) * next_power_of_2(kw * b)
     return b <= MOST_CHANNELS and 16 <= columns <= MOST_COLUMNS and low_width <= MOST_WIDTH
 
 
@@ -73,17 +75,17 @@ def block_constants(positions, low_size, weight, high_width, stride, padding):
     would else wait for the banks that the other half picks from.
     """
     (h, w), (_, b, kh, kw) = low_size, weight.shape
-    width = triton.next_power_of_2(w)
-    least = triton.cdiv(16, width)  # matrix units take 16 positions
-    margin = triton.cdiv(max(padding[1] * b, 1), ALIGNMENT) * ALIGNMENT
+    width = next_power_of_2(w)
+    least = cdiv(16, width)  # matrix units take 16 positions
+    margin = cdiv(max(padding[1] * b, 1), ALIGNMENT) * ALIGNMENT
     reach = ((w - 1) * stride[1] - padding[1] + kw) * b
     numbers = margin + max(high_width * b, reach)
-    segment, skew = triton.next_power_of_2(numbers), HALF_OF_BANKS // weight.element_size()
+    segment, skew = next_power_of_2(numbers), HALF_OF_BANKS // weight.element_size()
     return dict(
-        ROWS=max(least, min(positions // width, triton.next_power_of_2(h))),
+        ROWS=max(least, min(positions // width, next_power_of_2(h))),
         WIDTH=width,
-        TAPS_H=triton.next_power_of_2(kh),
-        TAPS_W=triton.next_power_of_2(kw * b),
+        TAPS_H=next_power_of_2(kh),
+        TAPS_W=next_power_of_2(kw * b),
         MARGIN=margin,
         SKEW=skew if numbers + skew <= segment else 0,
         SEGMENT=segment,

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from fastgan.kernels.launch import launch
+from fastgan.kernels.launch import cdiv, launch
 from fastgan.kernels.pieces import wait_for_previous
 
 BLOCK = 256
@@ -54,7 +54,7 @@ def update_running(running_mean, running_var, mean, var, batches, momentum):
     groups, channels = mean.shape
     launch(
         update_running_kernel,
-        (triton.cdiv(channels, BLOCK),),
+        (cdiv(channels, BLOCK),),
         *(running_mean, running_var, mean, var, batches, momentum, channels),
         device=mean.device,
         GROUPS=groups,

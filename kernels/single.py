@@ -7,7 +7,7 @@ multiprocessors only. Here a program multiplies and adds the long vectors of a r
 import triton
 import triton.language as tl
 
-from fastgan.kernels.launch import FEWEST_READERS, MatrixTile, geometry, launch, needs_int64, power_of_two
+from fastgan.kernels.launch import FEWEST_READERS, MatrixTile, cdiv, geometry, launch, needs_int64, power_of_two
 from fastgan.kernels.pieces import conv_epilogue, wait_for_previous
 
 # What a tuner may try, as `launch.TILES`, for operands of any size.
@@ -94,7 +94,7 @@ def down_single(high, weight, low, *, stride, padding, bias, batch_norm, eps, ac
         tile = MatrixTile(power_of_two(rows // FEWEST_READERS, 1, 4), 1, block_k, 8 if block_k > 1024 else 4, 3)
     launch(
         down_single_kernel,
-        (triton.cdiv(rows, tile.block_m),),
+        (cdiv(rows, tile.block_m),),
         *(high, weight, low, bias, *batch_norm, eps, rows),
         device=high.device,
         num_warps=tile.num_warps,

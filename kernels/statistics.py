@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastgan.kernels.launch import launch, merge_tile, needs_int64, power_of_two, statistics_tile
+from fastgan.kernels.launch import cdiv, launch, merge_tile, needs_int64, power_of_two, statistics_tile
 from fastgan.kernels.pieces import activate, channel_vector, column_sums, mean_and_m2, wait_for_previous
 
 WIDE = 64  # columns of a block from which `column_sums` is quicker than `sum`
@@ -94,11 +94,11 @@ def tile_statistics(y, bias=None, *, activation=None, slope=0.0, groups=1):
     channels = y.shape[1]
     rows = y.numel() // (groups * channels)
     block_r, block_c, blocks = statistics_tile(rows, channels, groups)
-    programs = triton.cdiv(rows, block_r * blocks)
+    programs = cdiv(rows, block_r * blocks)
     tiles = TileStatistics.empty(groups, programs, channels, y.device)
     launch(
         tile_statistics_kernel,
-        (programs, triton.cdiv(channels, block_c), groups),
+        (programs, cdiv(channels, block_c), groups),
         *(y, bias, *tiles, rows, channels),
         device=y.device,
         ACTIVATION=activation,
@@ -116,9 +116,9 @@ def merge_statistics_kernel(
     count_ptr,  # (groups, T)
     mean_ptr,  # (groups, T, C)
     m2_ptr,  # (groups, T, C)
-    out_count_ptr,  # (groups, programs along T)
+    out_count_ptr,  # (groups, programs along T), or None where invstd is not
     out_mean_ptr,  # (groups, programs along T, C)
-    out_m2_ptr,
+    out_m2_ptr,  # as the mean, or None as the count
     invstd_ptr,  # (groups, C), var too, or None: what the last merge gives
     var_ptr,
     eps,
@@ -165,14 +165,17 @@ def merge_statistics(tiles, eps):
     while True:
         groups, count, channels = tiles.mean.shape
         block_t, block_c = merge_tile(count, channels)
-        programs = triton.cdiv(count, block_t)
-        merged = TileStatistics.empty(groups, programs, channels, tiles.mean.device)
-        last = programs == 1
-        invstd, var = (tiles.mean.new_empty((groups, channels)) if last else None for _ in range(2))
+        programs = cdiv(count, block_t)
+        if last := programs == 1:
+            mean, invstd, var = (tiles.mean.new_empty((groups, channels)) for _ in range(3))
+            results = (None, mean, None, invstd, var)
+        else:
+            merged = TileStatistics.empty(groups, programs, channels, tiles.mean.device)
+            results = (*merged, None, None)
         launch(
             merge_statistics_kernel,
-            (programs, triton.cdiv(channels, block_c), groups),
-            *(*tiles, *merged, invstd, var, eps, count, channels),
+            (programs, cdiv(channels, block_c), groups),
+            *(*tiles, *results, eps, count, channels),
             device=tiles.mean.device,
             num_warps=8,
             ACROSS_WARPS=block_c >= WIDE,
@@ -180,7 +183,7 @@ def merge_statistics(tiles, eps):
             BLOCK_C=block_c,
         )
         if last:
-            return merged.mean.view(groups, channels), invstd, var
+            return mean, invstd, var
         tiles = merged
 
 
@@ -215,12 +218,12 @@ def sum_rows(parts, out):
     while True:
         groups, count, columns = parts.shape
         steps, block_t, block_c, num_warps = _sum_tile(count, columns)
-        programs = triton.cdiv(count, steps * block_t)
+        programs = cdiv(count, steps * block_t)
         # More rows than one program takes: sum in stages.
         target = out if programs == 1 else parts.new_empty((groups, programs, columns))
         launch(
             sum_rows_kernel,
-            (triton.cdiv(columns, block_c), programs, groups),
+            (cdiv(columns, block_c), programs, groups),
             *(parts, target, count, columns),
             device=parts.device,
             num_warps=num_warps,
@@ -242,5 +245,5 @@ def _sum_tile(parts, columns):
     """
     if parts <= FEW_PARTS and columns >= MANY_COLUMNS:
         block_parts = power_of_two(parts, 1, 16)
-        return triton.cdiv(parts, block_parts), block_parts, WARP_TILE // block_parts, 1
+        return cdiv(parts, block_parts), block_parts, WARP_TILE // block_parts, 1
     return 1, *merge_tile(parts, columns), 8

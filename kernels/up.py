@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastgan.kernels.launch import channels_last, empty_nhwc, geometry, launch, matrix_tile, needs_int64
+from fastgan.kernels.launch import cdiv, channels_last, empty_nhwc, geometry, launch, matrix_tile, needs_int64
 from fastgan.kernels.narrow import is_narrow, up_narrow
 from fastgan.kernels.pieces import (
     NOWHERE,
@@ -219,17 +219,17 @@ def up(
         return result
     columns = weight.shape[1]
     phases = stride[0] * stride[1]
-    rows = n // groups * triton.cdiv(high.shape[2], stride[0]) * triton.cdiv(high.shape[3], stride[1])
+    rows = n // groups * cdiv(high.shape[2], stride[0]) * cdiv(high.shape[3], stride[1])
     tile = tile or matrix_tile(rows, columns, a, low.dtype, groups * phases)
     if y is not None:
         tile = tile.with_room()
-    row_tiles = triton.cdiv(rows, tile.block_m)
+    row_tiles = cdiv(rows, tile.block_m)
     count = row_tiles * phases * (columns // channels)
     tiles = TileStatistics.empty(groups, count, channels, low.device) if statistics else (None, None, None)
     sums = None if y is None else torch.empty((groups, 2, count, channels), dtype=torch.float32, device=low.device)
     launch(
         up_kernel,
-        (phases * triton.cdiv(columns, tile.block_n) * row_tiles, groups),
+        (phases * cdiv(columns, tile.block_n) * row_tiles, groups),
         *(low, weight, high, bias, *batch_norm, activated, y, invstd, sums, *tiles, eps, n // groups),
         device=low.device,
         CHANNELS=channels,

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastgan.kernels.launch import FEWEST_PROGRAMS, geometry, launch, matrix_tile, needs_int64
+from fastgan.kernels.launch import FEWEST_PROGRAMS, cdiv, geometry, launch, matrix_tile, needs_int64
 from fastgan.kernels.patches import ALL, block_constants, is_narrow
 from fastgan.kernels.pieces import NOWHERE, load_block, multiply_add, wait_for_previous
 from fastgan.kernels.statistics import sum_rows
@@ -123,17 +123,17 @@ def weight_grad(low, high, weight, *, stride, padding, precision, tile=None):
     if tile is None and is_narrow(weight, w):
         tile = narrow_tile(low)
     tile = tile or matrix_tile(a, kh * kw * b, n * h * w, low.dtype, copies=FEWEST_PROGRAMS)
-    tiles = triton.cdiv(a, tile.block_m)
+    tiles = cdiv(a, tile.block_m)
     if tile.block_n == ALL:
         constants = block_constants(tile.block_k, (h, w), weight, high.shape[3], stride, padding)
-        kernel, blocks = weight_grad_narrow_kernel, n * triton.cdiv(h, constants["ROWS"])
+        kernel, blocks = weight_grad_narrow_kernel, n * cdiv(h, constants["ROWS"])
         columns = constants["TAPS_H"] * constants["TAPS_W"]
     else:
         kernel, constants = weight_grad_kernel, dict(BLOCK_N=tile.block_n, BLOCK_K=tile.block_k)
-        columns, blocks = tile.block_n, triton.cdiv(n * h * w, tile.block_k)
-        tiles *= triton.cdiv(kh * kw * b, columns)
+        columns, blocks = tile.block_n, cdiv(n * h * w, tile.block_k)
+        tiles *= cdiv(kh * kw * b, columns)
     splits = max(1, min(WANTED_OUTPUTS // (tiles * tile.block_m * columns), blocks // FEWEST_STEPS))
-    steps = triton.cdiv(blocks, splits)
+    steps = cdiv(blocks, splits)
     parts = grad if splits == 1 else torch.empty((1, splits, grad.numel()), dtype=torch.float32, device=grad.device)
     launch(
         kernel,

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.bench_train_step import check
-from benchmarks.stock import CPU_VARIANTS, ExampleStep, Setting, StockStep
+from benchmarks.bench_train_step import TOLERANCE, check
+from benchmarks.stock import CPU_VARIANTS, GPU_VARIANTS, ExampleStep, Setting, StockStep
 from benchmarks.timing import clock
+from fastgan.fusion import fused_groups
 
 cpu_only = pytest.mark.skipif(torch.cuda.is_available(), reason="of the benchmarks' variants on a CPU")
 
@@ -30,6 +31,17 @@ def test_stock_steps_are_one_algorithm():
         torch.manual_seed(1)
         losses.append([step(images) for _ in range(3)])
     torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-4)
+
+
+@cpu_only
+def test_fused_networks_in_the_stock_loop():
+    setting = Setting(28, 4)
+    images = setting.images()
+    step = GPU_VARIANTS["fused-eager-bf16"](setting.networks(), images)
+    assert isinstance(step, StockStep) and fused_groups(step.generator) and fused_groups(step.discriminator)
+    for _ in range(3):
+        step(images)
+    check(step, setting, images, TOLERANCE["bf16"])
 
 
 @cpu_only

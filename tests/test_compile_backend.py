@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.backends.debugging import aot_eager
+from torch._dynamo.utils import counters
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
@@ -258,6 +259,27 @@ def test_kernels_with_inductor(training, device, monkeypatch):
         torch.testing.assert_close(buffer.cpu(), theirs_buffer)
     rows = fastgan.explain(compiled, x.to(device))
     assert [row.implementation for row in rows] == ["triton"] * 3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("by_fuse", (True, False))
+def test_graphs_of_inductor(by_fuse, monkeypatch):
+    """mode="reduce-overhead": inductor captures networks with our operators, and replays compute the same."""
+    monkeypatch.setenv("FASTGAN_BACKEND", "triton")
+    counters.clear()
+    torch.manual_seed(0)
+    layers = nn.Conv2d(8, 16, 4, 2, 1), nn.BatchNorm2d(16), nn.LeakyReLU(0.2), nn.Conv2d(16, 1, 4)
+    model = nn.Sequential(*layers).cuda()
+    plain = fastgan.fuse(copy.deepcopy(model))
+    run = fastgan.fuse(model) if by_fuse else model
+    compiled = torch.compile(run, backend="inductor" if by_fuse else "fastgan", mode="reduce-overhead")
+    for _ in range(6):  # the first ones are warm-up and capture
+        x = torch.randn(4, 8, 16, 16, device="cuda")
+        ours, expected = one_step(compiled, x), one_step(plain, x)
+        torch.testing.assert_close(ours[0], expected[0])
+        torch.testing.assert_close(list(ours[1].values()), list(expected[1].values()))
+        torch.testing.assert_close(list(model.buffers()), list(plain.buffers()))
+    assert not counters["inductor"]["cudagraph_skips"]
 
 
 def test_options_reach_inductor(monkeypatch):

@@ -272,7 +272,7 @@ def one_step(model, x):
     model.zero_grad()
     x = x.clone().requires_grad_()
     out = model(x)
-    weights = torch.linspace(-1, 2, out.numel(), dtype=out.dtype).reshape(out.shape)
+    weights = torch.linspace(-1, 2, out.numel(), dtype=out.dtype, device=out.device).reshape(out.shape)
     (out * weights).sum().backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}
     return out.detach(), dict(gradients, x=x.grad), {k: v.clone() for k, v in model.state_dict().items()}

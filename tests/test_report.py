@@ -150,7 +150,7 @@ def test_says_what_is_missing_and_why(write):
     assert r"AssertionError: a \| b" in page
     assert "28×28, batch 64 (every variant)" in page
     # compile-bf16 at batch 128 could not run, which is another thing than not measured.
-    assert "64×64, batch 128 (eager-bf16, fused-two-passes-bf16)" in page
+    assert "64×64, batch 128 (eager-bf16, fused-eager-bf16, fused-two-passes-bf16)" in page
 
 
 def test_keeps_files_as_they_are_and_draws(write):
@@ -175,13 +175,13 @@ def test_on_a_cpu_ratios_are_of_steps_that_ran_in_turn(write):
     steps = [
         step("eager-fp32", 100.0, **machine),
         step("compile-fp32", 90.0, against_eager=1.5, **machine),
-        step("fused-fp32", 120.0, against_eager=2.4, **machine),
+        step("fused-fp32", 120.0, against_eager=2.4, eager_images_per_sec=50.0, **machine),
     ]
     assert run(write("b.json", content(*steps))) == 0
     page = Path("RESULTS.md").read_text()
     assert "No GPU has been measured yet" in page
-    assert cells(page, 128, "fused-fp32")[4] == "1.60"  # 2.4 / 1.5
-    assert cells(page, 128, "eager-fp32")[4] == "0.67"
+    assert cells(page, 128, "fused-fp32")[2:6] == ["120", "50", "1,067", "1.60"]  # 2.4 / 1.5
+    assert cells(page, 128, "eager-fp32")[3:6] == ["–", "1,280", "0.67"]
     assert not list(Path("benchmarks/results").glob("*.png"))  # one batch makes no line
 
 

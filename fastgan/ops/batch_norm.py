@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 
 from fastgan.ops.implementations import channels_last
+from fastgan.ops.operators import operator
 
 
-@torch.library.custom_op("fastgan::batch_norm_act", mutates_args=())
+@operator("fastgan::batch_norm_act")
 def batch_norm_act(
     y: Tensor,
     mean: Tensor,
@@ -33,7 +34,7 @@ def _(y, mean, invstd, gamma, beta, batch_statistics, activation, slope):
     return torch.empty_like(y, memory_format=torch.channels_last)
 
 
-@torch.library.custom_op("fastgan::batch_norm_act_grad", mutates_args=())
+@operator("fastgan::batch_norm_act_grad")
 def batch_norm_act_grad(
     dout: Tensor,
     y: Tensor,
@@ -67,7 +68,7 @@ def _(dout, y, mean, invstd, gamma, beta, batch_statistics, activation, slope):
     return dy, y.new_empty((mean.numel() // y.shape[1], 2, y.shape[1]), dtype=torch.float32)
 
 
-@torch.library.custom_op("fastgan::batch_norm_act_carrier", mutates_args=())
+@operator("fastgan::batch_norm_act_carrier")
 def batch_norm_act_carrier(
     y: Tensor,
     mean: Tensor,
@@ -98,7 +99,7 @@ def _carrier(y, mean):
     return y.new_empty((mean.numel() // y.shape[1], 2, y.shape[1]), dtype=torch.float32)
 
 
-@torch.library.custom_op("fastgan::batch_norm_grad_of_sums", mutates_args=())
+@operator("fastgan::batch_norm_grad_of_sums")
 def batch_norm_grad_of_sums(
     dz: Tensor, y: Tensor, mean: Tensor, invstd: Tensor, gamma: Tensor | None, sums: Tensor
 ) -> Tensor:

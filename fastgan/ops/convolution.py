@@ -26,6 +26,7 @@ from fastgan.ops.implementations import (
     run_conv_statistics,
     run_weight_grad,
 )
+from fastgan.ops.operators import operator
 from fastgan.ops.way_back import conv_activation_grad, conv_batch_norm_grad
 
 
@@ -36,7 +37,7 @@ def plain_conv(x, weight, weight_copy, transposed, stride, padding, output_paddi
     return conv(x, weight, weight_copy, *nothing, *where, None, 0.0, [], None, 0.0, False)
 
 
-@torch.library.custom_op("fastgan::conv", mutates_args=())
+@operator("fastgan::conv")
 def conv(
     x: Tensor,
     weight: Tensor,
@@ -112,7 +113,7 @@ def _(
     return empty_result(x, weight, transposed, stride, padding, output_padding)
 
 
-@torch.library.custom_op("fastgan::conv_statistics", mutates_args=())
+@operator("fastgan::conv_statistics")
 def conv_statistics(
     x: Tensor,
     weight: Tensor,
@@ -178,7 +179,7 @@ def _(
     return y, *(x.new_empty((groups, y.shape[1]), dtype=torch.float32) for _ in range(3))
 
 
-@torch.library.custom_op("fastgan::conv_weight_grad", mutates_args=())
+@operator("fastgan::conv_weight_grad")
 def conv_weight_grad(
     low: Tensor, high: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]
 ) -> Tensor:
@@ -213,7 +214,7 @@ def _weight_grad_backward(ctx, grad):
 conv_weight_grad.register_autograd(_weight_grad_backward, setup_context=_save_weight_grad)
 
 
-@torch.library.custom_op("fastgan::activation_grad", mutates_args=())
+@operator("fastgan::activation_grad")
 def activation_grad(grad: Tensor, out: Tensor, activation: str, slope: float) -> Tensor:
     """grad · act'(z) where out = act(z)."""
     from fastgan.kernels.batch_norm import activation_input_grad

@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor
 
+from fastgan.ops.operators import operator
 
-@torch.library.custom_op("fastgan::bce", mutates_args=())
+
+@operator("fastgan::bce")
 def bce(real: Tensor, fake: Tensor | None, real_target: float, fake_target: float) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, [mean σ(real), mean σ(fake)], the loss's gradient for all logits, flat, real's first), all in float32.
 

@@ -1,10 +1,11 @@
 """The running statistics of a BatchNorm in training, updated in place."""
 
-import torch
 from torch import Tensor
 
+from fastgan.ops.operators import operator
 
-@torch.library.custom_op("fastgan::update_running", mutates_args=("running_mean", "running_var", "batches"))
+
+@operator("fastgan::update_running", mutates_args=("running_mean", "running_var", "batches"))
 def update_running(
     running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, batches: Tensor | None, momentum: float
 ) -> None:

@@ -11,9 +11,10 @@ from torch import Tensor
 from fastgan.ops.choice import choose, conv_problem
 from fastgan.ops.geometry import out_size
 from fastgan.ops.implementations import empty_result, in_dtype_of, run_conv, run_conv_batch_norm_grad
+from fastgan.ops.operators import operator
 
 
-@torch.library.custom_op("fastgan::conv_activation_grad", mutates_args=())
+@operator("fastgan::conv_activation_grad")
 def conv_activation_grad(
     dz: Tensor,
     weight: Tensor,
@@ -48,7 +49,7 @@ def _(dz, weight, weight_copy, activated, transposed, stride, padding, output_pa
     return empty_result(dz, weight, transposed, stride, padding, output_padding)
 
 
-@torch.library.custom_op("fastgan::conv_batch_norm_grad", mutates_args=())
+@operator("fastgan::conv_batch_norm_grad")
 def conv_batch_norm_grad(
     dz: Tensor,
     weight: Tensor,

@@ -1,10 +1,9 @@
 """The tiles of our matrix kernels that are worth measuring for a Problem."""
 
 import torch
-import triton
 
 from fastgan.kernels import down, narrow, patches, single, weight_grad_narrow
-from fastgan.kernels.launch import TILES, MatrixTile
+from fastgan.kernels.launch import TILES, MatrixTile, cdiv, next_power_of_2
 from fastgan.tune.workloads import DTYPES
 
 
@@ -35,7 +34,7 @@ def _one_position(problem):
 
 
 def _fit(block, size):
-    return max(16, min(block, triton.next_power_of_2(size)))
+    return max(16, min(block, next_power_of_2(size)))
 
 
 def _matrix(problem):
@@ -46,5 +45,5 @@ def _matrix(problem):
         return problem.a, taps * problem.b, low
     if problem.operation == "down":
         return low, problem.a, taps * problem.b
-    phase = [triton.cdiv(size, stride) for size, stride in zip(problem.high, problem.stride, strict=True)]
+    phase = [cdiv(size, stride) for size, stride in zip(problem.high, problem.stride, strict=True)]
     return problem.batch * phase[0] * phase[1], problem.b * (taps if _one_position(problem) else 1), problem.a

@@ -105,7 +105,7 @@ def test_opcheck(name, device):
     checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
     if name != "batch_norm_act_carrier":  # of whose second result nothing but the shape has a meaning
         checks.append("test_aot_dispatch_dynamic")
-    opcheck(operator, arguments, test_utils=checks)
+    opcheck(operator.registered, arguments, test_utils=checks)
 
 
 def _networks(device):

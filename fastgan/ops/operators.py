@@ -1,0 +1,84 @@
+"""How the operators are made: as PyTorch's own where it looks at them, and without its ceremony where nobody does.
+
+``torch.library.custom_op`` gives operators that torch.compile, fake tensors and dispatch modes understand. In eager
+code its autograd and its dispatch take longer than what they call, and small layers wait for nothing else. There the
+same functions run as they are, in a ``torch.autograd.Function`` where a gradient is wanted.
+"""
+
+import torch
+from torch import Tensor, nn
+
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def operator(name, mutates_args=()):
+    """The decorated function as the Operator of this name; its arguments are positional."""
+    return lambda function: Operator(name, function, mutates_args)
+
+
+class Operator:
+    """A function of tensors and constants that is also a custom operator of PyTorch: ``registered``.
+
+    Args:
+        name: "namespace::name".
+        function: annotated as ``torch.library.custom_op`` wants it; its results share no memory with its arguments.
+        mutates_args: the names of the arguments that it writes to; it then has no gradient.
+    """
+
+    def __init__(self, name, function, mutates_args):
+        self.registered = torch.library.custom_op(name, function, mutates_args=mutates_args)
+        self.__doc__ = function.__doc__
+        self._name, self._function, self._differentiable = name, function, None
+        names = function.__code__.co_varnames
+        self._mutated = [names.index(name) for name in mutates_args]
+
+    def register_fake(self, function):
+        """As ``torch.library.custom_op`` has it."""
+        return self.registered.register_fake(function)
+
+    def register_autograd(self, backward, *, setup_context):
+        """As ``torch.library.custom_op`` has it."""
+        self.registered.register_autograd(backward, setup_context=setup_context)
+        self._differentiable = _differentiable(self._name, self._function, backward, setup_context)
+
+    def __call__(self, *arguments):
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack():
+            return self.registered(*arguments)
+        tensors, listed = _tensors(arguments)
+        if any([type(tensor) not in _PLAIN for tensor in tensors]):
+            return self.registered(*arguments)
+        if torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors]):
+            if self._differentiable is None:
+                return self.registered(*arguments)  # which says so when it is asked for a gradient
+            return self._differentiable.apply(*arguments, *listed)
+        result = self._function(*arguments)
+        for i in self._mutated:
+            if arguments[i] is not None:
+                torch.autograd.graph.increment_version(arguments[i])
+        return result
+
+
+def _tensors(arguments):
+    """All tensors among the arguments, and those of them that are in lists."""
+    listed = [item for value in arguments if type(value) is list for item in value if isinstance(item, Tensor)]
+    return [value for value in arguments if isinstance(value, Tensor)] + listed, listed
+
+
+def _differentiable(name, function, backward, setup_context):
+    """The autograd.Function of an operator: of its arguments and, again, of the tensors that are in lists."""
+    count = function.__code__.co_argcount
+
+    def forward(ctx, *arguments):
+        arguments = arguments[:count]
+        result = function(*arguments)
+        # Not as the Function's own setup_context: torch would then bind the arguments to the signature, at each call.
+        setup_context(ctx, arguments, result)
+        return result
+
+    def gradients(ctx, *grads):
+        found = backward(ctx, *grads)
+        listed = [grad for grads in found if type(grads) is list for grad in grads]
+        return *[None if type(grad) is list else grad for grad in found], *listed
+
+    methods = dict(forward=staticmethod(forward), backward=staticmethod(gradients))
+    return type(name.replace("::", "_"), (torch.autograd.Function,), methods)

@@ -1,0 +1,132 @@
+"""The discriminator's update in one pass over [real; fake], and in two: when each, and what either promises."""
+
+import copy
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from fastgan.training import TrainStep
+from tests.training.test_train_step import NZ, make_networks, real_batches
+
+
+def test_one_pass_equals_two_stock_passes_over_twenty_float64_steps():
+    """Losses, every parameter, every running statistic and the count of batches."""
+    ours, stock = make_networks(), make_networks()
+    step = TrainStep(*ours, latent_dim=NZ, lr=2e-3, fused=True, one_pass=True)
+    expected_step = TrainStep(*stock, latent_dim=NZ, lr=2e-3, fused=False)
+    batches = real_batches(20)
+    torch.manual_seed(2)
+    losses = [step(real) for real in batches]
+    torch.manual_seed(2)
+    expected = [expected_step(real) for real in batches]
+    assert step.one_pass and not expected_step.one_pass
+    torch.testing.assert_close(losses, expected, rtol=1e-7, atol=1e-9)
+    for mine, theirs in zip(ours, stock, strict=True):
+        torch.testing.assert_close(mine.state_dict(), theirs.state_dict(), rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(
+            [p.grad for p in mine.parameters()], [p.grad for p in theirs.parameters()], rtol=1e-6, atol=1e-8
+        )
+
+
+class _BatchMean(nn.Module):
+    def forward(self, x):
+        return x - x.mean(0, keepdim=True)
+
+
+def _logits(features):
+    return nn.Flatten(), nn.Linear(features, 1)
+
+
+@pytest.mark.parametrize(
+    ("layers", "reason"),
+    [
+        (lambda: [nn.Conv2d(2, 4, 3), nn.Flatten(), nn.BatchNorm1d(784), nn.Linear(784, 1)], "unfused in 2"),
+        (lambda: [nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4, momentum=None), *_logits(784)], "momentum=None"),
+        (lambda: [nn.Conv2d(2, 4, 3), nn.Dropout(), *_logits(784)], "chance"),
+        (lambda: [nn.Conv2d(2, 4, 3), _BatchMean(), *_logits(784)], "share a batch"),
+        (lambda: [nn.utils.parametrizations.spectral_norm(nn.Conv2d(2, 4, 3)), *_logits(784)], "chance|leaves"),
+        (lambda: [nn.Conv2d(2, 1, 16), nn.Flatten(0), nn.Unflatten(0, (1, -1))], "first axis"),
+    ],
+    ids=("batch-norm-1d", "cumulative", "dropout", "batch-mean", "spectral-norm", "shape"),
+)
+def test_two_passes_where_one_would_not_be_exact(layers, reason):
+    torch.manual_seed(0)
+    discriminator = nn.Sequential(*layers()).double()
+    generator, _ = make_networks()
+    step = TrainStep(generator, discriminator, latent_dim=NZ, one_pass=True)
+    before = copy.deepcopy(discriminator.state_dict()), torch.get_rng_state()
+    with pytest.warns(UserWarning, match=f"two passes.*({reason})") as warned:
+        step._try_one_pass(*real_batches(2))
+    assert not step.one_pass and str(warned[0].message).endswith(step.one_pass_reason)
+    assert set(before[0]) == set(discriminator.state_dict())
+    step(real_batches(1)[0])
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
+def test_two_passes_where_one_cannot_be_tried():
+    torch.manual_seed(0)
+    discriminator = nn.Sequential(nn.utils.weight_norm(nn.Conv2d(2, 1, 16)), nn.Flatten()).double()
+    step = TrainStep(make_networks()[0], discriminator, latent_dim=NZ, one_pass=True)
+    with pytest.warns(UserWarning, match="cannot be copied"):
+        step(real_batches(1)[0])
+    assert not step.one_pass
+
+
+@pytest.mark.parametrize("precision, one_pass", [("fp32", False), ("bf16", True)])
+def test_one_pass_on_a_cpu_where_bits_are_not_at_stake(precision, one_pass):
+    step = TrainStep(*make_networks(dtype=torch.float32), latent_dim=NZ, precision=precision)
+    stock = TrainStep(*make_networks(dtype=torch.float32), latent_dim=NZ, precision=precision, fused=False)
+    for images in real_batches(2, dtype=torch.float32):
+        losses = []
+        for each in (step, stock):
+            torch.manual_seed(3)
+            losses.append(torch.stack(list(each(images).values())))
+        tolerance = {"rtol": 0, "atol": 0} if precision == "fp32" else {"rtol": 0.03, "atol": 0.03}
+        torch.testing.assert_close(*losses, **tolerance)
+    assert step.one_pass == one_pass and not stock.one_pass and "CPU" in step.one_pass_reason
+
+
+def test_one_pass_is_tried_on_copies():
+    step = TrainStep(*make_networks(), latent_dim=NZ, one_pass=True)
+    before, rng = copy.deepcopy(step.discriminator.state_dict()), torch.get_rng_state()
+    real, fake = real_batches(2)
+    step._try_one_pass(real, fake)
+    assert step.one_pass and torch.equal(rng, torch.get_rng_state())
+    torch.testing.assert_close(before, step.discriminator.state_dict(), rtol=0, atol=0)
+
+
+def test_one_pass_of_numbers_that_are_none():
+    """A run that has diverged says so by its losses; a buffer may be empty."""
+    generator, discriminator = make_networks()
+    discriminator.register_buffer("nothing", torch.empty(0))
+    step, (real,) = TrainStep(generator, discriminator, latent_dim=NZ, one_pass=True), real_batches(1)
+    real[0, 0, 0, 0] = float("nan")
+    losses = step(real)
+    assert step.one_pass and losses["d_real"].isnan() and losses["d_fake"].isfinite()
+
+
+class _Saved:
+    """A tensor that autograd keeps for backward."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+
+def test_two_passes_never_hold_both_at_once():
+    """Where memory counts: the discriminator's activations of real images are gone before there are fake images."""
+    generator, discriminator = make_networks()
+    step, kept, alive = TrainStep(generator, discriminator, latent_dim=NZ, one_pass=False), weakref.WeakSet(), []
+
+    def keep(tensor):
+        saved = _Saved(tensor)
+        kept.add(saved)
+        return saved
+
+    discriminator.register_forward_hook(lambda *_: alive.append(len(kept)))
+    generator.register_forward_pre_hook(lambda *_: alive.append(len(kept)))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved.tensor):
+        step(real_batches(1)[0])
+    after_real, before_fake, *_ = alive
+    assert after_real > 5 and before_fake == 0
