@@ -3,7 +3,7 @@
 import torch
 from torch.utils._pytree import tree_leaves
 
-from tests.test_fusion import assert_close
+from tests.pairs import assert_close
 
 
 def one_step(model, inputs, seed=0):

@@ -13,8 +13,9 @@ from torch.nn.utils import parametrizations
 import fastgan
 from fastgan import compile_backend
 from fastgan import functional as fused
-from tests.test_fusion import MODELS, assert_close, make_pair, one_step
-from tests.test_graph_forward import FOLLOWED, Layers, data_dependent, forward_of, remembers
+from tests.forwards import FOLLOWED, Layers, data_dependent, forward_of, remembers
+from tests.pairs import assert_close, make_pair, one_step
+from tests.stacks import MODELS
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ import torch
 import fastgan
 from tests.models_zoo import ZOO
 from tests.networks import assert_equal, assert_same_steps, one_step
-from tests.test_fusion import count_operator_calls, make_pair
+from tests.pairs import count_operator_calls, make_pair
 
 BATCH = 3
 every_network = pytest.mark.parametrize("name", ZOO)

@@ -10,8 +10,8 @@ import fastgan
 from fastgan.first_order import first_order
 from tests.conftest import HAS_GPU
 from tests.networks import assert_equal, one_step
+from tests.pairs import count_operator_calls, make_pair
 from tests.random_networks import build, sources
-from tests.test_fusion import count_operator_calls, make_pair
 
 # The same examples in every run, so that a failure in CI is a failure here.
 reproducible = settings(

@@ -12,9 +12,9 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 import fastgan
+from tests.forwards import forward_of, functions, residual
 from tests.networks import assert_equal
-from tests.test_fusion import assert_close, block, make_pair, one_step
-from tests.test_graph_forward import forward_of, functions, residual
+from tests.pairs import assert_close, block, make_pair, one_step
 
 
 class Critic(nn.Module):
