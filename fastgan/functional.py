@@ -13,6 +13,8 @@ from fastgan import backend
 from fastgan.checks import check_conv_bn_act, pair
 from fastgan.losses import backward_bce, discriminator_bce, generator_bce
 from fastgan.ops import batch_norm, convolution, running, synchronised
+from fastgan.ops.layer import ConvBatchNormAct, Layer
+from fastgan.ops.operators import is_watched
 
 __all__ = ["backward_bce", "conv2d_bn_act", "conv_transpose2d_bn_act", "discriminator_bce", "generator_bce"]
 
@@ -291,6 +293,13 @@ def _conv_bn_act_fused(
         out = convolution.conv(x, *weights, bias, *no_batch_norm, *where, *act, *of_x, gets_dz)
         return out, Link(*act) if gets_dz else None
     if training:
+        tensors = (x, *weights, bias, gamma, beta, running_mean, running_var, num_batches_tracked)
+        linked = gives_link or x_link.activation is not None or x_link.normalized
+        alone = not linked and process_group is None and not _updated_by_torch(running_mean, running_var, momentum)
+        if alone and not is_watched([tensor for tensor in tensors if tensor is not None]):
+            sizes = (tuple(stride), tuple(padding), tuple(output_padding))
+            layer = Layer(float(momentum), eps, transposed, *sizes, *before, *after, batch_groups)
+            return ConvBatchNormAct.apply(*tensors, layer), None
         y, mean, invstd, var = convolution.conv_statistics(x, *weights, bias, eps, *where, *before, batch_groups, *of_x)
         if process_group is not None:
             rows = y.numel() // (batch_groups * y.shape[1])
@@ -320,12 +329,19 @@ def _conv_bn_act_fused(
 
 def _update_running(running_mean, running_var, mean, var, momentum, batches):
     """running ← (1 − momentum)·running + momentum·batch, for each group of the batch; `batches` counts them."""
-    if not isinstance(momentum, torch.Tensor) and running_mean.is_contiguous() and running_var.is_contiguous():
+    if not _updated_by_torch(running_mean, running_var, momentum):
         running.update_running(running_mean, running_var, mean.detach(), var.detach(), batches, float(momentum))
         return
     if batches is not None:
         batches.add_(len(mean))
     _lerp_running(running_mean, running_var, mean, var, momentum)
+
+
+def _updated_by_torch(running_mean, running_var, momentum):
+    """Whether our kernel cannot update these running statistics."""
+    if isinstance(momentum, torch.Tensor):
+        return True
+    return running_mean is not None and not (running_mean.is_contiguous() and running_var.is_contiguous())
 
 
 @torch.no_grad()

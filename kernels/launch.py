@@ -1,6 +1,7 @@
 """What every launch has in common: the device, the compiler options, and the sizes of tiles."""
 
 import os
+import threading
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -17,11 +18,23 @@ INT32_ELEMENTS = 2**31  # tensors of more elements need 64-bit offsets
 FEWEST_READERS = 1024  # programs that only read: a few for each multiprocessor of a large GPU
 
 
+watched = threading.local()  # .started: what a thread tells of each launch, if anybody wants to know
+stood_in = False  # whether all kernels are started by something else: see `offline.started_by`
+
+
 def launch(kernel, grid, *args, device, num_warps=4, num_stages=2, **constexprs):
     """Start `kernel` on the device that holds its tensors, which need not be the current one."""
+    options = dict(num_warps=num_warps, num_stages=num_stages, **OPTIONS, **constexprs)
+    with on(device):
+        compiled = kernel[grid](*args, **options)
+    if started := getattr(watched, "started", None):
+        started(kernel, compiled, grid, args, options)
+
+
+def on(device):
+    """A context in which `device` is the current one, if it is a GPU."""
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
-    with torch.cuda.device(device) if elsewhere else nullcontext():
-        kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **OPTIONS, **constexprs)
+    return torch.cuda.device(device) if elsewhere else nullcontext()
 
 
 class MatrixTile(NamedTuple):

@@ -41,11 +41,13 @@ def started_by(function):
     modules = [importlib.import_module(f"{__package__}.{found.name}") for found in iter_modules(kernels.__path__)]
     users = [module for module in modules if module is not launching and callable(getattr(module, "launch", None))]
     before = [module.launch for module in users]
+    stood_in, launching.stood_in = launching.stood_in, True
     for module in users:
         module.launch = function
     try:
         yield
     finally:
+        launching.stood_in = stood_in
         for module, own in zip(users, before, strict=True):
             module.launch = own
 

@@ -168,14 +168,14 @@ def _backward(ctx, dout):
     # With create_graph=True the gradient is to have one of its own; the kernels have none, plain torch does.
     backward = differentiable_grad if torch.is_grad_enabled() else batch_norm_act_grad
     dy, sums = backward(dout, y, mean, invstd, gamma, beta, ctx.batch_statistics, ctx.activation, ctx.slope)
-    return dy, None, None, *_vector_grads(ctx, sums, gamma, beta), None, None, None
+    return dy, None, None, *vector_grads(sums, gamma, beta, *ctx.needs_input_grad[3:5]), None, None, None
 
 
-def _vector_grads(ctx, sums, gamma, beta):
+def vector_grads(sums, gamma, beta, wants_gamma, wants_beta):
     """(dγ, dβ) from [Σ dz, Σ dz·x̂] of each group; None where not wanted."""
     sums = sums.sum(0) if len(sums) > 1 else sums[0]
-    dgamma = sums[1].to(gamma.dtype) if ctx.needs_input_grad[3] else None
-    dbeta = sums[0].to(beta.dtype) if ctx.needs_input_grad[4] else None
+    dgamma = sums[1].to(gamma.dtype) if wants_gamma else None
+    dbeta = sums[0].to(beta.dtype) if wants_beta else None
     return dgamma, dbeta
 
 
@@ -191,7 +191,7 @@ def _carrier_backward(ctx, dz, sums):
         raise RuntimeError("fused layers that ran within fastgan.first_order have no backward with create_graph=True")
     y, mean, invstd, gamma, beta = ctx.saved_tensors
     dy = batch_norm_grad_of_sums(dz, y, mean, invstd, gamma, sums)
-    return dy, None, None, *_vector_grads(ctx, sums, gamma, beta), None, None
+    return dy, None, None, *vector_grads(sums, gamma, beta, *ctx.needs_input_grad[3:5]), None, None
 
 
 batch_norm_act_carrier.register_autograd(_carrier_backward, setup_context=_save_carrier)

@@ -73,10 +73,18 @@ def choose(problem, device):
 
 def forget():
     """Read the tables anew at the next choice."""
+    global _generation
+    _generation += 1
     _choose.cache_clear()
     _tables.cache_clear()
 
 
+def generation():
+    """Another number after each `forget`: choices of the same one do not change."""
+    return _generation
+
+
+_generation = 0
 _NOT_ON_CUDA = Choice("triton", None, "the tensors are not on CUDA")
 
 

@@ -5,8 +5,12 @@ code its autograd and its dispatch take longer than what they call, and small la
 same functions run as they are, in a ``torch.autograd.Function`` where a gradient is wanted.
 """
 
+import functools
+
 import torch
 from torch import Tensor, nn
+
+from fastgan.ops.replay import Replayed
 
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -26,9 +30,11 @@ class Operator:
     """
 
     def __init__(self, name, function, mutates_args):
-        self.registered = torch.library.custom_op(name, function, mutates_args=mutates_args)
         self.__doc__ = function.__doc__
-        self._name, self._function, self._differentiable = name, function, None
+        self.function = function
+        self._name, self._run, self._differentiable = name, Replayed(function), None
+        run = functools.wraps(function)(lambda *arguments: self._run(*arguments))
+        self.registered = torch.library.custom_op(name, run, mutates_args=mutates_args)
         names = function.__code__.co_varnames
         self._mutated = [names.index(name) for name in mutates_args]
 
@@ -39,23 +45,28 @@ class Operator:
     def register_autograd(self, backward, *, setup_context):
         """As ``torch.library.custom_op`` has it."""
         self.registered.register_autograd(backward, setup_context=setup_context)
-        self._differentiable = _differentiable(self._name, self._function, backward, setup_context)
+        self._differentiable = _differentiable(self._name, self._run, backward, setup_context)
 
     def __call__(self, *arguments):
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack():
-            return self.registered(*arguments)
         tensors, listed = _tensors(arguments)
-        if any([type(tensor) not in _PLAIN for tensor in tensors]):
+        if is_watched(tensors):
             return self.registered(*arguments)
         if torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors]):
             if self._differentiable is None:
                 return self.registered(*arguments)  # which says so when it is asked for a gradient
             return self._differentiable.apply(*arguments, *listed)
-        result = self._function(*arguments)
+        result = self._run(*arguments)
         for i in self._mutated:
             if arguments[i] is not None:
                 torch.autograd.graph.increment_version(arguments[i])
         return result
+
+
+def is_watched(tensors):
+    """Whether somebody looks for operators: torch.compile, a trace, a dispatch mode, a tensor's own class."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack():
+        return True
+    return any([type(tensor) not in _PLAIN for tensor in tensors])
 
 
 def _tensors(arguments):
@@ -64,13 +75,13 @@ def _tensors(arguments):
     return [value for value in arguments if isinstance(value, Tensor)] + listed, listed
 
 
-def _differentiable(name, function, backward, setup_context):
+def _differentiable(name, run, backward, setup_context):
     """The autograd.Function of an operator: of its arguments and, again, of the tensors that are in lists."""
-    count = function.__code__.co_argcount
+    count = run.function.__code__.co_argcount
 
     def forward(ctx, *arguments):
         arguments = arguments[:count]
-        result = function(*arguments)
+        result = run(*arguments)
         # Not as the Function's own setup_context: torch would then bind the arguments to the signature, at each call.
         setup_context(ctx, arguments, result)
         return result

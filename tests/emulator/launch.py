@@ -6,6 +6,7 @@ from collections import Counter
 
 import torch
 
+from fastgan.kernels import launch as launching
 from fastgan.kernels.offline import Launch, compile_launch, compiling_for
 from tests.emulator.block import run
 from tests.emulator.program import Program
@@ -38,3 +39,15 @@ def launch(kernel, grid, *args, device, **options):
     program, passed, shared_bytes = compiled_program(kernel, args, options)
     run(program, grid, passed, reachable(args), shared_bytes)
     launches[kernel.__name__] += 1
+    if started := getattr(launching.watched, "started", None):
+        started(kernel, _Compiled(kernel, len(args), device, options), grid, args, options)
+
+
+class _Compiled:
+    """As much of Triton's compiled kernel as starts it: compiled[grid](*all parameters in their order)."""
+
+    def __init__(self, kernel, count, device, options):
+        self._kernel, self._count, self._options = kernel, count, dict(options, device=device)
+
+    def __getitem__(self, grid):
+        return lambda *parameters: launch(self._kernel, grid, *parameters[: self._count], **self._options)
