@@ -193,7 +193,10 @@ class Plan:
     def __init__(self, tensors, steps, results, arguments, returns_tuple):
         self._device = tensors[0].device
         self._results, self._returns_tuple = results, returns_tuple
-        self._empty = [None] * (len(tensors) - sum(1 for _ in _tensors(arguments)))
+        count = sum(1 for _ in _tensors(arguments))
+        self._given = [i for i, value in enumerate(arguments) if isinstance(value, Tensor)]
+        self._in_lists = len(self._given) < count  # some of them: to look for those takes as long as a launch
+        self._empty = [None] * (len(tensors) - count)
         wanted = {value for value in results if type(value) is _Place}
         kept = []
         for function, args, kwargs, places, effect in reversed(steps):
@@ -201,14 +204,15 @@ class Plan:
                 used = set(_places([args, list(kwargs.values())]))
                 # What no later step asks for goes when this one is done.
                 used.update(_places(places))
-                ends = [place for place in used - wanted if place >= len(tensors) - len(self._empty)]
+                ends = [place for place in used - wanted if place >= count]
                 kept.append((function, *_template(args), kwargs, places, ends))
                 wanted |= used
         self._steps = kept[::-1]
 
     def run(self, arguments):
         """What the recorded function would return."""
-        tensors = [*_tensors(arguments), *self._empty]
+        given = _tensors(arguments) if self._in_lists else [arguments[i] for i in self._given]
+        tensors = [*given, *self._empty]
         with launching.on(self._device):
             for function, constants, sources, kwargs, places, ends in self._steps:
                 args = constants.copy()
