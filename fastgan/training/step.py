@@ -34,7 +34,7 @@ class TrainStep:
         latent_dim: length of a latent vector, or the shape of one latent: (100, 1, 1) for networks that want
             (N, 100, 1, 1).
         lr: Adam's learning rate, for both networks.
-        betas: Adam's two decay rates.
+        betas: Adam's two decay rates, in [0, 1).
         precision: "fp32" computes in the dtype of the parameters; "bf16" and "fp16" use autocast, "fp16" with
             gradient scaling. Parameters and losses are never in half precision.
         fused: pass both networks through ``fastgan.fuse``, in place, and use the fused losses. False trains them as
@@ -75,6 +75,7 @@ class TrainStep:
     ):
         self.latent_shape, self.source = _latent_shape(latent_dim), source
         _check_lr(lr)
+        betas = _checked_betas(betas)
         weight = next(generator.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         check_precision(precision, self.device)
@@ -269,6 +270,14 @@ def _fused_convolutions(network):
 def _check_lr(lr):
     if not 0 < lr < math.inf:
         raise ValueError(f"lr must be a positive number; got {lr!r}")
+
+
+def _checked_betas(betas):
+    """As floats: torch takes (0.0, 0.9), but not (0, 0.9)."""
+    pair = isinstance(betas, list | tuple) and len(betas) == 2
+    if not pair or not all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas must be two numbers in [0, 1); got {betas!r}")
+    return tuple(map(float, betas))
 
 
 def _latent_shape(latent_dim):

@@ -238,6 +238,9 @@ def test_state_of_another_device_takes_this_devices_adam():
         ({"latent_dim": ()}, "latent_dim"),
         ({"lr": 0.0}, "lr"),
         ({"lr": float("nan")}, "lr"),
+        ({"betas": (0.5, 1.0)}, "betas"),
+        ({"betas": 0.5}, "betas"),
+        ({"betas": (0.5, float("nan"))}, "betas"),
         ({"precision": "fp8"}, "fp32, bf16, fp16"),
         ({"precision": "fp16"}, "CUDA"),
     ],
@@ -245,6 +248,12 @@ def test_state_of_another_device_takes_this_devices_adam():
 def test_bad_arguments(change, message):
     with pytest.raises(ValueError, match=message):
         TrainStep(*make_networks(), **{"latent_dim": NZ, "fused": False, **change})
+
+
+def test_betas_may_be_whole_numbers():
+    step = TrainStep(*make_networks(), latent_dim=NZ, betas=(0, 0.9))
+    step(real_batches(1)[0])
+    assert step.optimizer_d.param_groups[0]["betas"] == (0.0, 0.9)
 
 
 def test_images_that_are_not_scaled_are_refused():
