@@ -5,7 +5,7 @@ and not on their numbers, but finding it out takes longer in Python than small k
 arguments of one kind is recorded: PyTorch's operators as a dispatch mode sees them, kernels as `launch` tells of them.
 Later ones allocate and start the same, on their own tensors, past Triton's look at each argument.
 
-It is for code on a GPU that is not captured in a CUDA graph; a capture takes in the same.
+It is for code on a GPU that is not captured in a CUDA graph.
 """
 
 import functools
@@ -42,7 +42,8 @@ class Replayed:
         self._plans = {}
 
     def __call__(self, *arguments):
-        if not arguments[0].is_cuda or launching.stood_in:
+        # A capture is made once: it has nothing to gain.
+        if not arguments[0].is_cuda or launching.stood_in or torch.cuda.is_current_stream_capturing():
             return self.function(*arguments)
         return self.replay(*arguments)
 
