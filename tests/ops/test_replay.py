@@ -211,3 +211,18 @@ def test_a_cpu_runs_the_function():
     for arguments in pairs(4, 1, 2, 3, 4):
         replayed(*arguments)
     assert replayed.calls == 4 and not replayed._plans
+
+
+@pytest.mark.gpu
+def test_a_gpu_replays_and_a_capture_does_not():
+    replayed = Counted(tanh_grad)
+    for arguments in pairs(4, 2, 3, 4, 5):
+        arguments = [x.cuda() for x in arguments]
+        torch.testing.assert_close(replayed(*arguments), tanh_grad(*arguments), rtol=0, atol=0)
+    assert replayed.calls == 2
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = replayed(*arguments)
+    graph.replay()
+    assert replayed.calls == 3
+    torch.testing.assert_close(captured, tanh_grad(*arguments), rtol=0, atol=0)
