@@ -7,6 +7,7 @@ import torch
 from fastgan.ops.batch_norm import batch_norm_act, batch_norm_act_grad, vector_grads
 from fastgan.ops.convolution import activation_grad, conv, conv_statistics, conv_weight_grad
 from fastgan.ops.geometry import lost_rows
+from fastgan.ops.operators import is_watched
 from fastgan.ops.replay import Replayed
 from fastgan.ops.running import update_running
 
@@ -52,6 +53,8 @@ class ConvBatchNormAct(torch.autograd.Function):
         wanted = ctx.needs_input_grad[: len(inputs)]
         if torch.is_grad_enabled():  # create_graph=True
             grads = _differentiable_grads(dout, inputs, wanted, ctx.layer)
+        elif is_watched([dout]):  # compiled autograd, for one
+            grads = _grads(lambda operator: operator, dout, *inputs, y, mean, invstd, wanted, ctx.layer)
         else:
             grads = _backward(dout, *inputs, y, mean, invstd, wanted, ctx.layer)
         return *grads, None, None, None, None
@@ -73,22 +76,30 @@ def _forward(x, weight, weight_copy, bias, gamma, beta, running_mean, running_va
 
 
 @Replayed
-def _backward(dout, x, weight, weight_copy, bias, gamma, beta, y, mean, invstd, wanted, layer):
-    """The gradients for x, weight, its copy (none), bias, gamma and beta; None where not wanted."""
+def _backward(*arguments):
+    """`_grads` by the operators' functions."""
+    return _grads(lambda operator: operator.function, *arguments)
+
+
+def _grads(form, dout, x, weight, weight_copy, bias, gamma, beta, y, mean, invstd, wanted, layer):
+    """The gradients for x, weight, its copy (none), bias, gamma and beta; None where not wanted.
+
+    `form` gives what is called of an operator.
+    """
     wants_x, wants_weight, _, wants_bias, wants_gamma, wants_beta = wanted
-    dy, sums = batch_norm_act_grad.function(dout, y, mean, invstd, gamma, beta, True, layer.activation, layer.slope)
+    dy, sums = form(batch_norm_act_grad)(dout, y, mean, invstd, gamma, beta, True, layer.activation, layer.slope)
     before, dz = layer.activation_before, dy
     if before:
-        dz = activation_grad.function(dy, y, before, layer.slope_before)
+        dz = form(activation_grad)(dy, y, before, layer.slope_before)
     dx = dweight = dbias = None
     if wants_weight:  # first, so that dx need not wait in memory, or outside of the cache
         low, high = (x, dz) if layer.transposed else (dz, x)
-        dweight = conv_weight_grad.function(low, high, weight, layer.stride, layer.padding)
+        dweight = form(conv_weight_grad)(low, high, weight, layer.stride, layer.padding)
     if wants_x:
         extra = [0, 0] if layer.transposed else lost_rows(x.shape[2:], weight.shape[2:], layer.stride, layer.padding)
         nothing = (None, None, None, None, None, 0.0)
         where = (not layer.transposed, layer.stride, layer.padding, extra)
-        dx = conv.function(dz, weight, weight_copy, *nothing, *where, None, 0.0, *_ALONE, False)
+        dx = form(conv)(dz, weight, weight_copy, *nothing, *where, None, 0.0, *_ALONE, False)
     if wants_bias:  # right before BatchNorm it has no part in the result
         dbias = dz.sum((0, 2, 3), dtype=bias.dtype) if before else torch.zeros_like(bias)
     return dx, dweight, None, dbias, *vector_grads(sums, gamma, beta, wants_gamma, wants_beta)

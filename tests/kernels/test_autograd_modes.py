@@ -1,7 +1,10 @@
 """The operators inside of what PyTorch can put around them: no_grad, checkpointing, loss scaling, torch.func."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
+from torch._dynamo import compiled_autograd
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -112,6 +115,21 @@ def test_loss_scaling(device):
         assert grad.dtype == torch.float32
         assert_as_accurate_as_stock("gradient", grad, plain, reference, torch.float16)
     assert _Critic(drawn, fused=True).step(x, 2.0**40)[1:] == (False, 2.0**39)
+
+
+@BY_MODE
+def test_compiled_autograd(case, device):
+    """Backward alone is captured: what it calls there is operators."""
+    torch._dynamo.reset()
+    tensors, found = draw(case, 3, device), []
+    for compiled in (False, True):
+        copies = leaves(tensors)
+        out = ours(case, copies, "tanh")
+        capture = compiled_autograd._enable(torch.compile(backend="aot_eager")) if compiled else nullcontext()
+        with capture:
+            out.backward(torch.cos(torch.arange(out.numel(), device=device)).view_as(out))
+        found.append([t.grad for t in copies[:5]])
+    torch.testing.assert_close(*found)
 
 
 def _penalty(x, rest, case):
