@@ -27,8 +27,13 @@ def launch(kernel, grid, *args, device, num_warps=4, num_stages=2, **constexprs)
     options = dict(num_warps=num_warps, num_stages=num_stages, **OPTIONS, **constexprs)
     with on(device):
         compiled = kernel[grid](*args, **options)
+    tell(kernel, compiled, grid, args, options)
+
+
+def tell(*launched):
+    """Say that a kernel was started: (kernel, compiled or None where Triton interprets, grid, args, options)."""
     if started := getattr(watched, "started", None):
-        started(kernel, compiled, grid, args, options)
+        started(*launched)
 
 
 def on(device):

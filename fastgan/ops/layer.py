@@ -54,38 +54,49 @@ class ConvBatchNormAct(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True
             grads = _differentiable_grads(dout, inputs, wanted, ctx.layer)
         elif is_watched([dout]):  # compiled autograd, for one
-            grads = _grads(lambda operator: operator, dout, *inputs, y, mean, invstd, wanted, ctx.layer)
+            grads = _grads(_itself, dout, *inputs, y, mean, invstd, wanted, ctx.layer)
         else:
             grads = _backward(dout, *inputs, y, mean, invstd, wanted, ctx.layer)
         return *grads, None, None, None, None
 
 
+def _function(operator):
+    return operator.function
+
+
+def _itself(operator):
+    return operator
+
+
 @Replayed
 def _forward(x, weight, weight_copy, bias, gamma, beta, running_mean, running_var, batches, layer):
     """(out, y, mean, invstd): the result, and what backward needs."""
-    where = (layer.transposed, layer.stride, layer.padding, layer.output_padding)
-    before, after = (layer.activation_before, layer.slope_before), (layer.activation, layer.slope)
-    y, mean, invstd, var = conv_statistics.function(
-        x, weight, weight_copy, bias, layer.eps, *where, *before, layer.groups, *_ALONE
-    )
+    out, y, mean, invstd, var = _layer(_function, x, weight, weight_copy, bias, gamma, beta, layer)
     if running_mean is not None:
         update_running.function(running_mean, running_var, mean, var, batches, layer.momentum)
     elif batches is not None:
         batches.add_(layer.groups)
-    return batch_norm_act.function(y, mean, invstd, gamma, beta, True, *after), y, mean, invstd
+    return out, y, mean, invstd
+
+
+def _layer(form, x, weight, weight_copy, bias, gamma, beta, layer):
+    """(out, y, mean, invstd, var) by what `form` gives of the operators: `_function`, or `_itself`."""
+    where = (layer.transposed, layer.stride, layer.padding, layer.output_padding)
+    before, after = (layer.activation_before, layer.slope_before), (layer.activation, layer.slope)
+    y, mean, invstd, var = form(conv_statistics)(
+        x, weight, weight_copy, bias, layer.eps, *where, *before, layer.groups, *_ALONE
+    )
+    return form(batch_norm_act)(y, mean, invstd, gamma, beta, True, *after), y, mean, invstd, var
 
 
 @Replayed
 def _backward(*arguments):
     """`_grads` by the operators' functions."""
-    return _grads(lambda operator: operator.function, *arguments)
+    return _grads(_function, *arguments)
 
 
 def _grads(form, dout, x, weight, weight_copy, bias, gamma, beta, y, mean, invstd, wanted, layer):
-    """The gradients for x, weight, its copy (none), bias, gamma and beta; None where not wanted.
-
-    `form` gives what is called of an operator.
-    """
+    """Gradients for x, weight, its copy (none), bias, gamma and beta; None where not wanted. `form`: see `_layer`."""
     wants_x, wants_weight, _, wants_bias, wants_gamma, wants_beta = wanted
     dy, sums = form(batch_norm_act_grad)(dout, y, mean, invstd, gamma, beta, True, layer.activation, layer.slope)
     before, dz = layer.activation_before, dy
@@ -109,13 +120,7 @@ def _differentiable_grads(dout, inputs, wanted, layer):
     """The same as functions of dout and of `inputs`: forward runs again, by the operators."""
     # On tensors of their own, or what reaches a weight through x as well would count twice.
     inputs = [None if each is None else each.view_as(each) for each in inputs]
-    x, weight, weight_copy, bias, gamma, beta = inputs
-    where = (layer.transposed, layer.stride, layer.padding, layer.output_padding)
-    before, after = (layer.activation_before, layer.slope_before), (layer.activation, layer.slope)
-    y, mean, invstd, _ = conv_statistics(
-        x, weight, weight_copy, bias, layer.eps, *where, *before, layer.groups, *_ALONE
-    )
-    out = batch_norm_act(y, mean, invstd, gamma, beta, True, *after)
+    out, *_ = _layer(_itself, *inputs, layer)
     asked = [each for each, want in zip(inputs, wanted, strict=True) if want]
     found = iter(torch.autograd.grad(out, asked, dout, create_graph=True))
     return [next(found) if want else None for want in wanted]
