@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from fastgan.backend import HAS_TRITON
+from fastgan.training.graph import garbage_kept
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
@@ -91,7 +92,7 @@ def graphed(call, *, warm_up=3):
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with garbage_kept(), torch.cuda.graph(graph):
         result = call()
 
     def replay():

@@ -4,36 +4,66 @@ from contextlib import contextmanager
 
 import torch
 
-_late = None  # within `filled_after_capture`: what is to be filled
+_captured = None  # within `filled_after_capture`: all tables that were asked for, and what is to be filled
 
 
 @contextmanager
 def filled_after_capture():
     """Around the capture of a CUDA graph, which cannot copy from the host: tables made within are filled at its end.
 
-    Yields their list. Whoever replays the graph keeps it: the graph knows no more of a table than its address.
+    Yields the list of them. Whoever replays the graph keeps it: the graph knows no more of a table than its address.
     """
-    global _late
-    _late = tables = []
+    global _captured
+    tables, unfilled = _captured = [], []
     try:
         yield tables
+    except BaseException:
+        for owner, _ in unfilled:
+            owner.forget()
+        raise
     finally:
-        _late = None
-    for table, rows in tables:
-        table.copy_(_host(rows, table.device), non_blocking=True)
-
-
-def _table(rows, device):
-    if _late is None:
-        return _host(rows, device).to(device, non_blocking=True)
-    table = torch.empty((len(rows), len(rows[0])), dtype=torch.int64, device=device)
-    _late.append((table, rows))
-    return table
+        _captured = None
+    for owner, rows in unfilled:
+        owner.table.copy_(_host(rows, owner.table.device), non_blocking=True)
 
 
 def _host(rows, device):
     """The rows in memory from which a copy to the device need not be waited for."""
     return torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda")
+
+
+class _Table:
+    """A table, kept until it is to say something else."""
+
+    def __init__(self):
+        self.forget()
+
+    def forget(self):
+        self._key = self.table = self._spare = None
+
+    def of(self, key, rows, device):
+        """The table of `rows()`, which are others when `key` is another."""
+        if _captured is not None:
+            return self._in_capture(key, rows)
+        if key != self._key:
+            self._key, self.table = key, _host(rows(), device).to(device, non_blocking=True)
+        if self._spare is None or self._spare.shape != self.table.shape:
+            self._spare = torch.empty_like(self.table)
+        return self.table
+
+    def _in_capture(self, key, rows):
+        # Memory that is allocated within a capture may be what earlier kernels of the graph write to, at each replay.
+        tables, unfilled = _captured
+        if key != self._key:
+            rows = rows()
+            if self._spare is None or self._spare.shape != (len(rows), len(rows[0])):
+                raise RuntimeError(
+                    "before a CUDA graph is captured, call this once with as many tensors of these sizes"
+                )
+            self._key, self.table, self._spare = key, self._spare, None
+            unfilled.append((self, rows))
+        tables.append(self.table)
+        return self.table
 
 
 class Tables:
@@ -48,19 +78,16 @@ class Tables:
 
     def __init__(self, block):
         self._block = block
-        self._addresses = self._blocks = (None, None)  # what it was made of, the table
+        self._addresses, self._blocks = _Table(), _Table()
 
     def __call__(self, first, *lists):
         device = first[0].device
         addresses = [[tensor.data_ptr() for tensor in row] for row in zip(first, *lists, strict=True)]
         sizes = [tensor.numel() for tensor in first]
-        if _late is not None:
-            return _table(addresses, device), _table(self._blocks_of(sizes), device)
-        if addresses != self._addresses[0]:
-            self._addresses = addresses, _table(addresses, device)
-        if sizes != self._blocks[0]:
-            self._blocks = sizes, _table(self._blocks_of(sizes), device)
-        return self._addresses[1], self._blocks[1]
+        return (
+            self._addresses.of(addresses, lambda: addresses, device),
+            self._blocks.of(sizes, lambda: self._blocks_of(sizes), device),
+        )
 
     def _blocks_of(self, sizes):
         return [(i, start, size) for i, size in enumerate(sizes) for start in range(0, size, self._block)]

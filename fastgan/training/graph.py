@@ -1,10 +1,26 @@
 """A training step as one CUDA graph: hundreds of launches become one."""
 
+import gc
+from contextlib import contextmanager
+
 import torch
 
 from fastgan.kernels.tables import filled_after_capture
 
 WARMUP_STEPS = 3  # before the capture: compilation, cuDNN's choice of algorithms, the optimizers' state
+
+
+@contextmanager
+def garbage_kept():
+    """Around a capture: a CUDA graph that is garbage would invalidate it, were it collected within (pytorch#161037)."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class StepGraph:
@@ -66,6 +82,7 @@ class StepGraph:
         try:
             # Other threads go on preparing batches meanwhile.
             with (
+                garbage_kept(),
                 filled_after_capture() as self._tables,
                 torch.cuda.device(self._device),
                 torch.cuda.graph(graph, capture_error_mode="thread_local"),

@@ -14,6 +14,7 @@ from fastgan.kernels import batch_norm
 from fastgan.ops import way_back
 from fastgan.ops.choice import Choice
 from fastgan.ops.geometry import out_size
+from fastgan.ops.replay import Replayed
 from fastgan.ops.way_back import conv_activation_grad, conv_batch_norm_grad
 from tests.accuracy import assert_as_accurate_as_stock
 from tests.conftest import HAS_GPU
@@ -69,7 +70,7 @@ TO_BATCH_NORM = [way for way in WAYS_BACK if way != "to an image"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("way, activation", zip(TO_BATCH_NORM, [*ACTIVATIONS, None], strict=True))
+@pytest.mark.parametrize("way, activation", list(zip(TO_BATCH_NORM, [*ACTIVATIONS, None], strict=True)))
 @pytest.mark.parametrize("implementation", ("triton", "cudnn"))
 @pytest.mark.parametrize("groups, affine", [(1, True), (2, True), (2, False)])
 def test_way_back_to_batch_norm(groups, affine, implementation, way, activation, dtype, device, monkeypatch):
@@ -161,6 +162,8 @@ def passes(monkeypatch):
 
     for name in ("activation_input_grad", "batch_norm_grad_sums"):
         monkeypatch.setattr(batch_norm, name, recording(name))
+    # A replay, on a GPU, starts the kernels and calls nothing by its name.
+    monkeypatch.setattr(Replayed, "__call__", lambda replayed, *arguments: replayed.function(*arguments))
     return found
 
 

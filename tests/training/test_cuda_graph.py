@@ -1,6 +1,7 @@
 """The captured step against the same step as it is, on a GPU."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -46,6 +47,21 @@ def test_losses_are_the_same_with_and_without_the_graph(fused, precision):
     if fused:
         torch.testing.assert_close(graphed.state_dict()["generator"], plain.state_dict()["generator"])
         torch.testing.assert_close(graphed.state_dict()["discriminator"], plain.state_dict()["discriminator"])
+
+
+def test_a_graph_that_is_garbage_does_not_disturb_a_capture():
+    dead = make_step(cuda_graph=True)
+    train(dead, batches())
+    dead.itself = dead  # it goes when Python looks for such cycles, and not before
+    step = make_step(cuda_graph=True)
+    train(step, batches(WARMUP_STEPS))
+    thresholds = gc.get_threshold()
+    del dead
+    gc.set_threshold(1)
+    try:
+        assert train(step, batches(2)).isfinite().all() and step._graph.captured
+    finally:
+        gc.set_threshold(*thresholds)
 
 
 def test_compiled_and_captured_without_graph_breaks():
