@@ -33,7 +33,7 @@ def discriminator_bce(real_logits, fake_logits, *, real_target=1.0, fake_target=
     if implementation == "reference":
         loss = _bce_reference(real_logits, real_target) + _bce_reference(fake_logits, fake_target)
         return (loss, _mean_sigmoid(real_logits), _mean_sigmoid(fake_logits)) if return_means else loss
-    loss, means, _ = losses.bce(real_logits, fake_logits, float(real_target), float(fake_target))
+    loss, means, _ = losses.bce(real_logits, fake_logits, float(real_target), float(fake_target), False)
     return (loss, means[0], means[1]) if return_means else loss
 
 
@@ -53,7 +53,7 @@ def generator_bce(fake_logits):
     implementation, _ = backend.select(fake_logits.device, fake_logits.dtype)
     if implementation == "reference":
         return _bce_reference(fake_logits, 1.0)
-    return losses.bce(fake_logits, None, 1.0, 0.0)[0]
+    return losses.bce(fake_logits, None, 1.0, 0.0, False)[0]
 
 
 def backward_bce(logits, targets, scaler, *, means=True):
@@ -77,7 +77,9 @@ def backward_bce(logits, targets, scaler, *, means=True):
     # The kernel has the gradient ready: from the loss on, autograd would multiply it by one and put its parts together.
     real, *fake = logits.detach().chunk(len(targets))
     real_target, fake_target = (*map(float, targets), 0.0)[:2]
-    loss, sigmoids, grads = losses.bce(real, fake[0] if fake else None, real_target, fake_target)
+    # A loss scale comes before they are rounded: 1/N is small in float16.
+    as_logits = not scaler.is_enabled()
+    loss, sigmoids, grads = losses.bce(real, fake[0] if fake else None, real_target, fake_target, as_logits)
     logits.backward(scaler.scale(grads).to(logits.dtype).view_as(logits))
     return loss, *sigmoids[: len(targets) * means]
 

@@ -30,8 +30,8 @@ def _bce(logits_ptr, grad_ptr, n, target, BLOCK: tl.constexpr):
 def bce_kernel(
     real_ptr,  # (n_real,)
     fake_ptr,  # (n_fake,) or None: the generator's loss looks at one set only
-    real_grad_ptr,  # (n_real,) float32
-    fake_grad_ptr,  # (n_fake,) float32
+    real_grad_ptr,  # (n_real,), any floating dtype
+    fake_grad_ptr,  # (n_fake,)
     loss_ptr,  # (programs,): each one's part of the loss
     means_ptr,  # (programs, 2): of mean σ(real) and of mean σ(fake)
     n_real,
@@ -52,19 +52,20 @@ def bce_kernel(
     tl.store(means_ptr + 1, fake_mean)
 
 
-def bce(real, fake, real_target, fake_target):
+def bce(real, fake, real_target, fake_target, grad_dtype=torch.float32):
     """Mean BCE of two contiguous 1-D sets of logits, each against its target, added; `fake` may be None.
 
-    Returns, all float32:
-        the loss, 0-dim; [mean σ(real), mean σ(fake)]; the loss's gradient (n_real + n_fake,), real's first.
+    Returns:
+        the loss, 0-dim float32; [mean σ(real), mean σ(fake)] float32; the loss's gradient (n_real + n_fake,) in
+        `grad_dtype`, real's first.
     """
     n_real, n_fake = real.numel(), 0 if fake is None else fake.numel()
     programs = cdiv(max(n_real, n_fake), BLOCK)
 
-    def empty(*shape):
-        return torch.empty(shape, dtype=torch.float32, device=real.device)
+    def empty(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device=real.device)
 
-    loss, means, grads = empty(), empty(2), empty(n_real + n_fake)
+    loss, means, grads = empty(), empty(2), empty(n_real + n_fake, dtype=grad_dtype)
     parts = (loss, means) if programs == 1 else (empty(1, programs, 1), empty(1, programs, 2))
     launch(
         bce_kernel,

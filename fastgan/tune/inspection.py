@@ -60,8 +60,8 @@ def _passes(dtype, batch):
         cast.Cast()([torch.empty(64, 8)], [torch.empty(64, 8, dtype=dtype)])
         averaged = [[torch.empty(64, 8)] for _ in range(4)]
         adam.AdamUpdate()(*averaged, [torch.empty(())], lr=torch.empty(()), betas=(0.5, 0.999), eps=1e-8)
-        losses.bce(logits, logits, 1.0, 0.0)
-        losses.bce(logits, None, 1.0, 0.0)
+        losses.bce(logits, logits, 1.0, 0.0, dtype)
+        losses.bce(logits, None, 1.0, 0.0, dtype)
         drawn = torch.empty(data.programs(batch, images), dtype=torch.int32)
         data.next_batch(images, order, None, drawn, batch, dtype)
         data.next_batch(images, order, order.to(torch.uint8), drawn, batch, dtype)

@@ -96,7 +96,7 @@ def workload(dtype, batch=8):
         cast.Cast()([torch.empty(64, 8)], [torch.empty(64, 8, dtype=dtype)])
         five = [[torch.empty(64, 8)] for _ in range(4)] + [[torch.empty(())]]
         adam.AdamUpdate()(*five, lr=torch.empty(()), betas=(0.5, 0.999), eps=1e-8)
-        losses.bce(torch.empty(batch, dtype=dtype), torch.empty(batch, dtype=dtype), 1.0, 0.0)
+        losses.bce(torch.empty(batch, dtype=dtype), torch.empty(batch, dtype=dtype), 1.0, 0.0, dtype)
         losses.bce(torch.empty(batch, dtype=dtype), None, 1.0, 0.0)
 
         images, order = torch.empty(2 * batch, 32, 32, 3, dtype=torch.uint8), torch.empty(2 * batch, dtype=torch.int32)

@@ -94,8 +94,9 @@ def _operator_calls(device):
             batch_norm_act_grad,
             (y.detach(), y.detach(), constant, constant + 1, None, constant, False, "tanh", 0.0),
         ),
-        "bce": (bce, (x, y, 0.9, 0.1)),
-        "bce_one_set": (bce, (x, None, 1.0, 0.0)),
+        "bce": (bce, (x, y, 0.9, 0.1, False)),
+        "bce_one_set": (bce, (x, None, 1.0, 0.0, False)),
+        "bce_half_grads": (bce, (x.detach().half(), y.detach().half(), 1.0, 0.0, True)),
     }
 
 
