@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastgan.ops.branches import beside, join
 from fastgan.ops.choice import choose, conv_problem, weight_grad_problem
 from fastgan.ops.geometry import lost_rows, missing_rows, out_size
 from fastgan.ops.implementations import (
@@ -260,7 +261,8 @@ def _backward(ctx, x, weight, weight_copy, out, x_normalized, dout):
     dx = dweight = sums = None
     if ctx.needs_input_grad[1]:  # first, so that dx need not wait in memory, or outside of the cache
         low, high = (x, dz) if transposed else (dz, x)
-        dweight = conv_weight_grad(low, high, weight, stride, padding)
+        with beside():
+            dweight = conv_weight_grad(low, high, weight, stride, padding)
     if ctx.needs_input_grad[0]:
         extra = [0, 0] if transposed else lost_rows(x.shape[2:], weight.shape[2:], stride, padding)
         where = (not transposed, stride, padding, extra)
@@ -272,6 +274,7 @@ def _backward(ctx, x, weight, weight_copy, out, x_normalized, dout):
             dx = conv_activation_grad(dz, weight, weight_copy, x, *where, ctx.x_activation, ctx.x_slope)
         else:
             dx = plain_conv(dz, weight, weight_copy, *where)
+    join()
     return dx, dweight, dz, [None, None, None, sums, None, None][: len(x_normalized)]
 
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 
 from fastgan.ops.batch_norm import batch_norm_act, batch_norm_act_grad, vector_grads
+from fastgan.ops.branches import beside, join
 from fastgan.ops.convolution import activation_grad, conv, conv_statistics, conv_weight_grad
 from fastgan.ops.geometry import lost_rows
 from fastgan.ops.operators import is_watched
@@ -105,12 +106,14 @@ def _grads(form, dout, x, weight, weight_copy, bias, gamma, beta, y, mean, invst
     dx = dweight = dbias = None
     if wants_weight:  # first, so that dx need not wait in memory, or outside of the cache
         low, high = (x, dz) if layer.transposed else (dz, x)
-        dweight = form(conv_weight_grad)(low, high, weight, layer.stride, layer.padding)
+        with beside():
+            dweight = form(conv_weight_grad)(low, high, weight, layer.stride, layer.padding)
     if wants_x:
         extra = [0, 0] if layer.transposed else lost_rows(x.shape[2:], weight.shape[2:], layer.stride, layer.padding)
         nothing = (None, None, None, None, None, 0.0)
         where = (not layer.transposed, layer.stride, layer.padding, extra)
         dx = form(conv)(dz, weight, weight_copy, *nothing, *where, None, 0.0, *_ALONE, False)
+    join()
     if wants_bias:  # right before BatchNorm it has no part in the result
         dbias = dz.sum((0, 2, 3), dtype=bias.dtype) if before else torch.zeros_like(bias)
     return dx, dweight, None, dbias, *vector_grads(sums, gamma, beta, wants_gamma, wants_beta)

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 
 from fastgan.kernels.tables import filled_after_capture
+from fastgan.ops import branches
 
 WARMUP_STEPS = 3  # before the capture: compilation, cuDNN's choice of algorithms, the optimizers' state
 
@@ -83,6 +84,7 @@ class StepGraph:
             # Other threads go on preparing batches meanwhile.
             with (
                 garbage_kept(),
+                branches.branching(torch.cuda.Stream(self._device) if branches.ENABLED else None),
                 filled_after_capture() as self._tables,
                 torch.cuda.device(self._device),
                 torch.cuda.graph(graph, capture_error_mode="thread_local"),

@@ -30,15 +30,17 @@ def train(step):
     return torch.stack([torch.stack(list(step(real).values())) for real in real_batches(STEPS, dtype=torch.float32)])
 
 
-@pytest.mark.parametrize("half, one_pass", ((False, True), (True, False)))
-def test_replays_equal_plain_steps(half, one_pass, monkeypatch, triton_backend):
+@pytest.mark.parametrize("half, one_pass, branches", ((False, True, True), (True, False, False)))
+def test_replays_equal_plain_steps(half, one_pass, branches, monkeypatch, triton_backend):
     plain, graphed = (make_step(half, one_pass=one_pass) for _ in range(2))
     expected = train(plain)
     simulate_graphs(monkeypatch)
     monkeypatch.setattr(graph, "WARMUP_STEPS", 1)
+    monkeypatch.setattr(graph.branches, "ENABLED", branches)
     graphed._graph = graph.StepGraph(graphed._step, torch.device("cpu"))
     losses = train(graphed)
     assert graphed._graph.captured and len(graphed._graph._graph._steps) > 50
+    assert len({stream for stream, *_ in graphed._graph._graph._steps}) == (2 if branches else 1)
     torch.testing.assert_close(losses, expected, rtol=1e-6, atol=1e-6)
     for name in ("generator", "discriminator"):
         ours, theirs = (getattr(step, name).state_dict() for step in (graphed, plain))

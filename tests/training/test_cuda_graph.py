@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fastgan.models import Discriminator, Generator
+from fastgan.ops import branches
 from fastgan.training import TrainStep
 from fastgan.training.graph import WARMUP_STEPS
 
@@ -47,6 +48,14 @@ def test_losses_are_the_same_with_and_without_the_graph(fused, precision):
     if fused:
         torch.testing.assert_close(graphed.state_dict()["generator"], plain.state_dict()["generator"])
         torch.testing.assert_close(graphed.state_dict()["discriminator"], plain.state_dict()["discriminator"])
+
+
+def test_branches_change_nothing(monkeypatch):
+    losses = []
+    for enabled in (False, True):
+        monkeypatch.setattr(branches, "ENABLED", enabled)
+        losses.append(train(make_step(precision="bf16", cuda_graph=True), batches()))
+    torch.testing.assert_close(*losses, rtol=0, atol=0)
 
 
 def test_a_graph_that_is_garbage_does_not_disturb_a_capture():

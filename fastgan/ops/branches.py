@@ -1,0 +1,46 @@
+"""Kernels side by side in a captured step: a weight's gradient beside the input's, which need nothing of each other.
+
+Small batches leave multiprocessors idle at the end of every kernel. In a CUDA graph two kernels of which neither waits
+for the other fill those gaps; launched one by one from Python they would cost more in events than they give.
+"""
+
+import os
+from contextlib import contextmanager
+
+import torch
+
+# An experiment, not timed yet (kernels/NOTES.md).
+ENABLED = os.environ.get("FASTGAN_BRANCHES") == "1"
+
+_stream = None  # within `branching`: where the other branch runs
+
+
+@contextmanager
+def branching(stream):
+    """Around a capture: `beside` puts kernels on this stream; None for no branches."""
+    global _stream
+    before, _stream = _stream, stream
+    try:
+        yield
+    finally:
+        _stream = before
+
+
+@contextmanager
+def beside():
+    """Within it kernels run beside those that come after it, until `join`: on a stream that has waited for all before.
+
+    Until then nobody lets go of a tensor that they read, and nobody reads what they write.
+    """
+    if _stream is None:
+        yield
+        return
+    _stream.wait_stream(torch.cuda.current_stream(_stream.device))
+    with torch.cuda.stream(_stream):
+        yield
+
+
+def join():
+    """What comes after it waits for what ran `beside`."""
+    if _stream is not None:
+        torch.cuda.current_stream(_stream.device).wait_stream(_stream)
