@@ -1,4 +1,4 @@
-"""Kernels side by side in a captured step: a weight's gradient beside the input's, which need nothing of each other.
+"""Kernels side by side in a captured step: a weight's gradient beside the input's, running statistics beside a layer.
 
 Small batches leave multiprocessors idle at the end of every kernel. In a CUDA graph two kernels of which neither waits
 for the other fill those gaps; launched one by one from Python they would cost more in events than they give.
@@ -13,6 +13,7 @@ import torch
 ENABLED = os.environ.get("FASTGAN_BRANCHES") == "1"
 
 _stream = None  # within `branching`: where the other branch runs
+_kept = []  # what it reads
 
 
 @contextmanager
@@ -24,17 +25,19 @@ def branching(stream):
         yield
     finally:
         _stream = before
+        _kept.clear()
 
 
 @contextmanager
-def beside():
+def beside(*read):
     """Within it kernels run beside those that come after it, until `join`: on a stream that has waited for all before.
 
-    Until then nobody lets go of a tensor that they read, and nobody reads what they write.
+    Until then nobody else reads what they write. Who may let go of a tensor that they read before, names it in `read`.
     """
     if _stream is None:
         yield
         return
+    _kept.extend(read)
     _stream.wait_stream(torch.cuda.current_stream(_stream.device))
     with torch.cuda.stream(_stream):
         yield
@@ -44,3 +47,4 @@ def join():
     """What comes after it waits for what ran `beside`."""
     if _stream is not None:
         torch.cuda.current_stream(_stream.device).wait_stream(_stream)
+        _kept.clear()

@@ -74,7 +74,8 @@ def _forward(x, weight, weight_copy, bias, gamma, beta, running_mean, running_va
     """(out, y, mean, invstd): the result, and what backward needs."""
     out, y, mean, invstd, var = _layer(_function, x, weight, weight_copy, bias, gamma, beta, layer)
     if running_mean is not None:
-        update_running.function(running_mean, running_var, mean, var, batches, layer.momentum)
+        with beside(mean, var):
+            update_running.function(running_mean, running_var, mean, var, batches, layer.momentum)
     elif batches is not None:
         batches.add_(layer.groups)
     return out, y, mean, invstd

@@ -91,6 +91,7 @@ class StepGraph:
             ):
                 losses = self._step(self._images)
                 self._losses = torch.stack(list(losses.values()))
+                branches.join()
         except RuntimeError as error:
             raise RuntimeError(
                 "the step cannot be captured in a CUDA graph: something in it waits for the GPU or depends on values "
