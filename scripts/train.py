@@ -10,6 +10,7 @@ import warnings
 import torch
 
 import fastgan
+from fastgan.ops.choice import has_table
 from fastgan.training import TrainConfig, new_run, resumed_run, train
 from fastgan.training.config import add_options
 
@@ -35,6 +36,12 @@ def describe(run):
         f"{config.batch_size} an epoch; {how}, {config.precision} on {run.device}{where}; run folder {run.out}",
         flush=True,
     )
+    if config.fused and run.device.type == "cuda" and not has_table(gpu := torch.cuda.get_device_name(run.device)):
+        print(
+            f"nobody has measured convolutions on {gpu} yet, so cuDNN computes them: `python -m fastgan.tune` finds, "
+            "in some minutes, where our kernels are faster",
+            flush=True,
+        )
     if run.first_step:
         print(f"going on after step {run.first_step} of {run.last_step}", flush=True)
 

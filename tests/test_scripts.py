@@ -13,6 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
+from fastgan.training import TrainConfig, new_run
+
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 TINY = "--dataset fake --image-size 8 --batch-size 4 --nz 5 --ngf 4 --ndf 4 --device cpu".split()
 
@@ -21,10 +23,11 @@ def load(name):
     spec = importlib.util.spec_from_file_location(f"scripts_{name}", SCRIPTS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.main
+    return module
 
 
-train, generate = load("train"), load("generate")
+train_script = load("train")
+train, generate = train_script.main, load("generate").main
 
 
 @pytest.fixture(autouse=True)
@@ -76,6 +79,16 @@ def test_train_then_generate(capsys):
     assert Image.open("grid.png").size == (22, 22)
     assert generate(["run", "--out", "folder", "--num", "3", "--separate", "--device", "cpu"]) == 0
     assert len(list(Path("folder").iterdir())) == 3
+
+
+@pytest.mark.parametrize("gpu, fused, said", (("T800", True, True), ("H200", True, False), ("T800", False, False)))
+def test_a_gpu_that_nobody_measured_is_told_of(gpu, fused, said, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"NVIDIA {gpu}")
+    tiny = dict(dataset="fake", image_size=8, batch_size=4, nz=5, ngf=4, ndf=4, device="cpu")
+    run = new_run(TrainConfig(fused=fused, **tiny), "run")
+    run.device = torch.device("cuda")
+    train_script.describe(run)
+    assert ("measured convolutions on NVIDIA T800 yet" in capsys.readouterr().out) == said
 
 
 @pytest.mark.parametrize("options", [["--data-on", "host", "--flip"], ["--data-on", "auto", "--no-flip"]])

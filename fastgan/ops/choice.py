@@ -97,7 +97,7 @@ def _choose(problem, index, forced):
         return Choice("triton", tile, "FASTGAN_BACKEND=triton")
     if measured is not None:
         return Choice(measured.implementation, measured.tile, _why(measured, problem))
-    if _tables(gpu):
+    if has_table(gpu):
         return Choice("cudnn", None, f"not in the table of {gpu}: cuDNN is the safe choice")
     return Choice("cudnn", None, f"no table of {gpu} (python -m fastgan.tune measures one): cuDNN is the safe choice")
 
@@ -107,6 +107,11 @@ def _why(measured, problem):
         return f"cuDNN {measured.cudnn_us:.1f} µs, no right kernel of ours, at batch {measured.batch}"
     at = f"at batch {measured.batch}" + (", the nearest measured" if measured.batch != problem.batch else "")
     return f"ours {measured.triton_us:.1f} µs, cuDNN {measured.cudnn_us:.1f} µs {at}"
+
+
+def has_table(gpu):
+    """Whether any convolution was measured on a GPU of this name."""
+    return bool(_tables(gpu))
 
 
 def find(table, problem):
