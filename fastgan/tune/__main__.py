@@ -27,7 +27,10 @@ that comes with fastgan. What was measured before with the same versions stays i
 
 
 def main(arguments=None):
-    """Tune, print and write a table; returns the exit status: 0, 1 if a kernel was wrong or failed, 2 if impossible."""
+    """Tune, print and write a table.
+
+    Returns the exit status: 0, 1 if a kernel was wrong or failed, 2 if impossible, 130 after Ctrl-C.
+    """
     options = _parser().parse_args(arguments)
     try:
         problems = problems_of(
@@ -52,7 +55,11 @@ def main(arguments=None):
     path = options.out or choice.user_table_path(gpu)
     print(f"{len(problems)} convolutions on {gpu}, {', '.join(f'{k} {v}' for k, v in versions.items())}", flush=True)
     began = time.perf_counter()
-    measured, failures = tune(problems, report=_line, save=_saver(path, gpu, versions), processes=options.jobs)
+    try:
+        measured, failures = tune(problems, report=_line, save=_saver(path, gpu, versions), processes=options.jobs)
+    except KeyboardInterrupt:
+        print(f"interrupted; what was measured by then is in {path}", file=sys.stderr)
+        return 130
     _summary(measured, failures, path, time.perf_counter() - began)
     return 1 if failures else 0
 
@@ -122,7 +129,7 @@ def _saver(path, gpu, versions):
 
 def _line(problem, result, seconds):
     """Print what came of one Problem."""
-    head = f"{seconds:6.1f} s  {problem.shape:<40} {problem.kind:<15} {problem.dtype} {problem.batch:>5}"
+    head = f"{seconds:6.1f} s  {problem.shape:<40} {problem.kind:<19} {problem.dtype} {problem.batch:>5}"
     if result.measurement is None:
         print(f"{head}  not measured: {result.failure}", flush=True)
         return

@@ -4,6 +4,7 @@ The processes need no GPU: Triton's cache on disk takes the kernels from them to
 """
 
 import os
+import signal
 from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing import get_context
 
@@ -77,6 +78,7 @@ class Compiler:
 def prepare(capability):
     """Make this process one that compiles for a GPU which it never touches."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the process that started this one
     torch.set_num_threads(1)
     compiling = compiling_for(capability)
     compiling.__enter__()  # for as long as the process lives

@@ -107,6 +107,24 @@ def test_failures_are_reported(pretended, tmp_path, capsys):
     assert {p.kind for p in read_table(tmp_path / "table.json")} == {"down+statistics", "up"}
 
 
+def test_what_was_measured_before_an_interruption_is_kept(pretended, tmp_path, capsys, monkeypatch):
+    from fastgan.tune import session
+
+    measure, calls = session.measure, []
+
+    def interrupted(problem, *arguments):
+        calls.append(problem)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return measure(problem, *arguments)
+
+    monkeypatch.setattr(session, "measure", interrupted)
+    path = tmp_path / "table.json"
+    assert command.main([SHAPE, "--batch", "4,8", "--out", str(path)]) == 130
+    assert list(read_table(path)) == calls[:2]
+    assert str(path) in capsys.readouterr().err
+
+
 COMPILE = f"""
 import torch
 from fastgan.kernels.offline import compile_launch, compiling_for
