@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fastgan.backend import HAS_TRITON
-from fastgan.training.graph import garbage_kept
+from fastgan.training.graph import capturing
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
@@ -92,7 +92,7 @@ def graphed(call, *, warm_up=3):
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with garbage_kept(), torch.cuda.graph(graph):
+    with capturing(graph):
         result = call()
 
     def replay():

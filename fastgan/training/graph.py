@@ -12,13 +12,20 @@ WARMUP_STEPS = 3  # before the capture: compilation, cuDNN's choice of algorithm
 
 
 @contextmanager
-def garbage_kept():
-    """Around a capture: a CUDA graph that is garbage would invalidate it, were it collected within (pytorch#161037)."""
+def capturing(graph, **options):
+    """torch.cuda.graph(graph, **options), which other graphs do not disturb and which disturbs nothing if it fails."""
+    # A graph that is garbage would invalidate the capture, were it collected within (pytorch#161037).
     gc.collect()
     enabled = gc.isenabled()
     gc.disable()
     try:
-        yield
+        with torch.cuda.graph(graph, **options):
+            yield
+    except BaseException:
+        # Generators would draw nothing more: torch 2.11's take a capture that failed to be going on.
+        for generator in torch.cuda.default_generators:
+            generator.graphsafe_set_state(generator.clone_state())
+        raise
     finally:
         if enabled:
             gc.enable()
@@ -83,11 +90,10 @@ class StepGraph:
         try:
             # Other threads go on preparing batches meanwhile.
             with (
-                garbage_kept(),
                 branches.branching(torch.cuda.Stream(self._device) if branches.ENABLED else None),
                 filled_after_capture() as self._tables,
                 torch.cuda.device(self._device),
-                torch.cuda.graph(graph, capture_error_mode="thread_local"),
+                capturing(graph, capture_error_mode="thread_local"),
             ):
                 losses = self._step(self._images)
                 self._losses = torch.stack(list(losses.values()))

@@ -9,7 +9,7 @@ import torch
 
 from fastgan import data
 from fastgan.data.host import _ReadAhead
-from fastgan.training.graph import garbage_kept
+from fastgan.training.graph import capturing
 
 
 @pytest.fixture
@@ -238,7 +238,7 @@ def test_a_captured_draw_goes_on_through_the_epochs(dataset, monkeypatch, backen
     resident = data.ResidentImages(dataset.images, 4, device="cuda", dtype=dtype, **options)
     resident.draw()  # compiles
     graph = torch.cuda.CUDAGraph()
-    with garbage_kept(), torch.cuda.graph(graph):
+    with capturing(graph):
         batch = resident.draw()
     resident.seek(1)
     for expected in data.scale(from_host(dataset, 9, **options)).to(dtype):
@@ -254,7 +254,7 @@ def test_reading_ahead_goes_on_during_a_capture(square):
     static = torch.zeros(1000, device="cuda")
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with garbage_kept(), torch.cuda.graph(graph):
+    with capturing(graph):
         for _ in range(50):
             static += 1
             time.sleep(0.002)

@@ -10,7 +10,7 @@ from fastgan.kernels import launch as launching
 from fastgan.kernels.batch_norm import activation_input_grad
 from fastgan.ops import choice, replay
 from fastgan.ops.replay import Plan, Replayed
-from fastgan.training.graph import garbage_kept
+from fastgan.training.graph import capturing
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -223,7 +223,7 @@ def test_a_gpu_replays_and_a_capture_does_not():
         torch.testing.assert_close(replayed(*arguments), tanh_grad(*arguments), rtol=0, atol=0)
     assert replayed.calls == 2
     graph = torch.cuda.CUDAGraph()
-    with garbage_kept(), torch.cuda.graph(graph):
+    with capturing(graph):
         captured = replayed(*arguments)
     graph.replay()
     assert replayed.calls == 3

@@ -2,10 +2,12 @@
 
 import gc
 import weakref
+from contextlib import nullcontext
 
 import pytest
+import torch
 
-from fastgan.training.graph import garbage_kept
+from fastgan.training.graph import capturing
 
 
 class Cycle:
@@ -15,15 +17,47 @@ class Cycle:
         self.itself = self
 
 
+class Generator:
+    """As much of a CUDA device's generator as there is to see."""
+
+    state = "captured"
+
+    def clone_state(self):
+        return "as before"
+
+    def graphsafe_set_state(self, state):
+        self.state = state
+
+
+@pytest.fixture
+def generators(monkeypatch):
+    """Those of two devices."""
+    made = Generator(), Generator()
+    monkeypatch.setattr(torch.cuda, "default_generators", made)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **options: nullcontext())
+    return made
+
+
 @pytest.mark.parametrize("enabled", (True, False))
-def test_garbage_goes_before_a_capture_and_not_within(enabled):
+def test_garbage_goes_before_a_capture_and_not_within(enabled, generators):
     before = gc.isenabled()
     try:
         gc.enable() if enabled else gc.disable()
         dead = weakref.ref(Cycle())
-        with pytest.raises(ZeroDivisionError), garbage_kept():
+        with capturing(None):
             assert dead() is None and not gc.isenabled()
+        assert gc.isenabled() == enabled
+        with pytest.raises(ZeroDivisionError), capturing(None):
             raise ZeroDivisionError
         assert gc.isenabled() == enabled
     finally:
         gc.enable() if before else gc.disable()
+
+
+def test_a_capture_that_fails_leaves_random_numbers_usable(generators):
+    with capturing(None):
+        pass
+    assert [generator.state for generator in generators] == ["captured"] * 2
+    with pytest.raises(ZeroDivisionError), capturing(None):
+        raise ZeroDivisionError
+    assert [generator.state for generator in generators] == ["as before"] * 2
