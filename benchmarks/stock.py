@@ -186,6 +186,8 @@ GPU_VARIANTS = {
     "compile-graph-bf16": _stock_step("bf16", compile=True, graph=True),
     "stock-step-graph-bf16": _our_step("bf16", fused=False, compile=True),
     "fused-bf16": _our_step("bf16", fused=True, compile=True),
+    # As `scripts/train.py --fused` does it: the step in a graph, its networks not compiled.
+    "fused-uncompiled-bf16": _our_step("bf16", fused=True, compile=False),
     # `fastgan.fuse` in a loop that is stock otherwise: neither compiled nor captured, every launch from Python.
     "fused-eager-bf16": lambda networks, _: StockStep(*map(fastgan.fuse, networks), precision="bf16", compile=False),
     # The discriminator on real and on fake images apart, for its memory.

@@ -150,7 +150,7 @@ def test_says_what_is_missing_and_why(write):
     assert r"AssertionError: a \| b" in page
     assert "28×28, batch 64 (every variant)" in page
     # compile-bf16 at batch 128 could not run, which is another thing than not measured.
-    assert "64×64, batch 128 (eager-bf16, fused-eager-bf16, fused-two-passes-bf16)" in page
+    assert "64×64, batch 128 (eager-bf16, fused-uncompiled-bf16, fused-eager-bf16, fused-two-passes-bf16)" in page
 
 
 def test_keeps_files_as_they_are_and_draws(write):

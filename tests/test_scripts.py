@@ -23,11 +23,10 @@ def load(name):
     spec = importlib.util.spec_from_file_location(f"scripts_{name}", SCRIPTS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module
+    return module.main
 
 
-train_script = load("train")
-train, generate = train_script.main, load("generate").main
+train, generate = load("train"), load("generate")
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +86,7 @@ def test_a_gpu_that_nobody_measured_is_told_of(gpu, fused, said, capsys, monkeyp
     tiny = dict(dataset="fake", image_size=8, batch_size=4, nz=5, ngf=4, ndf=4, device="cpu")
     run = new_run(TrainConfig(fused=fused, **tiny), "run")
     run.device = torch.device("cuda")
-    train_script.describe(run)
+    train.__globals__["describe"](run)
     assert ("measured convolutions on NVIDIA T800 yet" in capsys.readouterr().out) == said
 
 
