@@ -8,6 +8,7 @@ ran on another stream has its own pool, and is done as late as the streams' wait
 
 import functools
 import weakref
+from collections import defaultdict
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from fastgan import functional
 from fastgan.kernels import launch as launching
 from fastgan.kernels.offline import started_by
 from fastgan.ops import layer, operators
-from fastgan.ops.replay import _ALLOCATIONS
+from fastgan.ops.replay import ALLOCATIONS
 from fastgan.training.graph import StepGraph
 
 POOL_BYTES = 1 << 24
@@ -46,21 +47,19 @@ class Pool:
     def tensor(self, like):
         """A tensor of the dtype, shape and strides of `like`."""
         span = 1 + sum((size - 1) * stride for size, stride in zip(like.shape, like.stride(), strict=True))
-        blocks = -(-max(span, 1) * like.element_size() // ALIGNMENT)
-        i, start = next((i, s) for i, (s, size) in enumerate(self._free) if size >= blocks * ALIGNMENT)
-        self._free[i] = (start + blocks * ALIGNMENT, self._free[i][1] - blocks * ALIGNMENT)
-        memory = self._bytes[start : start + blocks * ALIGNMENT]
-        weakref.finalize(memory, self._give_back, start, blocks * ALIGNMENT)  # the tensor's storage holds it
+        size = -(-max(span, 1) * like.element_size() // ALIGNMENT) * ALIGNMENT
+        i, (start, free) = next((i, block) for i, block in enumerate(self._free) if block[1] >= size)
+        self._free[i] = start + size, free - size
+        memory = self._bytes[start : start + size]
+        weakref.finalize(memory, self._give_back, start, size)  # the tensor's storage holds it
         return torch.from_numpy(memory).view(like.dtype).as_strided(like.shape, like.stride())
 
     def _give_back(self, start, size):
-        joined = []
-        for s, n in sorted([*self._free, (start, size)]):
-            if joined and sum(joined[-1]) == s:
-                joined[-1] = (joined[-1][0], joined[-1][1] + n)
-            else:
-                joined.append((s, n))
-        self._free = joined
+        blocks, self._free = sorted([*self._free, (start, size)]), []
+        for start, size in blocks:
+            if self._free and sum(self._free[-1]) == start:  # it begins where that ends
+                start, size = self._free[-1][0], self._free.pop()[1] + size
+            self._free.append((start, size))
 
     def place(self, tensor):
         """The Place of a tensor, or None if it is elsewhere."""
@@ -83,7 +82,7 @@ class Stream:
         self.device = device
 
     def wait_stream(self, other):
-        Stream.graph.wait(self, other)
+        Stream.graph.waits(self)
 
     @contextmanager
     def chosen(self):
@@ -103,7 +102,7 @@ class SimulatedGraph(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self._pools, self._steps, self._before = {}, [], {}
+        self._pools, self._steps, self._before = defaultdict(Pool), [], {}
 
     @contextmanager
     def capturing(self):
@@ -141,8 +140,8 @@ class SimulatedGraph(TorchDispatchMode):
         start = functools.partial(launching.launch, kernel, grid, device=device, **options)
         self._steps.append((Stream.current, start, self._placed(args), {}, []))
 
-    def wait(self, stream, other):
-        """`stream` waits for all that `other` was given."""
+    def waits(self, stream):
+        """From here on `stream` waits for all that the others were given."""
         if stream is _MAIN:
             self._steps.append((stream, _JOIN))
 
@@ -159,9 +158,9 @@ class SimulatedGraph(TorchDispatchMode):
         result = operator(*args, **kwargs)
         results = result if isinstance(result, tuple | list) else [result]
         fresh = [isinstance(each, torch.Tensor) and _storage(each) not in known for each in results]
-        pool = self._pools.setdefault(Stream.current, Pool())
+        pool = self._pools[Stream.current]
         results = [pool.tensor(each) if new else each for each, new in zip(results, fresh, strict=True)]
-        if operator not in _ALLOCATIONS and (any(fresh) or operator._schema.is_mutable):
+        if operator not in ALLOCATIONS and (any(fresh) or operator._schema.is_mutable):
             places = [pool.place(each) if new else None for each, new in zip(results, fresh, strict=True)]
             self._steps.append((Stream.current, operator, *noted, places))
         return type(result)(results) if isinstance(result, tuple | list) else results[0]

@@ -20,7 +20,7 @@ from fastgan.ops import choice
 
 MOST_PLANS = 512  # of one function: shapes that never come again are not to fill the memory
 _SEEN, _NEVER = "seen once", "cannot be replayed"
-_ALLOCATIONS = {
+ALLOCATIONS = {
     torch.ops.aten.empty.memory_format,
     torch.ops.aten.empty_strided.default,
     torch.ops.aten.empty_like.default,
@@ -144,7 +144,7 @@ class Recorder(TorchDispatchMode):
             self._possible = False
             return result
         function = operator
-        if operator in _ALLOCATIONS:
+        if operator in ALLOCATIONS:
             like = dict(dtype=result.dtype, device=result.device)
             function = functools.partial(torch.empty_strided, result.shape, result.stride(), **like)
             placed = [], {}

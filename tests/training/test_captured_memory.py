@@ -11,7 +11,7 @@ from tests.conftest import HAS_GPU
 from tests.training.test_train_step import NZ, make_networks, real_batches
 
 pytestmark = pytest.mark.skipif(HAS_GPU, reason="test_cuda_graph.py has real graphs")
-STEPS = 4
+STEPS = 3
 
 
 def make_step(half, **options):
