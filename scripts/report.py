@@ -18,7 +18,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import plots, reading, tables  # noqa: E402
+try:
+    from benchmarks import plots, reading, tables
+except ModuleNotFoundError as missing:
+    print(f"error: {missing}; the benchmarks' packages come with: pip install -e '.[dev]'", file=sys.stderr)
+    sys.exit(2)
 
 
 def parse(argv):

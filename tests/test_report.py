@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -266,3 +267,14 @@ def test_what_a_run_measures(models, on_gpu, tmp_path, monkeypatch):
     (benchmarks,) = (command for command in commands if "benchmarks" in command)
     assert ("--ignore=benchmarks/bench_models.py" in benchmarks) == (on_gpu and not models)
     assert any("gpu" in command for command in commands) == on_gpu
+
+
+def test_says_which_package_is_missing(monkeypatch, capsys):
+    """With what training needs alone there is no pytest."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "benchmarks"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "pytest", None)
+    with pytest.raises(SystemExit) as stopped:
+        load("report")
+    message = capsys.readouterr().err
+    assert stopped.value.code == 2 and "pytest" in message and ".[dev]" in message and message.count("\n") == 1
