@@ -38,7 +38,7 @@ class Compiler:
         self._pool = ProcessPoolExecutor(
             processes or max(1, usable_cores() - 1),
             mp_context=get_context("spawn"),  # a fork of a process that uses CUDA cannot be relied on
-            initializer=prepare,
+            initializer=_prepare_quietly,
             initargs=(capability,),
         )
         self._started = {}  # key of a Launch → Future
@@ -78,11 +78,16 @@ class Compiler:
 def prepare(capability):
     """Make this process one that compiles for a GPU which it never touches."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the process that started this one
     torch.set_num_threads(1)
     compiling = compiling_for(capability)
     compiling.__enter__()  # for as long as the process lives
     globals()["_compiling"] = compiling
+
+
+def _prepare_quietly(capability):
+    """`prepare`, and leave Ctrl-C to the process that started this one: it ends the pool, and says what was kept."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    prepare(capability)
 
 
 def _compile(launch):
