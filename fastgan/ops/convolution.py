@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastgan.ops.branches import beside, join
 from fastgan.ops.choice import choose, conv_problem, weight_grad_problem
-from fastgan.ops.geometry import lost_rows, missing_rows, out_size
+from fastgan.ops.geometry import missing_rows, out_size, way_back
 from fastgan.ops.implementations import (
     channels_last,
     empty_result,
@@ -27,15 +27,22 @@ from fastgan.ops.implementations import (
     run_conv_statistics,
     run_weight_grad,
 )
-from fastgan.ops.operators import operator
+from fastgan.ops.operators import as_operator, operator
 from fastgan.ops.way_back import conv_activation_grad, conv_batch_norm_grad
 
 
-def plain_conv(x, weight, weight_copy, transposed, stride, padding, output_padding):
+def plain_conv(x, weight, weight_copy, transposed, stride, padding, output_padding, form=as_operator):
     """conv(x, weight) and nothing after it."""
     nothing = (None, None, None, None, None, 0.0)
     where = (transposed, stride, padding, output_padding)
-    return conv(x, weight, weight_copy, *nothing, *where, None, 0.0, [], None, 0.0, False)
+    return form(conv)(x, weight, weight_copy, *nothing, *where, None, 0.0, [], None, 0.0, False)
+
+
+def weight_grad_beside(x, dz, weight, transposed, stride, padding, form=as_operator):
+    """The weight's gradient of a convolution of x, for the gradient dz of its result; `join` comes before its use."""
+    low, high = (x, dz) if transposed else (dz, x)
+    with beside():
+        return form(conv_weight_grad)(low, high, weight, stride, padding)
 
 
 @operator("fastgan::conv")
@@ -260,12 +267,9 @@ def _backward(ctx, x, weight, weight_copy, out, x_normalized, dout):
     transposed, stride, padding = ctx.transposed, ctx.stride, ctx.padding
     dx = dweight = sums = None
     if ctx.needs_input_grad[1]:  # first, so that dx need not wait in memory, or outside of the cache
-        low, high = (x, dz) if transposed else (dz, x)
-        with beside():
-            dweight = conv_weight_grad(low, high, weight, stride, padding)
+        dweight = weight_grad_beside(x, dz, weight, transposed, stride, padding)
     if ctx.needs_input_grad[0]:
-        extra = [0, 0] if transposed else lost_rows(x.shape[2:], weight.shape[2:], stride, padding)
-        where = (not transposed, stride, padding, extra)
+        where = way_back(x.shape[2:], weight.shape[2:], transposed, stride, padding)
         if x_normalized:
             y, mean, invstd, _, *vectors = x_normalized
             act = (ctx.x_activation, ctx.x_slope)

@@ -20,6 +20,11 @@ def missing_rows(out_size, size, kernel, stride, padding):
     return [wanted - n for wanted, n in zip(out_size, sizes, strict=True)]
 
 
+def way_back(size, kernel, transposed, stride, padding):
+    """(transposed, stride, padding, output_padding) of the convolution that takes a gradient back to that `size`."""
+    return not transposed, stride, padding, [0, 0] if transposed else lost_rows(size, kernel, stride, padding)
+
+
 def lost_rows(size, kernel, stride, padding):
     """The output_padding with which a transposed convolution undoes this convolution's size."""
     return [(n + 2 * p - k) % s for n, k, s, p in zip(size, kernel, stride, padding, strict=True)]

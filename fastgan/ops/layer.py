@@ -6,13 +6,13 @@ import torch
 
 from fastgan.ops.batch_norm import batch_norm_act, batch_norm_act_grad, vector_grads
 from fastgan.ops.branches import beside, join
-from fastgan.ops.convolution import activation_grad, conv, conv_statistics, conv_weight_grad
-from fastgan.ops.geometry import lost_rows
-from fastgan.ops.operators import is_watched
+from fastgan.ops.convolution import activation_grad, conv_statistics, plain_conv, weight_grad_beside
+from fastgan.ops.geometry import way_back
+from fastgan.ops.operators import as_function, as_operator, is_watched
 from fastgan.ops.replay import Replayed
 from fastgan.ops.running import update_running
 
-_ALONE = ([], None, 0.0)  # the input of `conv` and `conv_statistics` is not the result of a linked layer
+_ALONE = ([], None, 0.0)  # the input of `conv_statistics` is not the result of a linked layer
 
 
 class Layer(NamedTuple):
@@ -55,24 +55,16 @@ class ConvBatchNormAct(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True
             grads = _differentiable_grads(dout, inputs, wanted, ctx.layer)
         elif is_watched([dout]):  # compiled autograd, for one
-            grads = _grads(_itself, dout, *inputs, y, mean, invstd, wanted, ctx.layer)
+            grads = _grads(as_operator, dout, *inputs, y, mean, invstd, wanted, ctx.layer)
         else:
             grads = _backward(dout, *inputs, y, mean, invstd, wanted, ctx.layer)
         return *grads, None, None, None, None
 
 
-def _function(operator):
-    return operator.function
-
-
-def _itself(operator):
-    return operator
-
-
 @Replayed
 def _forward(x, weight, weight_copy, bias, gamma, beta, running_mean, running_var, batches, layer):
     """(out, y, mean, invstd): the result, and what backward needs."""
-    out, y, mean, invstd, var = _layer(_function, x, weight, weight_copy, bias, gamma, beta, layer)
+    out, y, mean, invstd, var = _layer(as_function, x, weight, weight_copy, bias, gamma, beta, layer)
     if running_mean is not None:
         with beside(mean, var):
             update_running.function(running_mean, running_var, mean, var, batches, layer.momentum)
@@ -82,7 +74,7 @@ def _forward(x, weight, weight_copy, bias, gamma, beta, running_mean, running_va
 
 
 def _layer(form, x, weight, weight_copy, bias, gamma, beta, layer):
-    """(out, y, mean, invstd, var) by what `form` gives of the operators: `_function`, or `_itself`."""
+    """(out, y, mean, invstd, var) by what `form` gives of the operators: `as_function`, or `as_operator`."""
     where = (layer.transposed, layer.stride, layer.padding, layer.output_padding)
     before, after = (layer.activation_before, layer.slope_before), (layer.activation, layer.slope)
     y, mean, invstd, var = form(conv_statistics)(
@@ -94,26 +86,21 @@ def _layer(form, x, weight, weight_copy, bias, gamma, beta, layer):
 @Replayed
 def _backward(*arguments):
     """`_grads` by the operators' functions."""
-    return _grads(_function, *arguments)
+    return _grads(as_function, *arguments)
 
 
 def _grads(form, dout, x, weight, weight_copy, bias, gamma, beta, y, mean, invstd, wanted, layer):
     """Gradients for x, weight, its copy (none), bias, gamma and beta; None where not wanted. `form`: see `_layer`."""
     wants_x, wants_weight, _, wants_bias, wants_gamma, wants_beta = wanted
     dy, sums = form(batch_norm_act_grad)(dout, y, mean, invstd, gamma, beta, True, layer.activation, layer.slope)
-    before, dz = layer.activation_before, dy
+    before, dz, where = layer.activation_before, dy, (layer.transposed, layer.stride, layer.padding)
     if before:
         dz = form(activation_grad)(dy, y, before, layer.slope_before)
     dx = dweight = dbias = None
     if wants_weight:  # first, so that dx need not wait in memory, or outside of the cache
-        low, high = (x, dz) if layer.transposed else (dz, x)
-        with beside():
-            dweight = form(conv_weight_grad)(low, high, weight, layer.stride, layer.padding)
+        dweight = weight_grad_beside(x, dz, weight, *where, form)
     if wants_x:
-        extra = [0, 0] if layer.transposed else lost_rows(x.shape[2:], weight.shape[2:], layer.stride, layer.padding)
-        nothing = (None, None, None, None, None, 0.0)
-        where = (not layer.transposed, layer.stride, layer.padding, extra)
-        dx = form(conv)(dz, weight, weight_copy, *nothing, *where, None, 0.0, *_ALONE, False)
+        dx = plain_conv(dz, weight, weight_copy, *way_back(x.shape[2:], weight.shape[2:], *where), form)
     join()
     if wants_bias:  # right before BatchNorm it has no part in the result
         dbias = dz.sum((0, 2, 3), dtype=bias.dtype) if before else torch.zeros_like(bias)
@@ -124,7 +111,7 @@ def _differentiable_grads(dout, inputs, wanted, layer):
     """The same as functions of dout and of `inputs`: forward runs again, by the operators."""
     # On tensors of their own, or what reaches a weight through x as well would count twice.
     inputs = [None if each is None else each.view_as(each) for each in inputs]
-    out, *_ = _layer(_itself, *inputs, layer)
+    out, *_ = _layer(as_operator, *inputs, layer)
     asked = [each for each, want in zip(inputs, wanted, strict=True) if want]
     found = iter(torch.autograd.grad(out, asked, dout, create_graph=True))
     return [next(found) if want else None for want in wanted]

@@ -62,6 +62,16 @@ class Operator:
         return result
 
 
+def as_operator(operator):
+    """An Operator as it is: what `as_function` stands beside, for code that runs either way."""
+    return operator
+
+
+def as_function(operator):
+    """The function of an Operator, where gradients are somebody else's affair and nobody watches."""
+    return operator.function
+
+
 def is_watched(tensors):
     """Whether somebody looks for operators: torch.compile, a trace, a dispatch mode, a tensor's own class."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack():
