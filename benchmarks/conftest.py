@@ -1,4 +1,11 @@
-"""Options of `pytest benchmarks/`, and what its JSON says beyond the timings: the machine, and what could not run."""
+"""Options of `pytest benchmarks/`, and what its JSON says beyond the timings: the machine, and what could not run.
+
+An illegal access to memory, unlike other errors, leaves a process without its GPU, and all its later benchmarks would
+fail for nothing. The run then stops, its JSON says `broke_off`, and `--go-on` does the rest in a new process.
+"""
+
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,11 +14,31 @@ from benchmarks import timing
 from fastgan.training.allocation import keep_freed_memory
 
 NOT_RUN = pytest.StashKey[list]()
+BROKE_OFF = pytest.StashKey[bool]()
 
 
 def pytest_addoption(parser):
     group = parser.getgroup("fastgan")
     group.addoption("--full", action="store_true", help="every batch and image size; some twenty minutes on a GPU")
+    group.addoption("--go-on", metavar="JSON", help="do what the run that wrote JSON left undone, and keep what it did")
+
+
+def _earlier(config):
+    """The results in the file that --go-on names, {"benchmarks": entries, "not_run": entries}."""
+    path = config.getoption("--go-on", default=None)
+    if path is None:
+        return {"benchmarks": [], "not_run": []}
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        return {kind: content[kind] for kind in ("benchmarks", "not_run")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise pytest.UsageError(f"--go-on: {path} is no JSON of an earlier run: {error!r}") from error
+
+
+def pytest_collection_modifyitems(config, items):
+    done = {entry["fullname"] for entries in _earlier(config).values() for entry in entries}
+    config.hook.pytest_deselected(items=[item for item in items if item.nodeid in done])
+    items[:] = [item for item in items if item.nodeid not in done]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -30,11 +57,15 @@ def _settings():
 def pytest_runtest_makereport(item, call):
     """Keep the reason of whatever was not timed: it belongs in the tables as much as the times do."""
     report = yield
-    if report.outcome != "passed":
+    not_run = item.config.stash.setdefault(NOT_RUN, [])
+    if report.outcome != "passed" and item.nodeid not in [entry["fullname"] for entry in not_run]:
         benchmark = getattr(item, "funcargs", {}).get("benchmark")
         entry = {"fullname": item.nodeid, "extra_info": dict(benchmark.extra_info) if benchmark else {}}
         entry["reason"] = _reason(call.excinfo)
-        item.config.stash.setdefault(NOT_RUN, []).append(entry)
+        not_run.append(entry)
+        if timing.gpu_is_lost() and item is not item.session.items[-1]:
+            item.config.stash[BROKE_OFF] = True
+            item.session.shouldstop = "this process has lost its GPU; --go-on does the rest in another"
     return report
 
 
@@ -62,5 +93,8 @@ def pytest_benchmark_update_commit_info(config, commit_info):
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):
     output_json["not_run"] = config.stash.get(NOT_RUN, [])
+    output_json["broke_off"] = config.stash.get(BROKE_OFF, False)
     for benchmark in output_json["benchmarks"]:
         benchmark["stats"].pop("data", None)  # every single round: the file stays in the repository
+    for kind, entries in _earlier(config).items():
+        output_json[kind] = entries + output_json[kind]

@@ -46,6 +46,15 @@ def clock():
     return time.perf_counter()
 
 
+def gpu_is_lost():
+    """Whether an error has left this process without its GPU: whatever it asks of it from now on fails."""
+    try:
+        clock()
+    except RuntimeError:
+        return True
+    return False
+
+
 def measure(benchmark, call, *, seconds=0.6, setup=None):
     """Time ``call()`` through pytest-benchmark.
 

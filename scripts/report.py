@@ -9,6 +9,8 @@ the GPU fail or a benchmark run breaks off; 2 for anything wrong with the input.
 """
 
 import argparse
+import itertools
+import json
 import subprocess
 import sys
 import tempfile
@@ -46,9 +48,9 @@ def main(argv=None):
         _check_different(files, loaded)
         with tempfile.TemporaryDirectory() as folder:
             if options.run:
-                if not measure(Path(folder), options.full, options.models, not options.no_checks):
+                measured = measure(Path(folder), options.full, options.models, not options.no_checks)
+                if not measured:
                     return 1
-                measured = [p for p in (Path(folder) / "benchmarks.json", Path(folder) / "profile.json") if p.exists()]
                 files, loaded = files + measured, loaded + [reading.load(path) for path in measured]
                 _check_different(files, loaded)
             results = options.root / "benchmarks" / "results"
@@ -72,7 +74,7 @@ def _check_different(files, loaded):
 
 
 def measure(folder, full, models, checks):
-    """Run checks, benchmarks and profile, each in a process of its own; False if there is nothing to report."""
+    """Run checks, benchmarks and profile, each in a process of its own; the files with results, if there are any."""
     import torch
 
     start, python, on_gpu = time.monotonic(), [sys.executable, "-m"], torch.cuda.is_available()
@@ -83,19 +85,33 @@ def measure(folder, full, models, checks):
 
     if on_gpu and checks and run("tests on the GPU", "pytest", "-q", "-m", "gpu") != 0:
         print("error: a test fails on this GPU, so that no speed is worth reporting", file=sys.stderr)
-        return False
-    file = folder / "benchmarks.json"
+        return []
     options = ["--full"] if full else []
     options += [] if models or not on_gpu else ["--ignore=benchmarks/bench_models.py"]
-    status = run("benchmarks", "pytest", "-q", "benchmarks", f"--benchmark-json={file}", *options)
-    # 1 is a benchmark whose check failed or that cannot run here: its reason is in the file, and belongs in the report.
-    if status not in (0, 1) or not file.exists():
-        print(f"error: the benchmarks broke off (pytest ended with status {status})", file=sys.stderr)
-        return False
+    timings, profile = run_benchmarks(run, folder, options), folder / "profile.json"
+    if not timings:
+        return []
     if on_gpu and run("profile of a step", "benchmarks.profiling", str(folder)) != 0:
         print("warning: no step could be profiled", file=sys.stderr)
     print(f"[{time.monotonic() - start:.0f} s] report", flush=True)
-    return True
+    return [timings, profile] if profile.exists() else [timings]
+
+
+def run_benchmarks(run, folder, options):
+    """The file with the timings, or None: in a new process as often as an error has left one without its GPU."""
+    timings, what = None, "benchmarks"
+    for part in itertools.count():
+        file = folder / f"benchmarks-{part}.json"
+        earlier = [f"--go-on={timings}"] if timings else []
+        status = run(what, "pytest", "-q", "benchmarks", f"--benchmark-json={file}", *options, *earlier)
+        broke_off = file.exists() and json.loads(file.read_text(encoding="utf-8"))["broke_off"]
+        # 1 is a benchmark whose check failed or that cannot run here: its reason is in the file, for the report.
+        if not file.exists() or (status not in (0, 1) and not broke_off):
+            print(f"error: the benchmarks broke off (pytest ended with status {status})", file=sys.stderr)
+            return timings
+        timings, what = file, "the other benchmarks"
+        if not broke_off:
+            return timings
 
 
 def keep(file, target):

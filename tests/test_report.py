@@ -258,15 +258,64 @@ def test_what_a_run_measures(models, on_gpu, tmp_path, monkeypatch):
 
     def started(command, cwd):
         commands.append(command[2:])
-        (tmp_path / "benchmarks.json").touch()
+        if "benchmarks" in command:
+            (tmp_path / "benchmarks-0.json").write_text('{"broke_off": false}')
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(subprocess, "run", started)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
-    assert report.__globals__["measure"](tmp_path, False, models, True)
+    assert report.__globals__["measure"](tmp_path, False, models, True) == [tmp_path / "benchmarks-0.json"]
     (benchmarks,) = (command for command in commands if "benchmarks" in command)
     assert ("--ignore=benchmarks/bench_models.py" in benchmarks) == (on_gpu and not models)
     assert any("gpu" in command for command in commands) == on_gpu
+
+
+LOSING = """
+import pathlib, pytest
+from benchmarks import timing
+from benchmarks.conftest import *  # the hooks
+
+lost = []
+timing.gpu_is_lost = lambda: bool(lost)
+
+
+@pytest.fixture
+def lose_gpu():
+    lost.append(True)
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+"""
+TIMED = """
+def test_a(benchmark):
+    benchmark(lambda: None)
+
+def test_b(benchmark, lose_gpu):
+    pass
+
+def test_c(benchmark):
+    benchmark(lambda: None)
+
+def test_d(benchmark, lose_gpu):
+    pass
+"""
+
+
+def test_goes_on_where_an_error_took_the_gpu_away(tmp_path):
+    """Each such error costs the one benchmark that it is in, and the run ends when none is left."""
+    (tmp_path / "conftest.py").write_text(LOSING)
+    (tmp_path / "test_timed.py").write_text(TIMED)
+    root, statuses = Path(__file__).parents[1], []
+
+    def run(what, module, quiet, folder, *options):
+        command = [sys.executable, "-m", module, quiet, str(tmp_path), *options, "-p", "no:cacheprovider"]
+        statuses.append(subprocess.run(command, cwd=root, stdout=subprocess.DEVNULL).returncode)
+        return statuses[-1]
+
+    file = report.__globals__["run_benchmarks"](run, tmp_path, [])
+    content = json.loads(file.read_text())
+    assert [entry["name"] for entry in content["benchmarks"]] == ["test_a", "test_c"]
+    assert [entry["fullname"].partition("::")[2] for entry in content["not_run"]] == ["test_b", "test_d"]
+    assert all("illegal memory access" in entry["reason"] for entry in content["not_run"])
+    assert statuses == [2, 1]
 
 
 def test_says_which_package_is_missing(monkeypatch, capsys):
