@@ -61,8 +61,8 @@ class TrainConfig:
     one_pass: bool = _option(
         True,
         bool,
-        "with fused layers, on a GPU or in half precision, run the discriminator on real and fake images in one pass; "
-        "--no-one-pass takes less memory",
+        "with fused layers, run the discriminator on real and fake images in one pass; --no-one-pass takes less "
+        "memory, and in float32 on a CPU gives the numbers of --no-fused to the last bit",
         resumable=True,
         later=True,
     )

@@ -46,9 +46,9 @@ class TrainStep:
             optimizer's options other than the learning rate, call ``forget_graph()``. Without CUDA it has no effect.
         one_pass: run the discriminator's update over [real; fake] in one pass in which each half has its own batch
             statistics: the same numbers as two passes with half the launches, but the activations of both halves are
-            alive at once. None: with fused layers, on CUDA or in half precision; in float32 on a CPU two passes give
-            stock's bits. The first step tries on copies whether it really gives the same numbers, and where not (a
-            BatchNorm that is not fused, say) goes back to two passes: see ``one_pass_reason``.
+            alive at once. None: with fused layers. The first step tries on copies whether it really gives the same
+            numbers, and where not (a BatchNorm that is not fused, say) goes back to two passes: see
+            ``one_pass_reason``. In float32 on a CPU two passes give stock's numbers to the last bit.
         source: where ``step()`` without images takes them from: an object whose ``draw()`` returns the next batch.
 
     Attributes: ``generator``, ``discriminator`` (the given modules), ``optimizer_g``, ``optimizer_d``, ``scaler``,
@@ -109,8 +109,7 @@ class TrainStep:
         )
         self.one_pass, self.one_pass_reason = one_pass, f"one_pass={one_pass}"
         if one_pass is None:
-            self.one_pass = fused and (on_cuda or self.autocast_dtype is not None)
-            self.one_pass_reason = "faster with fused layers; in float32 on a CPU two passes give stock's bits"
+            self.one_pass, self.one_pass_reason = fused, f"fused={fused}: only fused layers take both halves at once"
         self._one_pass_tried = False
         self._lr_tensors = [torch.tensor(lr, dtype=torch.float32, device=self.device) for _ in range(2)]
         adam = {"lr": lr, "betas": betas, "fused": True, "capturable": on_cuda}
