@@ -26,6 +26,7 @@ from benchmarks.timing import (
     forget,
     in_fast_loop,
     measure,
+    measure_in_turn,
 )
 from fastgan.models import Discriminator, Generator
 from fastgan.training.weights import keep_compilable
@@ -140,6 +141,9 @@ def forward_backward(layer, x, gradient):
     return y, torch.autograd.grad(y, wanted, gradient)
 
 
+DIRECTIONS = {"forward": lambda layer, x, gradient: layer(x), "forward+backward": forward_backward}
+
+
 def results(layer, x, gradient):
     """Everything a training pass gives, by name; the layer's running statistics start afresh."""
     norms = [module for module in layer.modules() if isinstance(module, nn.BatchNorm2d)]
@@ -162,28 +166,26 @@ def case(request):
 
 
 @pytest.mark.benchmark(group="layers", timer=clock)
-@pytest.mark.parametrize("direction", ["forward", "forward+backward"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("variant", ["stock", "fused"])
 def test_layer(benchmark, case, variant, direction):
     describe(benchmark, variant=variant, batch=case.batch, precision=PRECISION, layer=case.name, direction=direction)
     benchmark.extra_info.update(work_of(case.work, direction, case.wants_input_gradient, case.batch))
     case.check(variant)
-    layer = case.layers[variant]
 
-    def forward(x, _):
-        layer(x)
-
-    def both(x, gradient):
-        forward_backward(layer, x, gradient)
+    def looped(layer):
+        return in_fast_loop(lambda *arguments: DIRECTIONS[direction](layer, *arguments), case.inputs)
 
     memory = PeakMemory()
     with memory.watching_captures():
-        loop, calls = in_fast_loop(forward if direction == "forward" else both, case.inputs)
+        loop, calls = looped(case.layers[variant])
     peak = memory.steady(loop)
-    median = measure(benchmark, loop, seconds=SECONDS) / calls
+    eager = None if ON_GPU or variant == "stock" else looped(case.layers["stock"])[0]
+    median, of_eager = (t and t / calls for t in measure_in_turn(benchmark, loop, eager, seconds=SECONDS))
     benchmark.extra_info.update(
         calls=calls,
         microseconds=fixed(median * 1e6),
+        eager_microseconds=of_eager and fixed(of_eager * 1e6),
         images_per_sec=fixed(case.batch / median),
         peak_memory_mb=peak,
     )

@@ -4,11 +4,13 @@ What a training step takes from each: the discriminator's loss with its two moni
 the gradients of the logits. A variant is timed only after its results passed the rule of tests/accuracy.py.
 """
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.timing import DEVICE, ON_GPU, PeakMemory, clock, describe, fixed, forget, graphed, measure
+from benchmarks.timing import DEVICE, ON_GPU, PeakMemory, clock, describe, fixed, forget, graphed, measure_in_turn
 from fastgan import functional
 from tests.accuracy import assert_as_accurate_as_stock
 
@@ -87,7 +89,7 @@ def test_loss(benchmark, name, batch, variant, launched):
     loss = build(name, variant)
     check(loss, name, logits)
 
-    def call():
+    def call(loss=loss):
         return forward_backward(loss, logits)
 
     def calls():
@@ -100,7 +102,12 @@ def test_loss(benchmark, name, batch, variant, launched):
         run = graphed(calls) if in_graph else call
         run()
     peak = memory.steady(run)
-    median = measure(benchmark, run, seconds=0.2) / (CALLS if in_graph else 1)
+    eager = None if variant == "eager" else functools.partial(call, build(name, "eager"))
+    median, of_eager = measure_in_turn(benchmark, run, eager, seconds=0.2)
+    median /= CALLS if in_graph else 1
     benchmark.extra_info.update(
-        microseconds=fixed(median * 1e6), images_per_sec=fixed(batch / median), peak_memory_mb=peak
+        eager_microseconds=of_eager and fixed(of_eager * 1e6),
+        microseconds=fixed(median * 1e6),
+        images_per_sec=fixed(batch / median),
+        peak_memory_mb=peak,
     )

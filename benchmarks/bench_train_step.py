@@ -4,13 +4,13 @@ A variant is timed only after a check in the same run: from the state that it ha
 float32 example take three more steps from one seed, and their losses agree within TOLERANCE.
 """
 
-import statistics
+import functools
 
 import pytest
 import torch
 
 from benchmarks.stock import BATCHES, IMAGE_SIZES, VARIANTS, WARM_UP, ExampleStep, Setting, precision_of
-from benchmarks.timing import ON_GPU, PeakMemory, clock, describe, fixed, forget, measure
+from benchmarks.timing import ON_GPU, PeakMemory, clock, describe, fixed, forget, measure_in_turn
 
 pytestmark = pytest.mark.benchmark(group="train step", timer=clock)
 
@@ -45,32 +45,14 @@ def test_train_step(benchmark, setting, variant):
     peak = memory.steady(lambda: step(images))
     check(step, setting, images, TOLERANCE[precision])
 
-    beside, times = stock_beside(variant, setting, images), []
-
-    def step_beside():
-        start = clock()
-        beside(images)
-        times.append(clock() - start)
-
-    median = measure(benchmark, lambda: step(images), seconds=SECONDS, setup=step_beside if beside else None)
+    eager = None
+    if not (ON_GPU or variant.startswith("eager")):
+        stock = VARIANTS[f"eager-{precision}"](setting.networks(), images)
+        eager = functools.partial(stock, images)
+    median, of_eager = measure_in_turn(benchmark, lambda: step(images), eager, seconds=SECONDS)
     benchmark.extra_info.update(images_per_sec=fixed(setting.batch / median), peak_memory_mb=peak)
-    if beside:
-        ours = benchmark.stats.stats.data
-        eager = times[-len(ours) :]
-        benchmark.extra_info.update(
-            against_eager=fixed(statistics.median(e / o for e, o in zip(eager, ours, strict=True))),
-            eager_images_per_sec=fixed(setting.batch / statistics.median(eager)),
-        )
-
-
-def stock_beside(variant, setting, images):
-    """On a CPU, whose speed changes with whatever else it does: the eager stock step of the same precision, to run
-    one after each step that is timed, so that both see the same machine. None on a GPU."""
-    if ON_GPU or variant.startswith("eager"):
-        return None
-    step = VARIANTS[f"eager-{precision_of(variant)}"](setting.networks(), images)
-    step(images)
-    return step
+    if eager:
+        benchmark.extra_info.update(eager_images_per_sec=fixed(setting.batch / of_eager))
 
 
 def check(step, setting, images, tolerance):

@@ -18,6 +18,10 @@ anew, `python scripts/report.py --run`, and adds your device. How each variant i
   count convolutions only, and Adam's traffic; they are computed from the networks (`benchmarks/work.py`).
 - **Memory** is the peak that torch's allocator held, in MiB."""
 
+_IN_TURN = """What is compared ran in turn, call by call, with eager PyTorch in the same precision: both saw the same
+machine, which different rows need not have. Ratios are medians over such pairs of calls; a table's times and images/s
+of eager stand beside those of the variant that it ran in turn with."""
+
 
 def results(runs, profiles, plots):
     """The whole page.
@@ -49,7 +53,8 @@ def _conditions(run):
     copy = run.ceiling("tb_per_sec")
     ceilings += [f"copying {copy} TB/s"] if copy else []
     said = f"Measured on {run.date} with torch {run.torch}" + (f" and triton {run.triton}" if run.triton else "") + "."
-    return said + (f" Ceilings in the same run: {', '.join(ceilings)}." if ceilings else "")
+    said += f" Ceilings in the same run: {', '.join(ceilings)}." if ceilings else ""
+    return said if run.on_gpu else f"{said} {_IN_TURN}"
 
 
 def _has(run, dtype):
@@ -75,11 +80,6 @@ def _train_steps(run):
         in_turn = "" if run.on_gpu else "eager in turn | "
         head = f"batch | variant | images/s | {in_turn}ms a step | against best stock | against eager-fp32 | "
         parts.append(_table(head + "of arithmetic floor | of traffic floor | memory | of best stock's memory", rows))
-    if not run.on_gpu:
-        parts.append(
-            "Each step ran in turn with an eager one in the same precision, whose images/s stand beside its own: both "
-            "saw the same machine, which different rows need not have. Ratios are medians over such pairs of steps."
-        )
     missing = _unmeasured(run, entries)
     if missing:
         parts.append(f"Nobody has measured these here yet: {'; '.join(missing)}.")
@@ -121,10 +121,15 @@ def best_stock(entry, together):
 
 
 def relative_speed(entry):
-    """images/s; on a CPU, where an eager step ran in turn with every other one, in units of that one's."""
+    """images/s; on a CPU, where eager runs in turn with every other variant, in units of eager's."""
     if not entry["device"].startswith("CPU"):
         return entry["images_per_sec"]
     return entry.get("against_eager", 1.0)
+
+
+def _speed_up(fused, stock_microseconds):
+    """How many times as fast as stock: from calls in turn where there are such."""
+    return fused.get("against_eager") or stock_microseconds / fused["microseconds"]
 
 
 def floors(run, entry):
@@ -192,10 +197,12 @@ def _layers(run):
                     next((e for e in of_batch if (e["layer"], e["direction"], e["variant"]) == key), None)
                     for key in ((layer, direction, "stock"), (layer, direction, "fused"))
                 )
-                row += [_number(e and e["microseconds"]) for e in (stock, fused)]
-                ratio = stock["microseconds"] / fused["microseconds"] if stock and fused else None
+                times = [e and e["microseconds"] for e in (stock, fused)]
+                if fused and fused.get("eager_microseconds"):
+                    times[0] = fused["eager_microseconds"]
+                ratio = _speed_up(fused, times[0]) if all(times) else None
                 found += [ratio] if ratio else []
-                row.append("–" if ratio is None else f"{ratio:.2f}")
+                row += [*map(_number, times), "–" if ratio is None else f"{ratio:.2f}"]
             # Of the last direction, forward + backward.
             row += [_percent(fused and layer_floor(run, fused))]
             row += [_number(e and e.get("peak_memory_mb")) for e in (stock, fused)]
@@ -254,10 +261,13 @@ def _losses(run):
         return ["### Losses", "Nobody has measured them here yet."]
     rows = []
     for key in dict.fromkeys((e["loss"], e["batch"], e["launched"]) for e in entries):
-        times = {e["variant"]: e["microseconds"] for e in entries if (e["loss"], e["batch"], e["launched"]) == key}
+        of_key = {e["variant"]: e for e in entries if (e["loss"], e["batch"], e["launched"]) == key}
+        times, fused = {variant: entry["microseconds"] for variant, entry in of_key.items()}, of_key.get("fused")
+        if fused and fused.get("eager_microseconds"):
+            times["eager"] = fused["eager_microseconds"]
         stock = [time for variant, time in times.items() if is_stock(variant)]
-        ratio = _ratio(min(stock, default=None), times.get("fused"))
-        rows.append([*key, *(_number(times.get(v)) for v in ("eager", "compile", "fused")), ratio])
+        ratio = _speed_up(fused, min(stock)) if fused and stock else None
+        rows.append([*key, *(_number(times.get(v)) for v in ("eager", "compile", "fused")), _ratio(ratio, 1)])
     head = "loss | batch | launched | stock, µs | stock compiled, µs | fused, µs | against best stock"
     return ["### Losses, forward and backward", _table(head, rows)]
 
@@ -269,9 +279,8 @@ def _generate(run):
     rows = []
     for entry in sorted(entries, key=lambda e: e["batch"]):
         together = [e for e in entries if e["batch"] == entry["batch"] and is_stock(e["variant"])]
-        best = max((e["images_per_sec"] for e in together), default=None)
-        speed = entry["images_per_sec"]
-        row = [entry["batch"], entry["variant"], _number(speed), _ratio(speed, best)]
+        best = max(map(relative_speed, together), default=None)
+        row = [entry["batch"], entry["variant"], _number(entry["images_per_sec"]), _ratio(relative_speed(entry), best)]
         rows.append([*row, _number(entry.get("peak_memory_mb"))])
     head = "batch | variant | images/s | against best stock | memory"
     return ["### Generating 64×64 pictures", _table(head, rows)]

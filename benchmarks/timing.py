@@ -7,6 +7,7 @@ figure to quote is the median. Memory is what torch's allocator held at its high
 import contextlib
 import gc
 import math
+import statistics
 import time
 from importlib import metadata
 
@@ -81,6 +82,32 @@ def measure(benchmark, call, *, seconds=0.6, setup=None):
     if not benchmark.enabled:
         pytest.skip("timing is switched off (--benchmark-disable)")
     return benchmark.stats.stats.median
+
+
+def measure_in_turn(benchmark, call, eager, *, seconds=0.6):
+    """`measure` for a CPU, whose speed changes with whatever else it does: ``eager()`` runs before every ``call()``.
+
+    Both then see the same machine, which two benchmarks need not. ``extra_info["against_eager"]`` gets the median of
+    eager's time over call's, pair by pair. On a GPU, or where ``eager`` is None, it is `measure`.
+
+    Returns:
+        median seconds per call, and of ``eager()``; None for what did not run.
+    """
+    if ON_GPU or eager is None:
+        return measure(benchmark, call, seconds=seconds), None
+    times = []
+
+    def timed():
+        start = clock()
+        eager()
+        times.append(clock() - start)
+
+    timed()
+    median = measure(benchmark, call, seconds=seconds, setup=timed)
+    ours = benchmark.stats.stats.data
+    times = times[-len(ours) :]  # before these it ran for the warm-up
+    benchmark.extra_info["against_eager"] = fixed(statistics.median(e / o for e, o in zip(times, ours, strict=True)))
+    return median, statistics.median(times)
 
 
 def fixed(value, digits=4):

@@ -1,14 +1,16 @@
 """What the benchmarks measure with: the stock steps, and the count of their work. No timing."""
 
 import importlib
+import statistics
+import types
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks import timing
 from benchmarks.bench_train_step import TOLERANCE, check
 from benchmarks.stock import CPU_VARIANTS, GPU_VARIANTS, ExampleStep, Setting, StockStep
-from benchmarks.timing import clock
 from fastgan.fusion import fused_groups
 
 cpu_only = pytest.mark.skipif(torch.cuda.is_available(), reason="of the benchmarks' variants on a CPU")
@@ -70,6 +72,36 @@ def test_check_passes_what_is_right_and_fails_what_is_not():
         check(Broken(), setting, images, (0.01, 0.005))
 
 
+@cpu_only
+def test_calls_in_turn_are_compared_pair_by_pair(monkeypatch):
+    """On a machine that slows down from call to call neither is ahead for having been earlier."""
+    now = [0.0]
+    monkeypatch.setattr(timing, "clock", lambda: now[0])
+
+    def taking(seconds):
+        def call():
+            now[0] += seconds * (1 + now[0])
+
+        return call
+
+    class Benchmark:
+        extra_info, enabled, stats = {}, True, types.SimpleNamespace(stats=types.SimpleNamespace(data=[]))
+
+        def pedantic(self, call, *, setup, rounds, iterations, warmup_rounds):
+            assert iterations == 1
+            for i in range(warmup_rounds + rounds):
+                setup()
+                start = now[0]
+                call()
+                if i >= warmup_rounds:
+                    self.stats.stats.data.append(now[0] - start)
+            self.stats.stats.median = statistics.median(self.stats.stats.data)
+
+    benchmark = Benchmark()
+    median, of_eager = timing.measure_in_turn(benchmark, taking(0.001), taking(0.002), seconds=0.01)
+    assert benchmark.extra_info["against_eager"] == pytest.approx(2, rel=0.01) and of_eager > 1.9 * median
+
+
 @pytest.mark.parametrize("path", sorted(Path(__file__).parents[1].glob("benchmarks/bench_*.py")), ids=lambda p: p.stem)
 def test_every_benchmark_waits_for_the_gpu(path):
     """pytest-benchmark reads the mark that is nearest to a test, and no other: each has to name the clock."""
@@ -80,4 +112,4 @@ def test_every_benchmark_waits_for_the_gpu(path):
     assert tests
     for test in tests:
         marks = [m for m in [*getattr(test, "pytestmark", []), *of_module] if m.name == "benchmark"]
-        assert marks[0].kwargs["timer"] is clock, test.__name__
+        assert marks[0].kwargs["timer"] is timing.clock, test.__name__

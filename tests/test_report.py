@@ -33,9 +33,9 @@ def step(variant, images_per_sec, batch=128, dtype="bfloat16", memory=100.0, ima
     return benchmark("train step", seconds, variant=variant, peak_memory_mb=memory, **info, **work, **extra)
 
 
-def layer(name, variant, direction, microseconds):
+def layer(name, variant, direction, microseconds, **extra):
     info = {"layer": name, "direction": direction, "microseconds": microseconds, "flops": 2e9, "bytes": 1e6}
-    return benchmark("layers", microseconds / 1e6, variant=variant, batch=128, images_per_sec=1.0, **info)
+    return benchmark("layers", microseconds / 1e6, variant=variant, batch=128, images_per_sec=1.0, **info, **extra)
 
 
 def model(network, variant, microseconds, memory):
@@ -171,18 +171,30 @@ def test_keeps_files_as_they_are_and_draws(write):
     assert Path("RESULTS.md").read_text() == page
 
 
-def test_on_a_cpu_ratios_are_of_steps_that_ran_in_turn(write):
+def test_on_a_cpu_ratios_are_of_calls_that_ran_in_turn(write):
     machine = {"device": "CPU, 4 threads", "dtype": "float32"}
-    steps = [
+    beside = {"against_eager": 1.2, "eager_microseconds": 48.0}  # ratios are medians over pairs, not ratios of these
+    of_loss = {"batch": 8, "loss": "generator", "launched": "from Python", "images_per_sec": 1}
+    measured = [
         step("eager-fp32", 100.0, **machine),
         step("compile-fp32", 90.0, against_eager=1.5, **machine),
         step("fused-fp32", 120.0, against_eager=2.4, eager_images_per_sec=50.0, **machine),
+        layer("G1", "stock", "forward", 30.0, **machine),
+        layer("G1", "fused", "forward", 41.0, **beside, **machine),
+        benchmark("losses", 1.0, variant="eager", microseconds=30.0, **of_loss, **machine),
+        benchmark("losses", 1.0, variant="fused", microseconds=41.0, **beside, **of_loss, **machine),
+        benchmark("generate", 1.0, variant="eager-fp32", batch=7, images_per_sec=70.0, **machine),
+        benchmark("generate", 1.0, variant="compile-fp32", batch=7, images_per_sec=60.0, against_eager=1.5, **machine),
+        benchmark("generate", 1.0, variant="fused-fp32", batch=7, images_per_sec=80.0, against_eager=1.8, **machine),
     ]
-    assert run(write("b.json", content(*steps))) == 0
+    assert run(write("b.json", content(*measured))) == 0
     page = Path("RESULTS.md").read_text()
-    assert "No GPU has been measured yet" in page
+    assert "No GPU has been measured yet" in page and "ran in turn" in page
     assert cells(page, 128, "fused-fp32")[2:6] == ["120", "50", "1,067", "1.60"]  # 2.4 / 1.5
     assert cells(page, 128, "eager-fp32")[3:6] == ["–", "1,280", "0.67"]
+    assert cells(page, "G1")[1:4] == ["48", "41", "1.20"]
+    assert cells(page, "generator", 8)[3:] == ["48", "–", "41", "1.20"]
+    assert cells(page, 7, "fused-fp32")[2:4] == ["80", "1.20"]  # 1.8 / 1.5
     assert not list(Path("benchmarks/results").glob("*.png"))  # one batch makes no line
 
 
