@@ -1,5 +1,6 @@
-"""Python programs that tests start."""
+"""Python programs that tests start, in processes of their own or in this one."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -15,3 +16,11 @@ def run_compiling(*arguments, **variables):
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | variables
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def main_of(script):
+    """The function `main` of scripts/`script`.py."""
+    spec = importlib.util.spec_from_file_location(f"scripts_{script}", ROOT / "scripts" / f"{script}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main

@@ -1,6 +1,7 @@
 """scripts/report.py on small files made by hand: the numbers in its tables, what it keeps, what it refuses."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +10,9 @@ import pytest
 import torch
 
 from benchmarks import plots, profiling, reading, tables
-from tests.test_scripts import load
+from tests.processes import ROOT, main_of
 
-report = load("report")
+report = main_of("report")
 DEVICE = "Test GPU 9000"
 ABOUT = {"device": DEVICE, "torch": "2.99.0", "triton": "3.99.0"}
 
@@ -237,7 +238,7 @@ def test_other_json_in_the_folder_is_left_out_and_named(write, capsys):
 
 
 def test_results_in_the_repository_are_readable():
-    runs, profiles, _ = reading.load_folder(Path(__file__).parents[1] / "benchmarks" / "results")
+    runs, profiles, _ = reading.load_folder(ROOT / "benchmarks" / "results")
     assert tables.results(runs, profiles, set()).startswith("# Results")
 
 
@@ -315,12 +316,14 @@ def test_goes_on_where_an_error_took_the_gpu_away(tmp_path):
     """Each such error costs the one benchmark that it is in, and the run ends when none is left."""
     (tmp_path / "conftest.py").write_text(LOSING)
     (tmp_path / "test_timed.py").write_text(TIMED)
-    root, statuses = Path(__file__).parents[1], []
+    statuses = []
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
 
     def run(what, module, quiet, folder, *options):
         command = [sys.executable, "-m", module, quiet, str(tmp_path), *options, "-p", "no:cacheprovider"]
-        statuses.append(subprocess.run(command, cwd=root, stdout=subprocess.DEVNULL).returncode)
-        return statuses[-1]
+        done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+        statuses.append(done.returncode)
+        return done.returncode
 
     file = report.__globals__["run_benchmarks"](run, tmp_path, [])
     content = json.loads(file.read_text())
@@ -336,6 +339,6 @@ def test_says_which_package_is_missing(monkeypatch, capsys):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "pytest", None)
     with pytest.raises(SystemExit) as stopped:
-        load("report")
+        main_of("report")
     message = capsys.readouterr().err
     assert stopped.value.code == 2 and "pytest" in message and ".[dev]" in message and message.count("\n") == 1

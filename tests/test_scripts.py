@@ -1,6 +1,5 @@
 """The command lines: that they work, and that every kind of bad input ends in one clear line and status 2."""
 
-import importlib.util
 import json
 import os
 import signal
@@ -14,19 +13,11 @@ import torch
 from PIL import Image
 
 from fastgan.training import TrainConfig, new_run
+from tests.processes import ROOT, main_of
 
-SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+SCRIPTS = ROOT / "scripts"
 TINY = "--dataset fake --image-size 8 --batch-size 4 --nz 5 --ngf 4 --ndf 4 --device cpu".split()
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(f"scripts_{name}", SCRIPTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
-
-
-train, generate = load("train"), load("generate")
+train, generate = main_of("train"), main_of("generate")
 
 
 @pytest.fixture(autouse=True)

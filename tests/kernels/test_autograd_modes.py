@@ -12,8 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from fastgan import backend
 from fastgan import functional as fused
 from tests.accuracy import assert_as_accurate_as_stock
-from tests.kernels.test_convolutions import PLAIN, draw, ours, stock
-from tests.kernels.test_double_backward import gradient_of_norms, leaves
+from tests.kernels.comparison import PLAIN, draw, gradient_of_norms, leaves, ours, stock
 
 pytestmark = pytest.mark.usefixtures("triton_backend")
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastgan import functional as fused
-from tests.kernels.test_convolutions import PLAIN, draw
+from tests.kernels.comparison import PLAIN, draw
 
 OPTIONS = dict(training=True, momentum=0.3, eps=1e-3, stride=2, padding=1, activation="leaky_relu", negative_slope=0.2)
 

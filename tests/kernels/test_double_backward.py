@@ -11,7 +11,7 @@ from fastgan import functional as fused
 from fastgan.ops import batch_norm, convolution
 from fastgan.ops.choice import Choice
 from tests.accuracy import assert_as_accurate_as_stock, error
-from tests.kernels.test_convolutions import PLAIN, draw, ours, stock, stock_convolution
+from tests.kernels.comparison import PLAIN, draw, gradient_of_norms, leaves, ours, stock, stock_convolution
 
 SMALL = PLAIN._replace(in_channels=3, out_channels=4, size=(4, 5), bias=True)
 ACTIVATIONS = (None, "relu", "leaky_relu", "tanh", "sigmoid")
@@ -32,19 +32,6 @@ CASES = [
     if not activation_first or (activation and mode != "none")
 ]
 _NAMES = ("x", "weight", "bias", "gamma", "beta")
-
-
-def leaves(tensors, dtype=None):
-    """Copies of (x, weight, bias, gamma, beta, running statistics): all but the last two learn."""
-    copies = [None if t is None else t.detach().clone().to(dtype or t.dtype) for t in tensors]
-    return [t if t is None or i > 4 else t.requires_grad_() for i, t in enumerate(copies)]
-
-
-def gradient_of_norms(out, x):
-    """The norm of each image's gradient of a weighted sum of `out`."""
-    weights = torch.cos(torch.arange(out.numel(), device=out.device)).view_as(out).to(out.dtype)
-    (grad,) = torch.autograd.grad((out * weights).sum(), x, create_graph=True)
-    return grad, grad.flatten(1).norm(2, dim=1)
 
 
 def penalty_grads(forward, case, tensors, dtype=None):

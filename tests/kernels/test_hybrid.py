@@ -11,7 +11,7 @@ from fastgan.ops.choice import Choice
 from fastgan.ops.convolution import conv, conv_statistics, conv_weight_grad
 from tests.conftest import HAS_GPU
 from tests.kernels.cases import pairwise_cases
-from tests.kernels.test_convolutions import PLAIN, check, draw
+from tests.kernels.comparison import PLAIN, check, draw
 
 pytestmark = pytest.mark.usefixtures("triton_backend", "poisoned", "cudnn_choice")
 

@@ -8,7 +8,7 @@ from fastgan.training.step import _fused_convolutions
 from fastgan.weight_copies import WeightCopies
 from tests.captures import SimulatedGraph, simulate_graphs
 from tests.conftest import HAS_GPU
-from tests.training.test_train_step import NZ, make_networks, real_batches
+from tests.training.small_gan import NZ, make_networks, real_batches
 
 pytestmark = pytest.mark.skipif(HAS_GPU, reason="test_cuda_graph.py has real graphs")
 STEPS = 3

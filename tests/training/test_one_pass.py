@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fastgan.training import TrainStep
-from tests.training.test_train_step import NZ, make_networks, real_batches
+from tests.training.small_gan import NZ, make_networks, real_batches
 
 
 def test_one_pass_equals_two_stock_passes_over_twenty_float64_steps():

@@ -7,21 +7,8 @@ import torch
 from torch import nn
 
 import fastgan
-from fastgan.models import Discriminator, Generator
 from fastgan.training import TrainStep
-
-NZ, BATCH = 6, 4
-
-
-def make_networks(seed=0, dtype=torch.float64, image_size=16):
-    torch.manual_seed(seed)
-    generator = Generator(image_size=image_size, nc=2, nz=NZ, ngf=4).to(dtype)
-    return generator, Discriminator(image_size=image_size, nc=2, ndf=4).to(dtype)
-
-
-def real_batches(count, seed=1, dtype=torch.float64, image_size=16):
-    random = torch.Generator().manual_seed(seed)
-    return [torch.rand(BATCH, 2, image_size, image_size, generator=random, dtype=dtype) * 2 - 1 for _ in range(count)]
+from tests.training.small_gan import BATCH, NZ, make_networks, real_batches
 
 
 class ExampleStep:
