@@ -239,7 +239,7 @@ def run_group(x, conv, batch_norm, activation, negative_slope, activation_first,
         y, link = run_operator(x, conv, batch_norm, activation, negative_slope, activation_first, layer, **links)
         return (y, link) if gives_link else y
     act = functools.partial(fused.activate_, activation=activation, negative_slope=negative_slope)
-    norm = [] if batch_norm is None else [batch_norm.forward]
+    norm = [] if batch_norm is None else [batch_norm]
     y = run_layers(x, conv, [conv, act, *norm] if activation_first else [conv, *norm, act], batch_norm)
     return (y, None) if gives_link else y
 

@@ -15,14 +15,19 @@ _NO_BATCH_NORM = dict(training=False, momentum=0.0, eps=0.0, batch_groups=1)
 
 
 def run_layers(x, conv, forwards, batch_norm):
-    """The group without kernels, by the forwards of its own layers: float32 numbers are stock's to the last bit."""
+    """The group without kernels, by the forwards of its own layers: float32 numbers are stock's to the last bit.
+
+    Among `forwards` the module `batch_norm`, if any, stands for its own.
+    """
     groups = current_groups()
     x = convolve(x, conv, forwards[0])
     for forward in forwards[1:]:
-        if groups > 1 and batch_norm is not None and batch_norm.training and forward == batch_norm.forward:
-            x = torch.cat([forward(part) for part in x.chunk(groups)])
-        else:
+        if forward is not batch_norm:
             x = forward(x)
+        elif groups > 1 and batch_norm.training:
+            x = torch.cat([batch_norm.forward(part) for part in x.chunk(groups)])
+        else:
+            x = batch_norm.forward(x)
     return x
 
 

@@ -33,7 +33,7 @@ class Group:
     activation_first: bool = False  # convolution → activation → BatchNorm: another function than the usual order
     fused: bool = False
     reason: str = ""
-    forwards: tuple[Callable, ...] = ()  # of a fused group: its layers' own, the activation in place
+    forwards: tuple[Callable, ...] = ()  # of a fused group: see `fastgan.group_calls.run_layers`
 
     @property
     def pattern(self):
@@ -124,9 +124,10 @@ _WRITING = {nn.ReLU: torch.relu_, nn.Tanh: torch.tanh_, nn.Sigmoid: torch.sigmoi
 def _forward_in_place(layer):
     """What a layer runs without kernels: an activation writes to its input, which nothing else needs.
 
-    Not LeakyReLU: backward would then need its result, which others may change in place, as they may stock's.
+    Not LeakyReLU: backward would then need its result, which others may change in place, as they may stock's. A
+    BatchNorm is asked in its own way for each group of a batch.
     """
-    if hooks_compute_weight(layer):
+    if hooks_compute_weight(layer) or isinstance(layer, _BATCH_NORMS):
         return layer
     return layer.forward if getattr(layer, "inplace", False) else _WRITING.get(type(layer), layer.forward)
 
