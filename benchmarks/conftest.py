@@ -15,6 +15,7 @@ from fastgan.training.allocation import keep_freed_memory
 
 NOT_RUN = pytest.StashKey[list]()
 BROKE_OFF = pytest.StashKey[bool]()
+EARLIER = pytest.StashKey[dict]()
 
 
 def pytest_addoption(parser):
@@ -36,7 +37,8 @@ def _earlier(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    done = {entry["fullname"] for entries in _earlier(config).values() for entry in entries}
+    earlier = config.stash[EARLIER] = _earlier(config)
+    done = {entry["fullname"] for entries in earlier.values() for entry in entries}
     config.hook.pytest_deselected(items=[item for item in items if item.nodeid in done])
     items[:] = [item for item in items if item.nodeid not in done]
 
@@ -96,5 +98,5 @@ def pytest_benchmark_update_json(config, benchmarks, output_json):
     output_json["broke_off"] = config.stash.get(BROKE_OFF, False)
     for benchmark in output_json["benchmarks"]:
         benchmark["stats"].pop("data", None)  # every single round: the file stays in the repository
-    for kind, entries in _earlier(config).items():
+    for kind, entries in config.stash[EARLIER].items():
         output_json[kind] = entries + output_json[kind]

@@ -127,6 +127,11 @@ def relative_speed(entry):
     return entry.get("against_eager", 1.0)
 
 
+def _stock_microseconds(stock, fused):
+    """Of the stock entry, as it ran in turn with the fused one where it did; None without either."""
+    return (fused or {}).get("eager_microseconds") or (stock and stock["microseconds"])
+
+
 def _speed_up(fused, stock_microseconds):
     """How many times as fast as stock: from calls in turn where there are such."""
     return fused.get("against_eager") or stock_microseconds / fused["microseconds"]
@@ -197,12 +202,10 @@ def _layers(run):
                     next((e for e in of_batch if (e["layer"], e["direction"], e["variant"]) == key), None)
                     for key in ((layer, direction, "stock"), (layer, direction, "fused"))
                 )
-                times = [e and e["microseconds"] for e in (stock, fused)]
-                if fused and fused.get("eager_microseconds"):
-                    times[0] = fused["eager_microseconds"]
+                times = [_stock_microseconds(stock, fused), fused and fused["microseconds"]]
                 ratio = _speed_up(fused, times[0]) if all(times) else None
                 found += [ratio] if ratio else []
-                row += [*map(_number, times), "–" if ratio is None else f"{ratio:.2f}"]
+                row += [*map(_number, times), _ratio(ratio, 1)]
             # Of the last direction, forward + backward.
             row += [_percent(fused and layer_floor(run, fused))]
             row += [_number(e and e.get("peak_memory_mb")) for e in (stock, fused)]
@@ -263,9 +266,8 @@ def _losses(run):
     for key in dict.fromkeys((e["loss"], e["batch"], e["launched"]) for e in entries):
         of_key = {e["variant"]: e for e in entries if (e["loss"], e["batch"], e["launched"]) == key}
         times, fused = {variant: entry["microseconds"] for variant, entry in of_key.items()}, of_key.get("fused")
-        if fused and fused.get("eager_microseconds"):
-            times["eager"] = fused["eager_microseconds"]
-        stock = [time for variant, time in times.items() if is_stock(variant)]
+        times["eager"] = _stock_microseconds(of_key.get("eager"), fused)
+        stock = [time for variant, time in times.items() if is_stock(variant) and time]
         ratio = _speed_up(fused, min(stock)) if fused and stock else None
         rows.append([*key, *(_number(times.get(v)) for v in ("eager", "compile", "fused")), _ratio(ratio, 1)])
     head = "loss | batch | launched | stock, µs | stock compiled, µs | fused, µs | against best stock"

@@ -5,7 +5,7 @@
     python scripts/report.py                    write RESULTS.md and the plots anew
 
 Every file taken in is kept as it is in benchmarks/results/, named after its device. Exit status: 0; 1 if the tests on
-the GPU fail or a benchmark run breaks off; 2 for anything wrong with the input.
+the GPU fail or the benchmarks leave no results; 2 for anything wrong with the input.
 """
 
 import argparse

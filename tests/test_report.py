@@ -284,7 +284,7 @@ def test_what_a_run_measures(models, on_gpu, tmp_path, monkeypatch):
 
 
 LOSING = """
-import pathlib, pytest
+import pytest
 from benchmarks import timing
 from benchmarks.conftest import *  # the hooks
 

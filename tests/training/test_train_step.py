@@ -105,10 +105,8 @@ def test_the_generator_update_computes_no_weight_gradients_of_the_discriminator(
             parameter.register_hook(lambda gradient: calls.append(1))
     step(real_batches(1)[0])
     learning = sum(parameter.requires_grad for parameter in discriminator.parameters())
-    # Per parameter once in each pass of the discriminator's own update: for the real and for the fake images, or both.
-    assert (
-        len(calls) == (1 if step.one_pass else 2) * learning and learning == len(list(discriminator.parameters())) - 1
-    )
+    passes = 1 if step.one_pass else 2  # of the discriminator's own update
+    assert len(calls) == passes * learning and learning == len(list(discriminator.parameters())) - 1
     assert not frozen.requires_grad and frozen.grad is None
 
 
