@@ -12,6 +12,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
+    from triton.runtime import interpreter
+
+    # Whether an int32 overflows, which no size of these tests can bring about, takes half of the interpreter's time.
+    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
 
 
 def pytest_collection_modifyitems(items):
