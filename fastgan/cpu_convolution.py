@@ -1,6 +1,7 @@
 """Convolutions on a CPU as matrix products, where that is faster than PyTorch's own kernels for them.
 
-In float32 only what gives the same bits: a GAN's first steps make a difference in the last one visible within fifty.
+In float32 what gives the same bits (a GAN's first steps make a difference in the last one visible within fifty), and
+the weight gradients of very wide layers, where PyTorch spends up to half of its time on putting the result in order.
 """
 
 import functools
@@ -16,6 +17,10 @@ _HALF_DTYPES = (torch.bfloat16, torch.float16)
 # Of the matrix of all taps: beyond what caches hold the product gains nothing.
 _MOST_ELEMENTS = 2**23
 _LEAST_CHANNELS = 16  # a narrow product leaves the CPU's vectors half empty
+# In float32 a layer is wide from 512×512 channels of 4×4 taps on. Where its low side is as small as that, PyTorch takes
+# 1.4 to 1.6 times as long for its weight's gradient (two threads of an AMD EPYC), for that of 512×1024 channels 2.1 to
+# 2.4 times; for that of 256×512 as long, in a whole step.
+_WIDE_ELEMENTS, _FEW_POSITIONS = 2**22, 16
 
 
 def convolve(x, conv, forward):
@@ -24,16 +29,18 @@ def convolve(x, conv, forward):
         return forward(x)
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     half, of_one_position = dtype in _HALF_DTYPES, conv.transposed and x.shape[2:] == (1, 1)
-    if not (half or of_one_position) or not _is_plain(x, conv):
+    if not (half or of_one_position or _is_wide(conv)) or not _is_plain(x, conv):
         return forward(x)
     weight, kernel_size = conv.weight, tuple(conv.kernel_size)
+    if not half and not (dtype == x.dtype == weight.dtype == torch.float32 and _multiplies_in_float32()):
+        return forward(x)
     unpadded = not any((*conv.padding, *conv.output_padding))
     if of_one_position and unpadded:
-        if half or (dtype == x.dtype == weight.dtype == torch.float32 and _has_same_bits(x, weight)):
+        if half or _has_same_bits(x, weight):
             return from_one_position(x, weight)
     elif half and not conv.transposed and unpadded and x.shape[2:] == kernel_size:
         return to_one_position(x, weight)
-    elif half and _gains(x, weight, conv):
+    elif _gains(x, weight, conv, dtype):
         where = (conv.transposed, conv.stride, conv.padding, conv.output_padding)
         return Convolution.apply(x.to(dtype), weight.to(dtype), *where)
     return forward(x)
@@ -50,6 +57,15 @@ def _is_plain(x, conv):
         and not torch.compiler.is_compiling()
         and not backend.transformed()
     )
+
+
+def _is_wide(conv):
+    return conv.in_channels * conv.out_channels * conv.kernel_size[0] * conv.kernel_size[1] >= _WIDE_ELEMENTS
+
+
+def _multiplies_in_float32():
+    """Whether products are what convolutions are: torch.set_float32_matmul_precision("medium") makes them less."""
+    return torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee")
 
 
 def from_one_position(x, weight):
@@ -89,31 +105,35 @@ def _try_same_bits(x_shape, weight_shape, layout, with_input_grad, threads):
     return all(map(torch.equal, *results))
 
 
-def _gains(x, weight, conv):
+def _gains(x, weight, conv, dtype):
     """Whether anything of a convolution runs another way as a `Convolution`, forward or backward."""
     if not all(tensor.is_contiguous(memory_format=torch.channels_last) for tensor in (x, weight)):
         return False
     learns = torch.is_grad_enabled() and weight.requires_grad
     low = x.shape[2:] if conv.transposed else conv_size(x.shape[2:], conv.kernel_size, conv.stride, conv.padding)
-    positions = len(x) * low[0] * low[1]
-    of_image = _is_of_image(weight) and (conv.transposed or (torch.is_grad_enabled() and x.requires_grad))
-    return of_image or (learns and _has_product(positions, weight.shape))
+    of_image = _is_of_image(weight, dtype) and (conv.transposed or (torch.is_grad_enabled() and x.requires_grad))
+    return of_image or (learns and _weight_grad_for(len(x), low, weight.shape, dtype) is not None)
 
 
-def _is_of_image(weight):
+def _is_of_image(weight, dtype):
     """Whether the side with more positions is an image of one channel: of its vectors all but one number is empty."""
-    return weight.shape[1] == 1 and weight[0, 0].numel() > 1
+    return dtype != torch.float32 and weight.shape[1] == 1 and weight[0, 0].numel() > 1
 
 
-def _has_product(positions, weight_shape):
-    """Whether a weight gradient, of so many positions of its low side, is a product that gains."""
-    taps = weight_shape[2] * weight_shape[3]
-    return min(weight_shape[:2]) >= _LEAST_CHANNELS and positions * taps * weight_shape[1] <= _MOST_ELEMENTS
+def _weight_grad_for(batch, low_size, weight_shape, dtype):
+    """The function for a weight gradient of such a low side by products, or None where that gains nothing."""
+    positions = low_size[0] * low_size[1]
+    if dtype == torch.float32:
+        few = positions <= _FEW_POSITIONS and weight_shape.numel() >= _WIDE_ELEMENTS
+        return _weight_grad_tap_by_tap if few else None
+    elements = batch * positions * weight_shape[1:].numel()
+    return _weight_grad if min(weight_shape[:2]) >= _LEAST_CHANNELS and elements <= _MOST_ELEMENTS else None
 
 
 class Convolution(torch.autograd.Function):
     """conv(x, weight) by products that in half precision are up to 4 times as fast: its weight gradient is one over all
-    taps, and what comes to an image of one channel is one for all its taps, which are then added up.
+    taps, and what comes to an image of one channel is one for all its taps, which are then added up. In float32 a
+    weight gradient only, of a product for each tap.
 
     For both directions: (low, high), the sides with fewer and with more positions, are (result, x) of a convolution
     and (x, result) of a transposed one, and the weight is (low channels, high channels, kh, kw).
@@ -125,7 +145,7 @@ class Convolution(torch.autograd.Function):
         ctx.where = transposed, stride, padding, output_padding
         if not transposed:
             return F.conv2d(x, weight, None, stride, padding)
-        if _is_of_image(weight):
+        if _is_of_image(weight, x.dtype):
             size = conv_transpose_size(x.shape[2:], weight.shape[2:], stride, padding, output_padding)
             return _to_image(x, weight, size, stride, padding)
         return F.conv_transpose2d(x, weight, None, stride, padding, output_padding)
@@ -135,18 +155,19 @@ class Convolution(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         transposed, stride, padding, output_padding = ctx.where
         low, high = (x, dout) if transposed else (dout, x)
-        dx_by_taps = ctx.needs_input_grad[0] and not transposed and _is_of_image(weight)
-        positions = len(low) * low.shape[2] * low.shape[3]
-        dweight_by_taps = ctx.needs_input_grad[1] and _has_product(positions, weight.shape)
-        stock = (ctx.needs_input_grad[0] and not dx_by_taps, ctx.needs_input_grad[1] and not dweight_by_taps, False)
+        dx_by_taps = ctx.needs_input_grad[0] and not transposed and _is_of_image(weight, x.dtype)
+        weight_grad = _weight_grad_for(len(low), low.shape[2:], weight.shape, x.dtype)
+        if not ctx.needs_input_grad[1] or (weight_grad is _weight_grad_tap_by_tap and torch.is_grad_enabled()):
+            weight_grad = None  # whose steps autograd cannot follow
+        stock = (ctx.needs_input_grad[0] and not dx_by_taps, ctx.needs_input_grad[1] and weight_grad is None, False)
         dx = dweight = None
         if any(stock):
             where = (stride, padding, (1, 1), transposed, output_padding, 1)
             dx, dweight, _ = torch.ops.aten.convolution_backward(dout, x, weight, None, *where, stock)
         if dx_by_taps:
             dx = _to_image(dout, weight, x.shape[2:], stride, padding)
-        if dweight_by_taps:
-            dweight = _weight_grad(low, high, weight.shape, stride, padding)
+        if weight_grad is not None:
+            dweight = weight_grad(low, high, weight.shape, stride, padding)
         return dx, dweight, None, None, None, None
 
 
@@ -166,3 +187,28 @@ def _weight_grad(low, high, weight_shape, stride, padding):
     taps = taps.permute(0, 1, 2, 4, 5, 3).reshape(-1, kh * kw * high_channels)
     product = low.reshape(-1, low_channels).t() @ taps
     return product.view(low_channels, kh, kw, high_channels).permute(0, 3, 1, 2)
+
+
+def _weight_grad_tap_by_tap(low, high, weight_shape, stride, padding):
+    """Each tap of those positions only that have one there: of a 4×4 kernel on a side of 4×4, of 9 to 16 of them."""
+    low_channels, high_channels, *kernel_size = weight_shape
+    dweight = low.new_empty(low_channels, *kernel_size, high_channels)
+    low, high = low.permute(2, 3, 0, 1), high.permute(2, 3, 0, 1)  # (height, width, N, channels)
+    rows, columns = (
+        [_meeting(tap, low.shape[axis], high.shape[axis], stride[axis], padding[axis]) for tap in range(taps)]
+        for axis, taps in enumerate(kernel_size)
+    )
+    for i, (low_rows, high_rows) in enumerate(rows):
+        for j, (low_columns, high_columns) in enumerate(columns):
+            a = low[low_rows, low_columns].reshape(-1, low_channels)
+            b = high[high_rows, high_columns].reshape(-1, high_channels)
+            torch.mm(a.t(), b, out=dweight[:, i, j])
+    return dweight.permute(0, 3, 1, 2)
+
+
+def _meeting(tap, low, high, stride, padding):
+    """(slice of low, slice of high) along one axis: the positions that meet at a tap of the kernel, pair by pair."""
+    offset = tap - padding
+    first = max(0, -(offset // stride))
+    last = min(low - 1, (high - 1 - offset) // stride)
+    return slice(first, last + 1), slice(first * stride + offset, max(0, last * stride + offset + 1), stride)

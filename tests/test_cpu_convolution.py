@@ -104,6 +104,74 @@ def test_gradients_of_gradients(transposed, high_channels, monkeypatch):
     torch.autograd.gradgradcheck(lambda *args: Convolution.apply(*args, *where), operands)
 
 
+# Low sides of at most 16 positions; at some taps of the last two nothing meets.
+WIDE = {
+    "4x4": (lambda: nn.Conv2d(6, 5, 4, 2, 1, bias=False), (3, 6, 8, 8)),
+    "transposed 4x4": (lambda: nn.ConvTranspose2d(6, 5, 4, 2, 1, bias=False), (3, 6, 4, 4)),
+    "transposed, other sizes": (
+        lambda: nn.ConvTranspose2d(6, 5, (5, 4), (3, 2), (2, 1), output_padding=(2, 1), bias=False),
+        (3, 6, 2, 7),
+    ),
+    "every position": (lambda: nn.Conv2d(6, 5, 3, 1, 1, bias=False), (2, 6, 3, 5)),
+    "no padding, rows left over": (lambda: nn.Conv2d(6, 5, (3, 2), (3, 2), bias=False), (2, 6, 8, 7)),
+    "kernels wider than images": (lambda: nn.Conv2d(6, 5, (11, 7), 1, 3, bias=False), (2, 6, 5, 3)),
+    "one position": (lambda: nn.ConvTranspose2d(6, 5, 5, 3, 2, bias=False), (2, 6, 1, 1)),
+}
+
+
+def make_wide(name, monkeypatch):
+    """(layer, x), where every weight is a wide one."""
+    monkeypatch.setattr(cpu_convolution, "_WIDE_ELEMENTS", 1)
+    torch.manual_seed(0)
+    layer, shape = WIDE[name]
+    return layer().to(memory_format=torch.channels_last), torch.randn(shape).to(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_wide_weight_gradients(name, monkeypatch, poisoned):
+    layer, x = make_wide(name, monkeypatch)
+    exact = copy.deepcopy(layer).double()
+    dout = torch.randn_like(layer(x))
+    ours = run(layer, x, dout, lambda x: convolve(x, layer, layer.forward))
+    assert ours[0].grad_fn.name().startswith("Convolution")
+    stock, reference = run(layer, x, dout, layer), run(exact, x.double(), dout.double(), exact)
+    for what, *results in zip(("y", "dx", "dweight"), ours, stock, reference, strict=True):
+        assert layouts(results[0]) == layouts(results[1])
+        assert_as_accurate_as_stock(f"{name}: {what}", *results)
+
+
+def test_gradients_of_wide_weight_gradients(monkeypatch):
+    layer, x = make_wide("4x4", monkeypatch)
+
+    def penalty(forward):
+        y = forward(x)
+        (dweight,) = torch.autograd.grad(y.square().sum(), layer.weight, create_graph=True)
+        return torch.autograd.grad(dweight.square().sum(), layer.weight)
+
+    ours, stock = penalty(lambda x: convolve(x, layer, layer.forward)), penalty(layer)
+    torch.testing.assert_close(ours, stock, rtol=1e-3, atol=1e-5)
+
+
+def test_wide_layers_that_stay_stock(monkeypatch):
+    def is_stock(layer, x):
+        return convolve(x, layer, lambda x: None) is None
+
+    layer, x = make_wide("4x4", monkeypatch)
+    assert not is_stock(layer, x)
+    assert is_stock(layer, x.contiguous())
+    assert is_stock(layer, torch.randn(3, 6, 10, 10).to(memory_format=torch.channels_last))  # 25 positions
+    assert is_stock(copy.deepcopy(layer).double(), x.double())
+    with torch.no_grad():
+        assert is_stock(layer, x)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert is_stock(layer, x)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    monkeypatch.setattr(cpu_convolution, "_WIDE_ELEMENTS", layer.weight.numel() + 1)
+    assert is_stock(layer, x)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("batch", [1, 5, 16, 32])
 @pytest.mark.parametrize("with_input_grad", [False, True])
