@@ -9,7 +9,17 @@ import functools
 import pytest
 import torch
 
-from benchmarks.stock import BATCHES, IMAGE_SIZES, VARIANTS, WARM_UP, ExampleStep, Setting, precision_of
+from benchmarks.stock import (
+    BATCHES,
+    GROWING,
+    IMAGE_SIZES,
+    LARGEST_BATCH,
+    VARIANTS,
+    WARM_UP,
+    ExampleStep,
+    Setting,
+    precision_of,
+)
 from benchmarks.timing import ON_GPU, PeakMemory, clock, describe, fixed, forget, measure_in_turn
 
 pytestmark = pytest.mark.benchmark(group="train step", timer=clock)
@@ -17,6 +27,8 @@ pytestmark = pytest.mark.benchmark(group="train step", timer=clock)
 FULL = [Setting(size, batch) for size in IMAGE_SIZES for batch in BATCHES]
 SHORT = [Setting(64, 128), Setting(64, 1024)]
 CPU = [Setting(28, 32), Setting(64, 16)]  # the default run on digits, and the example DCGAN
+# Of one variant of ours, besides: how a step grows with its batch.
+GROWTH = [Setting(64, LARGEST_BATCH)] if ON_GPU else [Setting(28, batch) for batch in (8, 16, 64, 128)]
 CHECKED_STEPS = 3
 SECONDS = 0.5 if ON_GPU else 1.0
 # (relative, absolute) difference of a loss after up to three steps. In bfloat16 a logit is right to some 1 %, and a
@@ -27,8 +39,9 @@ TOLERANCE = {"fp32": (0.03, 0.02) if ON_GPU else (0.01, 0.005), "bf16": (0.06, 0
 def pytest_generate_tests(metafunc):
     full = metafunc.config.getoption("--full", default=False)
     settings = (FULL if full else SHORT) if ON_GPU else CPU
-    metafunc.parametrize("setting", settings, ids=str)
-    metafunc.parametrize("variant", VARIANTS)
+    cases = [(setting, variant) for setting in settings for variant in VARIANTS]
+    cases += [(setting, GROWING[not ON_GPU]) for setting in GROWTH]
+    metafunc.parametrize("setting, variant", cases, ids=[f"{setting}-{variant}" for setting, variant in cases])
 
 
 def test_train_step(benchmark, setting, variant):

@@ -18,22 +18,32 @@ def throughput(run, path):
     plt = _pyplot()
     figure, axes = plt.subplots(1, len(sizes), figsize=(5.5 * len(sizes), 4.2), squeeze=False)
     for axis, size in zip(axes[0], sizes, strict=True):
-        variants = dict.fromkeys(e["variant"] for e in entries if e["image_size"] == size)
-        for variant in variants:
-            points = sorted(
-                (e["batch"], e["images_per_sec"]) for e in run.of("train step", variant=variant, image_size=size)
-            )
-            style = {"linewidth": 2.5} if variant.startswith("fused") else {"linewidth": 1.2}
-            axis.plot(*zip(*points, strict=True), marker="o", label=variant, **style)
+        for label, points in lines([e for e in entries if e["image_size"] == size], run.on_gpu):
+            style = {"linewidth": 2.5} if label.startswith("fused") else {"linewidth": 1.2}
+            axis.plot(*zip(*points, strict=True), marker="o", label=label, **style)
         axis.set(title=f"{size}×{size}", xlabel="batch", xscale="log", yscale="log")
         axis.set_xticks(batches[size], [str(batch) for batch in batches[size]])
+        axis.yaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:,.0f}")
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("images per second")
     axes[0][-1].legend(fontsize=8)
-    figure.suptitle(f"One G + D update on {run.device} ({run.date}, torch {run.torch})", fontsize=11)
+    figure.suptitle(f"One G + D update on {run.device}\n({run.date}, torch {run.torch})", fontsize=11)
     _save(figure, path)
     return True
+
+
+def lines(entries, on_gpu):
+    """(label, [(batch, images/s)]) of each variant. On a CPU of those with several batches, beside eager as it ran in
+    turn with them: other rows may be of a moment when the machine was slower."""
+    for variant in dict.fromkeys(e["variant"] for e in entries):
+        own = sorted((e for e in entries if e["variant"] == variant), key=lambda e: e["batch"])
+        if on_gpu or len(own) > 1:
+            yield variant, [(e["batch"], e["images_per_sec"]) for e in own]
+            beside = [(e["batch"], e["eager_images_per_sec"]) for e in own if e.get("eager_images_per_sec")]
+            if beside:
+                yield f"eager, in turn with {variant}", beside
 
 
 def step_time(profile, path):

@@ -2,7 +2,7 @@
 
 import math
 
-from benchmarks.stock import BATCHES, GPU_VARIANTS, IMAGE_SIZES
+from benchmarks.stock import BATCHES, GPU_VARIANTS, GROWING, IMAGE_SIZES, LARGEST_BATCH
 
 _HEAD = """# Results
 
@@ -42,7 +42,7 @@ def results(runs, profiles, plots):
 def device_section(run, profile, plots):
     parts = [f"## {run.device}", _conditions(run)]
     parts += _train_steps(run)
-    parts += _plot(run, plots, "throughput", "Images per second over batch size")
+    parts += _plot(run, plots, "throughput", "Images per second over batch size") + _growth(run)
     parts += _profile(profile) + _plot(run, plots, "profile", "Where the time of a step goes, kernel by kernel")
     parts += _layers(run) + _models(run) + _losses(run) + _generate(run) + _data(run) + _not_run(run)
     return parts
@@ -88,9 +88,9 @@ def _train_steps(run):
 
 def _step_row(run, entry, together):
     best = best_stock(entry, together)
-    # Steps of two precisions did not run in turn on a CPU.
-    comparable = together if run.on_gpu else [e for e in together if e["dtype"] == entry["dtype"]]
-    example = next((e for e in comparable if e["variant"] == "eager-fp32"), None)
+    example = next((relative_speed(e) for e in together if e["variant"] == "eager-fp32"), None)
+    if not run.on_gpu:  # in turn with that one, if in its precision
+        example = 1.0 if entry["dtype"] == "float32" else None
     arithmetic, traffic = floors(run, entry)
     return [
         entry["batch"],
@@ -99,7 +99,7 @@ def _step_row(run, entry, together):
         *([] if run.on_gpu else [_number(entry.get("eager_images_per_sec"))]),
         _number(entry["batch"] / entry["images_per_sec"] * 1e3),
         _ratio(relative_speed(entry), best and relative_speed(best)),
-        _ratio(relative_speed(entry), example and relative_speed(example)),
+        _ratio(relative_speed(entry), example),
         _percent(arithmetic),
         _percent(traffic),
         _number(entry.get("peak_memory_mb")),
@@ -163,7 +163,35 @@ def _unmeasured(run, entries):
             if absent:
                 which = "every variant" if len(absent) == len(GPU_VARIANTS) else ", ".join(absent)
                 missing.append(f"{size}×{size}, batch {batch} ({which})")
+    if (64, LARGEST_BATCH, GROWING[0]) not in known:
+        missing.append(f"64×64, batch {LARGEST_BATCH} ({GROWING[0]})")
     return missing
+
+
+def _growth(run):
+    rows = []
+    for size in sorted({e["image_size"] for e in run.of("train step")}):
+        for variant in GROWING:
+            entries = sorted(run.of("train step", variant=variant, image_size=size), key=lambda e: e["batch"])
+            if len(entries) > 1:
+                for smaller, entry in zip([None, *entries[:-1]], entries, strict=True):
+                    rows.append([f"{size}×{size}", variant, entry["batch"], *_growth_from(smaller, entry)])
+    if not rows:
+        return []
+    head = (
+        "images | variant | batch | µs an image | of that at the batch before | memory | MiB more for each image more"
+    )
+    said = (
+        "What grows as it should takes no more time an image at a larger batch, and the same memory for each one more."
+    )
+    return ["### How a step grows with its batch", _table(head, rows), said]
+
+
+def _growth_from(smaller, entry):
+    speed, memory, more = entry["images_per_sec"], entry.get("peak_memory_mb"), None
+    if smaller and memory and smaller.get("peak_memory_mb"):
+        more = (memory - smaller["peak_memory_mb"]) / (entry["batch"] - smaller["batch"])
+    return _number(1e6 / speed), _ratio(smaller and smaller["images_per_sec"], speed), _number(memory), _number(more)
 
 
 def _profile(profile):

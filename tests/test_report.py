@@ -55,7 +55,7 @@ def complete():
         step("compile-graph-bf16", 40000.0, batch=1024),
         step("stock-step-graph-bf16", 25000.0),
         step("fused-bf16", 50000.0, memory=60.0),
-        step("fused-bf16", 30000.0, batch=1024),
+        step("fused-bf16", 30000.0, batch=1024, memory=508.0),
     ]
     layers = [
         *(layer("G1", variant, "forward", t) for variant, t in (("stock", 30.0), ("fused", 10.0))),
@@ -144,6 +144,9 @@ def test_numbers_of_the_tables(write):
     assert cells(page, "generator", 8)[2:] == ["in a graph", "40", "20", "5", "4.00"]
     assert cells(page, 128, "fused-graph-bf16")[2:4] == ["2,000,000", "2.00"]
     assert cells(page, 128, "resident")[2] == "3,000,000"
+    # 20 and 33.3 µs an image; 448 MiB more for 896 images more.
+    assert cells(page, "64×64", "fused-bf16", 128)[3:] == ["20", "–", "60", "–"]
+    assert cells(page, "64×64", "fused-bf16", 1024)[3:] == ["33.3", "1.67", "508", "0.5"]
 
 
 def test_says_what_is_missing_and_why(write):
@@ -153,6 +156,7 @@ def test_says_what_is_missing_and_why(write):
     assert "28×28, batch 64 (every variant)" in page
     # compile-bf16 at batch 128 could not run, which is another thing than not measured.
     assert "64×64, batch 128 (eager-bf16, fused-uncompiled-bf16, fused-eager-bf16, fused-two-passes-bf16)" in page
+    assert "64×64, batch 2048 (fused-bf16)" in page
 
 
 def test_keeps_files_as_they_are_and_draws(write):
@@ -196,7 +200,21 @@ def test_on_a_cpu_ratios_are_of_calls_that_ran_in_turn(write):
     assert cells(page, "G1")[1:4] == ["48", "41", "1.20"]
     assert cells(page, "generator", 8)[3:] == ["48", "–", "41", "1.20"]
     assert cells(page, 7, "fused-fp32")[2:4] == ["80", "1.20"]  # 1.8 / 1.5
-    assert not list(Path("benchmarks/results").glob("*.png"))  # one batch makes no line
+    # One batch makes no line, and does not grow.
+    assert not list(Path("benchmarks/results").glob("*.png")) and "How a step grows" not in page
+
+
+def test_on_a_cpu_lines_are_of_what_ran_in_turn():
+    beside = [
+        step("fused-fp32", speed, batch=batch, eager_images_per_sec=50.0) for batch, speed in ((4, 90.0), (2, 80.0))
+    ]
+    entries = [row["extra_info"] for row in (step("eager-fp32", 100.0, batch=4), *beside)]
+    lines = dict(plots.lines(entries, on_gpu=False))
+    assert lines == {
+        "fused-fp32": [(2, 80.0), (4, 90.0)],
+        "eager, in turn with fused-fp32": [(2, 50.0), (4, 50.0)],
+    }
+    assert dict(plots.lines(entries, on_gpu=True))["eager-fp32"] == [(4, 100.0)]
 
 
 @pytest.mark.parametrize(
