@@ -1,5 +1,6 @@
 """Where there is no GPU the kernels run in Triton's interpreter, which must be chosen before Triton is imported."""
 
+import importlib.util
 import os
 
 import pytest
@@ -12,10 +13,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
-    from triton.runtime import interpreter
+    if importlib.util.find_spec("triton"):
+        from triton.runtime import interpreter
 
-    # Whether an int32 overflows, which no size of these tests can bring about, takes half of the interpreter's time.
-    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
+        # Whether an int32 overflows, which no size of these tests can bring about, takes half of its time.
+        interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
 
 
 def pytest_collection_modifyitems(items):
