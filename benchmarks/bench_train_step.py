@@ -20,14 +20,14 @@ from benchmarks.stock import (
     Setting,
     precision_of,
 )
-from benchmarks.timing import ON_GPU, PeakMemory, clock, describe, fixed, forget, measure_in_turn
+from benchmarks.timing import DEVICE, ON_GPU, PeakMemory, clock, describe, fixed, forget, measure_in_turn
 
 pytestmark = pytest.mark.benchmark(group="train step", timer=clock)
 
 FULL = [Setting(size, batch) for size in IMAGE_SIZES for batch in BATCHES]
 SHORT = [Setting(64, 128), Setting(64, 1024)]
 CPU = [Setting(28, 32), Setting(64, 16)]  # the default run on digits, and the example DCGAN
-# Of one variant of ours, besides: how a step grows with its batch.
+# Of `GROWING` alone.
 GROWTH = [Setting(64, LARGEST_BATCH)] if ON_GPU else [Setting(28, batch) for batch in (8, 16, 64, 128)]
 CHECKED_STEPS = 3
 SECONDS = 0.5 if ON_GPU else 1.0
@@ -40,7 +40,7 @@ def pytest_generate_tests(metafunc):
     full = metafunc.config.getoption("--full", default=False)
     settings = (FULL if full else SHORT) if ON_GPU else CPU
     cases = [(setting, variant) for setting in settings for variant in VARIANTS]
-    cases += [(setting, GROWING[not ON_GPU]) for setting in GROWTH]
+    cases += [(setting, GROWING[DEVICE.type]) for setting in GROWTH]
     metafunc.parametrize("setting, variant", cases, ids=[f"{setting}-{variant}" for setting, variant in cases])
 
 

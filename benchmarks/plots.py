@@ -18,7 +18,7 @@ def throughput(run, path):
     plt = _pyplot()
     figure, axes = plt.subplots(1, len(sizes), figsize=(5.5 * len(sizes), 4.2), squeeze=False)
     for axis, size in zip(axes[0], sizes, strict=True):
-        for label, points in lines([e for e in entries if e["image_size"] == size], run.on_gpu):
+        for label, points in lines(run, size):
             style = {"linewidth": 2.5} if label.startswith("fused") else {"linewidth": 1.2}
             axis.plot(*zip(*points, strict=True), marker="o", label=label, **style)
         axis.set(title=f"{size}×{size}", xlabel="batch", xscale="log", yscale="log")
@@ -34,14 +34,13 @@ def throughput(run, path):
     return True
 
 
-def lines(entries, on_gpu):
+def lines(run, image_size):
     """(label, [(batch, images/s)]) of each variant. On a CPU of those with several batches, beside eager as it ran in
     turn with them: other rows may be of a moment when the machine was slower."""
-    for variant in dict.fromkeys(e["variant"] for e in entries):
-        own = sorted((e for e in entries if e["variant"] == variant), key=lambda e: e["batch"])
-        if on_gpu or len(own) > 1:
-            yield variant, [(e["batch"], e["images_per_sec"]) for e in own]
-            beside = [(e["batch"], e["eager_images_per_sec"]) for e in own if e.get("eager_images_per_sec")]
+    for variant, entries in run.steps_by_batch(image_size).items():
+        if run.on_gpu or len(entries) > 1:
+            yield variant, [(e["batch"], e["images_per_sec"]) for e in entries]
+            beside = [(e["batch"], e["eager_images_per_sec"]) for e in entries if e.get("eager_images_per_sec")]
             if beside:
                 yield f"eager, in turn with {variant}", beside
 

@@ -33,6 +33,12 @@ class Run:
         """The entries of a group whose fields have these values."""
         return [e for e in self.entries if e["group"] == group and all(e.get(k) == v for k, v in wanted.items())]
 
+    def steps_by_batch(self, image_size):
+        """{variant: its training steps with images of this size, the smallest batch first}."""
+        entries = sorted(self.of("train step", image_size=image_size), key=lambda e: e["batch"])
+        variants = dict.fromkeys(e["variant"] for e in self.of("train step", image_size=image_size))
+        return {variant: [e for e in entries if e["variant"] == variant] for variant in variants}
+
     def ceiling(self, name, dtype=None):
         """A measured ceiling ("tflops" of a dtype, or "tb_per_sec"), or None."""
         values = [e[name] for e in self.of("ceilings") if name in e and dtype in (None, e["dtype"])]

@@ -19,9 +19,8 @@ from fastgan.training.weights import keep_compilable
 
 # What a table of training steps on a GPU holds when it is complete, with GPU_VARIANTS below.
 IMAGE_SIZES, BATCHES = (28, 64, 128), (64, 128, 256, 1024)
-# And of `GROWING` alone, of 64×64 images: how it grows with the batch is seen from 64 to here.
-LARGEST_BATCH = 2048
-GROWING = ("fused-bf16", "fused-fp32")  # on a GPU, and on a CPU
+# Of one variant, by device, how it grows with the batch: on a GPU for 64×64 images up to this one, too.
+GROWING, LARGEST_BATCH = {"cuda": "fused-bf16", "cpu": "fused-fp32"}, 2048
 NZ, LR, BETAS = 100, 2e-4, (0.5, 0.999)
 # Enough for torch.compile, cuDNN's choice of algorithms and the state of Adam to be there.
 WARM_UP = 8 if ON_GPU else 3

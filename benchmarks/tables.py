@@ -88,8 +88,9 @@ def _train_steps(run):
 
 def _step_row(run, entry, together):
     best = best_stock(entry, together)
-    example = next((relative_speed(e) for e in together if e["variant"] == "eager-fp32"), None)
-    if not run.on_gpu:  # in turn with that one, if in its precision
+    if run.on_gpu:
+        example = next((relative_speed(e) for e in together if e["variant"] == "eager-fp32"), None)
+    else:  # in turn with that one, if in its precision
         example = 1.0 if entry["dtype"] == "float32" else None
     arithmetic, traffic = floors(run, entry)
     return [
@@ -163,17 +164,16 @@ def _unmeasured(run, entries):
             if absent:
                 which = "every variant" if len(absent) == len(GPU_VARIANTS) else ", ".join(absent)
                 missing.append(f"{size}×{size}, batch {batch} ({which})")
-    if (64, LARGEST_BATCH, GROWING[0]) not in known:
-        missing.append(f"64×64, batch {LARGEST_BATCH} ({GROWING[0]})")
+    if (64, LARGEST_BATCH, GROWING["cuda"]) not in known:
+        missing.append(f"64×64, batch {LARGEST_BATCH} ({GROWING['cuda']})")
     return missing
 
 
 def _growth(run):
     rows = []
     for size in sorted({e["image_size"] for e in run.of("train step")}):
-        for variant in GROWING:
-            entries = sorted(run.of("train step", variant=variant, image_size=size), key=lambda e: e["batch"])
-            if len(entries) > 1:
+        for variant, entries in run.steps_by_batch(size).items():
+            if variant in GROWING.values() and len(entries) > 1:
                 for smaller, entry in zip([None, *entries[:-1]], entries, strict=True):
                     rows.append([f"{size}×{size}", variant, entry["batch"], *_growth_from(smaller, entry)])
     if not rows:

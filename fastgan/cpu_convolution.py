@@ -60,6 +60,7 @@ def _is_plain(x, conv):
 
 
 def _is_wide(conv):
+    """By its sizes: the question comes with every call, and a parametrized weight would be computed for it."""
     return conv.in_channels * conv.out_channels * conv.kernel_size[0] * conv.kernel_size[1] >= _WIDE_ELEMENTS
 
 
@@ -127,7 +128,8 @@ def _weight_grad_for(batch, low_size, weight_shape, dtype):
         few = positions <= _FEW_POSITIONS and weight_shape.numel() >= _WIDE_ELEMENTS
         return _weight_grad_tap_by_tap if few else None
     elements = batch * positions * weight_shape[1:].numel()
-    return _weight_grad if min(weight_shape[:2]) >= _LEAST_CHANNELS and elements <= _MOST_ELEMENTS else None
+    fits = min(weight_shape[:2]) >= _LEAST_CHANNELS and elements <= _MOST_ELEMENTS
+    return _weight_grad_of_all_taps if fits else None
 
 
 class Convolution(torch.autograd.Function):
@@ -179,7 +181,7 @@ def _to_image(low, weight, size, stride, padding):
     return image.to(low.dtype)
 
 
-def _weight_grad(low, high, weight_shape, stride, padding):
+def _weight_grad_of_all_taps(low, high, weight_shape, stride, padding):
     low_channels, high_channels, kh, kw = weight_shape
     low, high = low.permute(0, 2, 3, 1), high.permute(0, 2, 3, 1)
     high = F.pad(high, (0, 0, padding[1], padding[1], padding[0], padding[0]))
