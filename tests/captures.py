@@ -82,7 +82,7 @@ class Stream:
         self.device = device
 
     def wait_stream(self, other):
-        Stream.graph.waits(self)
+        Stream.graph.waits(self, other)
 
     @contextmanager
     def chosen(self):
@@ -103,6 +103,7 @@ class SimulatedGraph(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self._pools, self._steps, self._before = defaultdict(Pool), [], {}
+        self._forked = set()
 
     @contextmanager
     def capturing(self):
@@ -140,10 +141,14 @@ class SimulatedGraph(TorchDispatchMode):
         start = functools.partial(launching.launch, kernel, grid, device=device, **options)
         self._steps.append((Stream.current, start, self._placed(args), {}, []))
 
-    def waits(self, stream):
-        """From here on `stream` waits for all that the others were given."""
-        if stream is _MAIN:
+    def waits(self, stream, other):
+        """From here on `stream` waits for all that `other` was given."""
+        if stream is not _MAIN:
+            self._forked.add(stream)
+        elif other in self._forked:
             self._steps.append((stream, _JOIN))
+        else:
+            raise RuntimeError("a stream that is no part of the capture cannot be waited for in it")
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -209,6 +214,7 @@ def simulate_graphs(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", Stream.chosen)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: Stream.current)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: setattr(Stream, "current", stream))
     monkeypatch.setattr(StepGraph, "_aside", lambda graph, images: graph._step(images))
     # A capture sees what operators do, and not the operators.
     for module in (operators, layer, functional):

@@ -13,18 +13,19 @@ import torch
 ENABLED = os.environ.get("FASTGAN_BRANCHES") == "1"
 
 _stream = None  # within `branching`: where the other branch runs
+_forked = False  # whether anything runs there that `join` has not waited for
 _kept = []  # what it reads
 
 
 @contextmanager
 def branching(stream):
     """Around a capture: `beside` puts kernels on this stream; None for no branches."""
-    global _stream
+    global _stream, _forked
     before, _stream = _stream, stream
     try:
         yield
     finally:
-        _stream = before
+        _stream, _forked = before, False
         _kept.clear()
 
 
@@ -34,9 +35,15 @@ def beside(*read):
 
     Until then nobody else reads what they write. Who may let go of a tensor that they read before, names it in `read`.
     """
+    global _forked
+    # Asked first and by itself: a network compiled without branches would be compiled anew where there are some.
+    if torch.compiler.is_compiling():
+        yield
+        return
     if _stream is None:
         yield
         return
+    _forked = True
     _kept.extend(read)
     _stream.wait_stream(torch.cuda.current_stream(_stream.device))
     with torch.cuda.stream(_stream):
@@ -45,6 +52,8 @@ def beside(*read):
 
 def join():
     """What comes after it waits for what ran `beside`."""
-    if _stream is not None:
+    global _forked
+    if _forked:  # a capture may not wait for a stream that is no part of it
         torch.cuda.current_stream(_stream.device).wait_stream(_stream)
+        _forked = False
         _kept.clear()

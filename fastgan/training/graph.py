@@ -16,13 +16,15 @@ def capturing(graph, **options):
     """torch.cuda.graph(graph, **options), which other graphs do not disturb and which disturbs nothing if it fails."""
     # A graph that is garbage would invalidate the capture, were it collected within (pytorch#161037).
     gc.collect()
-    enabled = gc.isenabled()
+    enabled, current = gc.isenabled(), torch.cuda.current_stream()
     gc.disable()
     try:
         with torch.cuda.graph(graph, **options):
             yield
     except BaseException:
-        # Generators would draw nothing more: torch 2.11's take a capture that failed to be going on.
+        # A capture that failed may leave its stream the current one, and torch 2.11's generators as if it went on:
+        # they would draw nothing more.
+        torch.cuda.set_stream(current)
         for generator in torch.cuda.default_generators:
             generator.graphsafe_set_state(generator.clone_state())
         raise
@@ -45,11 +47,12 @@ class StepGraph:
 
     def __init__(self, step, device):
         self._step, self._device = step, device
+        self._warmup_stream = torch.cuda.Stream(device)  # one for all of them, which then use the same memory
         self.forget()
 
     def forget(self):
         """Drop the capture; the next calls warm up and capture anew."""
-        self._graph = self._images = self._losses = self._tables = None
+        self._graph = self._images = self._losses = self._tables = self._kind = None
         self._warmups = 0
 
     @property
@@ -58,16 +61,17 @@ class StepGraph:
 
     def __call__(self, images):
         """One step. Images of another shape or dtype than the captured ones take the step as it is."""
+        kind = None if images is None else (images.shape, images.dtype)
         if self._graph is None:
+            if kind != self._kind:  # what is captured has run as often: a last, smaller batch is not
+                self._kind, self._warmups = kind, 0
             if self._warmups < WARMUP_STEPS:
                 self._warmups += 1
                 return self._aside(images)
             self._capture(images)
-        if (images is None) != (self._images is None):
+        if kind != self._kind:
             return self._step(images)
         if images is not None:
-            if images.shape != self._images.shape or images.dtype != self._images.dtype:
-                return self._step(images)
             self._images.copy_(images)
         self._graph.replay()
         # Copied, because the next replay writes to the same place.
@@ -75,7 +79,7 @@ class StepGraph:
 
     def _aside(self, images):
         """The step on a stream of its own, as capture wants its warm-up."""
-        stream, current = torch.cuda.Stream(self._device), torch.cuda.current_stream(self._device)
+        stream, current = self._warmup_stream, torch.cuda.current_stream(self._device)
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
             losses = self._step(images)
@@ -88,17 +92,21 @@ class StepGraph:
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self._device)
         try:
-            # Other threads go on preparing batches meanwhile.
+            # On a stream of this device: torch's own for captures is of the device that captured first. Other threads
+            # go on preparing batches meanwhile.
             with (
                 branches.branching(torch.cuda.Stream(self._device) if branches.ENABLED else None),
                 filled_after_capture() as self._tables,
                 torch.cuda.device(self._device),
-                capturing(graph, capture_error_mode="thread_local"),
+                capturing(graph, stream=torch.cuda.Stream(self._device), capture_error_mode="thread_local"),
             ):
                 losses = self._step(self._images)
                 self._losses = torch.stack(list(losses.values()))
                 branches.join()
-        except RuntimeError as error:
+        except BaseException as error:
+            self.forget()  # the tables of this capture were never filled
+            if not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError):
+                raise
             raise RuntimeError(
                 "the step cannot be captured in a CUDA graph: something in it waits for the GPU or depends on values "
                 "there (.item(), a data-dependent branch); cuda_graph=False trains it as it is"

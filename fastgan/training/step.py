@@ -3,6 +3,7 @@
 import functools
 import math
 import warnings
+import weakref
 from contextlib import contextmanager
 
 import torch
@@ -119,6 +120,9 @@ class TrainStep:
         self.optimizer_d = optimizer(discriminator.parameters(), **adam)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self._graph = StepGraph(self._step, self.device) if cuda_graph and on_cuda else None
+        itself = weakref.ref(self)
+        for optimizer in (self.optimizer_g, self.optimizer_d):  # whose old averages a captured step writes to
+            optimizer.register_load_state_dict_post_hook(lambda _: itself().forget_graph())
 
     def __call__(self, real_images=None):
         """Update both networks once.
@@ -247,6 +251,7 @@ class TrainStep:
         Raises:
             ValueError: the state is of other networks, or is no state of a TrainStep.
         """
+        self.forget_graph()
         try:
             load_weights(self.generator, state["generator"])
             load_weights(self.discriminator, state["discriminator"])
@@ -256,7 +261,6 @@ class TrainStep:
                 self.scaler.load_state_dict(state["scaler"])
         except (KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise ValueError(f"this is no state of a TrainStep for these networks: {error!r}") from error
-        self.forget_graph()  # it writes to Adam's old averages
 
     _STATEFUL = ("generator", "discriminator", "optimizer_g", "optimizer_d", "scaler")
 

@@ -1,8 +1,11 @@
 """A captured step does not depend on memory that its own graph writes over: replays give the same as plain steps."""
 
+import copy
+
 import pytest
 import torch
 
+import fastgan
 from fastgan.training import TrainStep, graph
 from fastgan.training.step import _fused_convolutions
 from fastgan.weight_copies import WeightCopies
@@ -45,6 +48,78 @@ def test_replays_equal_plain_steps(half, one_pass, branches, monkeypatch, triton
     for name in ("generator", "discriminator"):
         ours, theirs = (getattr(step, name).state_dict() for step in (graphed, plain))
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture
+def captured_step(monkeypatch, triton_backend):
+    """A step of which the second call is captured."""
+
+    def make(**options):
+        step = make_step(half=False, **options)
+        step._graph = graph.StepGraph(step._step, torch.device("cpu"))
+        return step
+
+    simulate_graphs(monkeypatch)
+    monkeypatch.setattr(graph, "WARMUP_STEPS", 1)
+    return make
+
+
+def test_branches_of_which_nothing_makes_use(captured_step, monkeypatch):
+    monkeypatch.setattr(graph.branches, "ENABLED", True)
+    step = captured_step(fused=False)
+    train(step)
+    assert step._graph.captured
+
+
+def test_what_is_captured_has_the_shape_of_the_calls_before(captured_step):
+    step = captured_step()
+    real = real_batches(1, dtype=torch.float32)[0]
+    captured = []
+    for batch in (real, real[:2], real, real, real[:2], real):  # a data set that ends with a smaller batch
+        step(batch)
+        captured.append(step._graph.captured and len(step._graph._images))
+    assert captured == [False, False, False, len(real), len(real), len(real)]
+
+
+def test_a_capture_that_fails_is_tried_again(captured_step, monkeypatch):
+    step = captured_step()
+    first, *later = real_batches(4, dtype=torch.float32)
+    step(first)
+
+    def out_of_memory():
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(step.optimizer_g, "step", out_of_memory)
+        step(later[0])
+    for real in later:
+        losses = step(real)
+    assert step._graph.captured and all(loss.isfinite() for loss in losses.values())
+
+
+def test_no_replay_writes_to_moments_that_loading_replaced(captured_step):
+    step = captured_step()
+    train(step)
+    state = copy.deepcopy(step.state_dict())
+    assert step._graph.captured
+    step.optimizer_g.load_state_dict(copy.deepcopy(step.optimizer_g.state_dict()))
+    assert not step._graph.captured
+    train(step)
+    state["optimizer_d"]["param_groups"][0]["params"] = [0]
+    with pytest.raises(ValueError, match="parameter group"):
+        step.load_state_dict(state)
+    assert not step._graph.captured
+
+
+def test_compiled_networks_are_not_compiled_anew_within_branches():
+    torch._dynamo.reset()
+    generator = fastgan.fuse(make_networks(dtype=torch.float32)[0])
+    compiled = torch.compile(generator, fullgraph=True, dynamic=False, backend="eager")
+    latent = torch.randn(4, NZ)
+    compiled(latent)
+    compiled(latent)
+    with torch._dynamo.config.patch(error_on_recompile=True), graph.branches.branching(object()):
+        compiled(latent)
 
 
 def test_memory_is_given_out_again_and_written_over():

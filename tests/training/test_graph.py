@@ -30,7 +30,16 @@ class Generator:
 
 
 @pytest.fixture
-def generators(monkeypatch):
+def streams(monkeypatch):
+    """The current ones: as `capturing` found it, then every other that it chose."""
+    made = ["found"]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: made[-1])
+    monkeypatch.setattr(torch.cuda, "set_stream", made.append)
+    return made
+
+
+@pytest.fixture
+def generators(monkeypatch, streams):
     """Those of two devices."""
     made = Generator(), Generator()
     monkeypatch.setattr(torch.cuda, "default_generators", made)
@@ -61,3 +70,10 @@ def test_a_capture_that_fails_leaves_random_numbers_usable(generators):
     with pytest.raises(ZeroDivisionError), capturing(None):
         raise ZeroDivisionError
     assert [generator.state for generator in generators] == ["as before"] * 2
+
+
+def test_a_capture_that_fails_leaves_its_stream(generators, streams):
+    with pytest.raises(ZeroDivisionError), capturing(None):
+        streams.append("the capture's")
+        raise ZeroDivisionError
+    assert streams[-1] == "found"
