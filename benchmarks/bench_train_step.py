@@ -58,10 +58,9 @@ def test_train_step(benchmark, setting, variant):
     peak = memory.steady(lambda: step(images))
     check(step, setting, images, TOLERANCE[precision])
 
-    eager = None
-    if not (ON_GPU or variant.startswith("eager")):
-        stock = VARIANTS[f"eager-{precision}"](setting.networks(), images)
-        eager = functools.partial(stock, images)
+    eager, stock = None, f"eager-{precision}"
+    if not ON_GPU and variant != stock:
+        eager = functools.partial(VARIANTS[stock](setting.networks(), images), images)
     median, of_eager = measure_in_turn(benchmark, lambda: step(images), eager, seconds=SECONDS)
     benchmark.extra_info.update(images_per_sec=fixed(setting.batch / median), peak_memory_mb=peak)
     if eager:

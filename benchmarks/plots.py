@@ -28,7 +28,7 @@ def throughput(run, path):
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("images per second")
-    axes[0][-1].legend(fontsize=8)
+    axes[0][-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.02, 1.0))
     figure.suptitle(f"One G + D update on {run.device}\n({run.date}, torch {run.torch})", fontsize=11)
     _save(figure, path)
     return True
@@ -84,7 +84,7 @@ def longest(kernel_us):
 
 def readable(kernel):
     """A kernel's name without return type, template arguments and parameters, at most 60 characters of it."""
-    name = re.sub(r"^void ", "", kernel)
+    name = re.sub(r"^void |\(anonymous namespace\)::", "", kernel)
     name = re.split(r"[<(]", name, maxsplit=1)[0].split("::")[-1] or kernel
     return name if len(name) <= 60 else name[:57] + "..."
 

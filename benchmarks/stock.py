@@ -100,10 +100,11 @@ class ExampleStep:
 
 
 class StockStep:
-    """The same update, tuned as one tunes stock PyTorch: channels_last, autocast, a loss on logits; and, with
-    ``compile``, both networks through torch.compile, each on its own, and fused capturable Adam."""
+    """The same update, tuned as one tunes stock PyTorch: channels_last, autocast, a loss on logits; with
+    ``fused_adam`` Adam's fused form, capturable on a GPU; with ``compile`` both networks through torch.compile, each
+    on its own."""
 
-    def __init__(self, generator, discriminator, *, precision, compile):
+    def __init__(self, generator, discriminator, *, precision, compile=False, fused_adam=False):
         self.generator = generator.to(memory_format=torch.channels_last)
         self.discriminator = discriminator.to(memory_format=torch.channels_last)
         self.dtype = DTYPES[precision]
@@ -111,6 +112,7 @@ class StockStep:
         if compile:
             keep_compilable(generator)
             self._g, self._d = (torch.compile(m, fullgraph=True, dynamic=False) for m in (self._g, self._d))
+        if fused_adam:
             adam.update(fused=True, capturable=ON_GPU)
         self.optimizer_g = torch.optim.Adam(generator.parameters(), **adam)
         self.optimizer_d = torch.optim.Adam(discriminator.parameters(), **adam)
@@ -168,9 +170,9 @@ def _losses(loss_d, loss_g, real_output, fake_output):
     return {name: value.detach() for name, value in losses.items()}
 
 
-def _stock_step(precision, *, compile=False, graph=False):
+def _stock_step(precision, *, graph=False, **options):
     def build(networks, images):
-        step = StockStep(*networks, precision=precision, compile=compile)
+        step = StockStep(*networks, precision=precision, **options)
         return GraphedStep(step, images) if graph else step
 
     return build
@@ -184,23 +186,24 @@ def _our_step(precision, **options):
 GPU_VARIANTS = {
     "eager-fp32": lambda networks, _: ExampleStep(*networks),
     "eager-bf16": _stock_step("bf16"),
-    "compile-bf16": _stock_step("bf16", compile=True),
-    "compile-graph-bf16": _stock_step("bf16", compile=True, graph=True),
+    "compile-bf16": _stock_step("bf16", compile=True, fused_adam=True),
+    "compile-graph-bf16": _stock_step("bf16", compile=True, fused_adam=True, graph=True),
     "stock-step-graph-bf16": _our_step("bf16", fused=False, compile=True),
     "fused-bf16": _our_step("bf16", fused=True, compile=True),
     # As `scripts/train.py --fused` does it: the step in a graph, its networks not compiled.
     "fused-uncompiled-bf16": _our_step("bf16", fused=True, compile=False),
     # `fastgan.fuse` in a loop that is stock otherwise: neither compiled nor captured, every launch from Python.
-    "fused-eager-bf16": lambda networks, _: StockStep(*map(fastgan.fuse, networks), precision="bf16", compile=False),
+    "fused-eager-bf16": lambda networks, _: StockStep(*map(fastgan.fuse, networks), precision="bf16"),
     # The discriminator on real and on fake images apart, for its memory.
     "fused-two-passes-bf16": _our_step("bf16", fused=True, compile=True, one_pass=False),
 }
 CPU_VARIANTS = {
     "eager-fp32": lambda networks, _: ExampleStep(*networks),
-    "compile-fp32": _stock_step("fp32", compile=True),
+    "eager-tuned-fp32": _stock_step("fp32", fused_adam=True),
+    "compile-fp32": _stock_step("fp32", compile=True, fused_adam=True),
     "fused-fp32": _our_step("fp32", fused=True, compile=False),
-    "eager-bf16": _stock_step("bf16"),
-    "compile-bf16": _stock_step("bf16", compile=True),
+    "eager-bf16": _stock_step("bf16", fused_adam=True),
+    "compile-bf16": _stock_step("bf16", compile=True, fused_adam=True),
     "fused-bf16": _our_step("bf16", fused=True, compile=False),
 }
 VARIANTS = GPU_VARIANTS if ON_GPU else CPU_VARIANTS

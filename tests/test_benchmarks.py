@@ -28,7 +28,7 @@ def test_work_of_the_example_dcgan():
 def test_stock_steps_are_one_algorithm():
     setting = Setting(28, 4)
     images, losses = setting.images(), []
-    for kind, options in ((ExampleStep, {}), (StockStep, {"precision": "fp32", "compile": False})):
+    for kind, options in ((ExampleStep, {}), (StockStep, {"precision": "fp32"})):
         step = kind(*setting.networks(), **options)
         torch.manual_seed(1)
         losses.append([step(images) for _ in range(3)])

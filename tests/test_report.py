@@ -276,6 +276,7 @@ def test_a_trace_is_summed_up_by_step():
 def test_kernel_names_become_readable():
     long = "void at::native::vectorized_elementwise_kernel<4, at::native::Add<float> >(int, float*)"
     assert plots.readable(long) == "vectorized_elementwise_kernel"
+    assert plots.readable("void at::native::(anonymous namespace)::apply<4>(int)") == "apply"
     assert len(plots.readable("x" * 100)) == 60
     shown = plots.longest({f"k{i}<{i}>": float(i) for i in range(20)})
     assert len(shown) == plots.KERNELS_SHOWN + 1 and sum(shown.values()) == sum(range(20))

@@ -93,7 +93,7 @@ def step_peak(monkeypatch, batch, *, fused, **options):
             copies = [torch.empty_like(weight, dtype=torch.bfloat16) for weight in weights]  # a GPU's WeightCopies
             assert len(copies) == 24
         else:
-            step = StockStep(*networks, precision="bf16", compile=False)
+            step = StockStep(*networks, precision="bf16")
         for _ in range(2):  # the first one makes the optimizers' state
             memory.peak = memory.now
             step(images)
