@@ -1,13 +1,17 @@
 """Whether a discriminator gives the same numbers on [real; fake] in one pass as on each of them in turn."""
 
 import copy
+import random
+from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import nn
 
 from fastgan.batch_groups import batch_groups
 
-IMAGES = 8  # of each kind, to try it on
+# Of each kind, to try it on. Pieces of 2, 4 or 8 images, with statistics of their own, then hold both kinds.
+IMAGES = 7
 TOLERANCE = 1e-6
 
 
@@ -27,15 +31,17 @@ def one_pass_obstacle(discriminator, real_images, fake_images):
     real, fake = (images[:IMAGES].detach().double() for images in (real_images, fake_images))
     try:
         together, apart = (copy.deepcopy(discriminator).double() for _ in range(2))
-    except RuntimeError as error:  # the older weight_norm keeps a weight that torch does not copy
-        return f"it cannot be copied to try it ({str(error).partition('.')[0]})"
-    devices = [real.device] if real.is_cuda else []
-    with torch.no_grad(), torch.random.fork_rng(devices):
-        with batch_groups(2):
-            logits = together(torch.cat([real, fake]))
-        if len(logits) != len(real) + len(fake):
-            return f"its logits have shape {tuple(logits.shape)}: the first axis is not the images'"
-        expected = torch.cat([apart(real), apart(fake)])
+    except Exception as error:  # the older weight_norm keeps a weight that torch does not copy; a lock, say
+        return f"it cannot be copied to try it ({_in_short(error)})"
+    try:
+        with torch.no_grad(), _random_numbers_kept(real.device):
+            with batch_groups(2):
+                logits = together(torch.cat([real, fake]))
+            if len(logits) != len(real) + len(fake):
+                return f"its logits have shape {tuple(logits.shape)}: the first axis is not the images'"
+            expected = torch.cat([apart(real), apart(fake)])
+    except Exception as error:  # it wants a dtype, or a number of images, of its own
+        return f"it cannot be tried on {len(real)} images of each kind in float64 ({_in_short(error)})"
     names = ", ".join(name or type(module).__name__ for name, module in _stock_batch_norms(discriminator))
     hint = f": BatchNorm runs unfused in {names}" if names else ""
     if not _close(logits, expected):
@@ -44,6 +50,21 @@ def one_pass_obstacle(discriminator, real_images, fake_images):
         if not _close(left.double(), apart.get_buffer(name).double()):
             return f"it leaves another {name}" + hint
     return None
+
+
+def _in_short(error):
+    return f"{type(error).__name__}: {error}".partition("\n")[0].partition(". ")[0]
+
+
+@contextmanager
+def _random_numbers_kept(device):
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 def _close(ours, theirs):

@@ -16,7 +16,7 @@ from fastgan.training.adam import ContiguousAdam, KernelAdam
 from fastgan.training.devices import check_precision
 from fastgan.training.graph import StepGraph
 from fastgan.training.one_pass import one_pass_obstacle
-from fastgan.training.weights import keep_compilable, load_weights
+from fastgan.training.weights import keep_compilable, load_weights, to_channels_last
 from fastgan.weight_copies import WeightCopies
 
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -93,8 +93,8 @@ class TrainStep:
             self._backward_bce = _backward_bce
 
         # The layout that convolutions are fastest in, on a CPU too (by 15% on 28×28 images).
-        generator.to(memory_format=torch.channels_last)
-        discriminator.to(memory_format=torch.channels_last)
+        for network in (generator, discriminator):
+            to_channels_last(network)
         self.generator, self.discriminator = generator, discriminator
         self._g, self._d = generator, discriminator
         if compile and not fused:

@@ -1,5 +1,6 @@
-"""Loading weights, with errors of one line, and the layout that stock layers compile in."""
+"""Loading weights, with errors of one line, and the layouts that weights are kept in."""
 
+import torch
 from torch import nn
 
 
@@ -11,6 +12,11 @@ def load_weights(module, state):
         # torch lists every misfit on a line of its own, below a heading.
         misfits = str(error).splitlines()[1:2] or [str(error)]
         raise ValueError(f"weights do not fit the {type(module).__name__}: {misfits[0].strip()}") from error
+
+
+def to_channels_last(module):
+    """``module.to(memory_format=torch.channels_last)``, which refuses modules with tensors of five dimensions."""
+    module._apply(lambda tensor: tensor.to(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor)
 
 
 def keep_compilable(generator):

@@ -1,6 +1,8 @@
 """The discriminator's update in one pass over [real; fake], and in two: when each, and what either promises."""
 
 import copy
+import random
+import threading
 import weakref
 
 import pytest
@@ -35,6 +37,27 @@ class _BatchMean(nn.Module):
         return x - x.mean(0, keepdim=True)
 
 
+class _InPieces(nn.Module):
+    """A batch mean of every four images."""
+
+    def forward(self, x):
+        return torch.cat([piece - piece.mean(0, keepdim=True) for piece in x.split(4)])
+
+
+class _OfItsOwn(nn.Module):
+    """In float32 whatever comes, and with a Python random number."""
+
+    def forward(self, x):
+        random.random()
+        return x.float()
+
+
+class _Locked(nn.Identity):
+    def __init__(self):
+        super().__init__()
+        self.lock = threading.Lock()
+
+
 def _logits(features):
     return nn.Flatten(), nn.Linear(features, 1)
 
@@ -48,8 +71,10 @@ def _logits(features):
         (lambda: [nn.Conv2d(2, 4, 3), _BatchMean(), *_logits(784)], "share a batch"),
         (lambda: [nn.utils.parametrizations.spectral_norm(nn.Conv2d(2, 4, 3)), *_logits(784)], "chance|leaves"),
         (lambda: [nn.Conv2d(2, 1, 16), nn.Flatten(0), nn.Unflatten(0, (1, -1))], "first axis"),
+        (lambda: [nn.Conv2d(2, 4, 3), _InPieces(), *_logits(784)], "share a batch"),
+        (lambda: [_Locked(), nn.Conv2d(2, 4, 3), *_logits(784)], "cannot be copied to try it .TypeError"),
     ],
-    ids=("batch-norm-1d", "cumulative", "dropout", "batch-mean", "spectral-norm", "shape"),
+    ids=("batch-norm-1d", "cumulative", "dropout", "batch-mean", "spectral-norm", "shape", "pieces", "lock"),
 )
 def test_two_passes_where_one_would_not_be_exact(layers, reason):
     torch.manual_seed(0)
@@ -58,10 +83,34 @@ def test_two_passes_where_one_would_not_be_exact(layers, reason):
     step = TrainStep(generator, discriminator, latent_dim=NZ, one_pass=True)
     before = copy.deepcopy(discriminator.state_dict()), torch.get_rng_state()
     with pytest.warns(UserWarning, match=f"two passes.*({reason})") as warned:
-        step._try_one_pass(*real_batches(2))
+        step._try_one_pass(*(torch.cat(real_batches(2, seed=seed)) for seed in (1, 2)))
     assert not step.one_pass and str(warned[0].message).endswith(step.one_pass_reason)
     assert set(before[0]) == set(discriminator.state_dict())
     step(real_batches(1)[0])
+
+
+def test_two_passes_where_float64_does_not_do():
+    torch.manual_seed(0)
+    discriminator = nn.Sequential(_OfItsOwn(), nn.Conv2d(2, 4, 3), *_logits(784))
+    step = TrainStep(make_networks(dtype=torch.float32)[0], discriminator, latent_dim=NZ)
+    before = random.getstate()
+    with pytest.warns(UserWarning, match="cannot be tried on 4 images of each kind in float64"):
+        step._try_one_pass(*real_batches(2, dtype=torch.float32))
+    assert random.getstate() == before and not step.one_pass
+    step(real_batches(1, dtype=torch.float32)[0])
+
+
+def test_weights_of_five_dimensions():
+    class Modulated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.head = nn.Parameter(torch.randn(1, 4, 2, 3, 3)), nn.Sequential(*_logits(784))
+
+        def forward(self, x):
+            return self.head(nn.functional.conv2d(x, self.weight[0]))
+
+    step = TrainStep(make_networks()[0], Modulated().double(), latent_dim=NZ)
+    assert step(real_batches(1)[0])["loss_d"].isfinite() and step.one_pass
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
