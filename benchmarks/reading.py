@@ -1,9 +1,10 @@
 """Reading the JSON of `pytest benchmarks/` and of `python -m benchmarks.profiling`, and refusing any other."""
 
 import json
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from fastgan.ops.tables import slug
 
 PROFILE_SUFFIX = "-profile"
 
@@ -58,11 +59,6 @@ class Profile:
     @property
     def name(self):
         return slug(self.device) + PROFILE_SUFFIX
-
-
-def slug(device):
-    """ "NVIDIA H100 80GB HBM3" → "nvidia-h100-80gb-hbm3"."""
-    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 def load(path):

@@ -70,10 +70,7 @@ def backward_bce(logits, targets, scaler, *, means=True):
     """
     implementation, _ = backend.select(logits.device, logits.dtype)
     if implementation == "reference":
-        parts = logits.chunk(len(targets))
-        loss = functools.reduce(torch.add, map(_bce_reference, parts, targets))
-        scaler.scale(loss).backward()
-        return loss.detach(), *map(_mean_sigmoid, parts if means else ())
+        return backward_bce_of_torch(logits, targets, scaler, means=means)
     # The kernel has the gradient ready: from the loss on, autograd would multiply it by one and put its parts together.
     real, *fake = logits.detach().chunk(len(targets))
     real_target, fake_target = (*map(float, targets), 0.0)[:2]
@@ -82,6 +79,14 @@ def backward_bce(logits, targets, scaler, *, means=True):
     loss, sigmoids, grads = losses.bce(real, fake[0] if fake else None, real_target, fake_target, as_logits)
     logits.backward(scaler.scale(grads).to(logits.dtype).view_as(logits))
     return loss, *sigmoids[: len(targets) * means]
+
+
+def backward_bce_of_torch(logits, targets, scaler, *, means=True):
+    """`backward_bce` by the losses of torch, whatever FASTGAN_BACKEND says."""
+    parts = logits.chunk(len(targets))
+    loss = functools.reduce(torch.add, map(_bce_reference, parts, targets))
+    scaler.scale(loss).backward()
+    return loss.detach(), *map(_mean_sigmoid, parts if means else ())
 
 
 def _bce_reference(logits, target):

@@ -1,17 +1,16 @@
 """One whole update of a GAN: the discriminator on real and fake images, then the generator."""
 
-import functools
 import math
 import warnings
 import weakref
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 
 from fastgan.backend import held_choice
 from fastgan.batch_groups import batch_groups
 from fastgan.first_order import first_order
+from fastgan.losses import backward_bce, backward_bce_of_torch
 from fastgan.training.adam import ContiguousAdam, KernelAdam
 from fastgan.training.devices import check_precision
 from fastgan.training.graph import StepGraph
@@ -84,13 +83,11 @@ class TrainStep:
         self.autocast_dtype = _AUTOCAST[precision]
 
         if fused:
-            from fastgan import functional, fuse
+            from fastgan import fuse
 
             fuse(generator)
             fuse(discriminator)
-            self._backward_bce = functional.backward_bce
-        else:
-            self._backward_bce = _backward_bce
+        self._backward_bce = backward_bce if fused else backward_bce_of_torch
 
         # The layout that convolutions are fastest in, on a CPU too (by 15% on 28×28 images).
         for network in (generator, discriminator):
@@ -323,16 +320,3 @@ def _load_adam(optimizer, state):
         for name, value in moments.items():
             if value.shape == parameter.shape:
                 moments[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-
-
-def _backward_bce(logits, targets, scaler, *, means=True):
-    """`fastgan.functional.backward_bce` by the losses of torch."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    parts = logits.chunk(len(targets))
-    losses = [
-        F.binary_cross_entropy_with_logits(part, torch.full_like(part, target))
-        for part, target in zip(parts, targets, strict=True)
-    ]
-    loss = functools.reduce(torch.add, losses)
-    scaler.scale(loss).backward()
-    return loss.detach(), *(part.detach().sigmoid().mean() for part in parts if means)
