@@ -110,12 +110,31 @@ def test_nothing_but_unreadable_pictures(tmp_path):
         data.load("folder", root=tmp_path)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_on_demand_the_next_picture_takes_the_place_of_an_unreadable_one(pictures, no_memory, workers):
+    for name in ("a.png", "f.tif"):
+        (pictures / name).write_bytes(b"no picture")
+
+    def reds(count, **options):
+        folder = data.load("folder", root=pictures, image_size=8)
+        with pytest.warns(UserWarning) as caught:
+            taken = take(folder, count, batch_size=5, workers=workers, **options)
+        return taken[:, :, 0, 0, 0].tolist(), [str(warning.message) for warning in caught]
+
+    batches, told = reds(3)
+    assert all(sorted(batch) == [20, 20, 20, 30, 40] for batch in batches)
+    assert len(told) == 2 and told[0].startswith("cannot read the picture") and "takes its place" in told[0]
+    assert told[1].startswith("2 of 5 pictures could not be read: ") and "a.png" in told[1] and "f.tif" in told[1]
+    assert reds(1, first_step=2)[0] == batches[2:]
+
+
 @pytest.mark.parametrize("workers", [0, 1])
-def test_unreadable_picture_on_demand_is_one_line(pictures, no_memory, workers):
-    (pictures / "a.png").write_bytes(b"no picture")
-    folder = data.load("folder", root=pictures, image_size=8)
-    with pytest.raises(ValueError, match=r"^cannot read the picture .*a\.png: [^\n]*$"):
-        take(folder, 1, batch_size=5, workers=workers)
+def test_nothing_but_unreadable_pictures_on_demand_is_one_line(tmp_path, no_memory, workers):
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(b"no picture")
+    folder = data.load("folder", root=tmp_path, image_size=8)
+    with pytest.raises(ValueError, match=r"^none of the 2 pictures can be read: cannot read .*\.png: [^\n]*$"):
+        take(folder, 1, batch_size=2, workers=workers)
 
 
 # torchvision's data sets, in their own formats
