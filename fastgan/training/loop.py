@@ -74,5 +74,6 @@ def _stop_if_diverged(run, step, non_finite):
         run.save(step, DIVERGED)
         raise ValueError(
             f"training diverged: loss or weights are not finite at step {first}; the state after step {step} is in "
-            f"{run.out / DIVERGED}, and the last good checkpoint, if there was one, is as it was. A smaller learning rate may help"
+            f"{run.out / DIVERGED}, and the last good checkpoint, if there was one, is as it was. "
+            "A smaller learning rate may help"
         )

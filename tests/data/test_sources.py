@@ -226,9 +226,35 @@ def test_failed_download_says_what_was_expected_where(tmp_path, monkeypatch, nam
         data.load(name, root=tmp_path)
 
 
+@pytest.mark.parametrize("error", [URLError("no route to host"), KeyboardInterrupt()])
+def test_a_failed_download_leaves_no_empty_folders(tmp_path, monkeypatch, error):
+    torchvision = pytest.importorskip("torchvision")
+
+    def download(self):
+        (tmp_path / "new" / "MNIST" / "raw").mkdir(parents=True)
+        if (tmp_path / "kept").exists():
+            (tmp_path / "new" / "part.gz").write_bytes(b"what came")
+        raise error
+
+    monkeypatch.setattr(torchvision.datasets.MNIST, "download", download)
+    for left in ([], ["kept", "new", "new/part.gz"]):
+        with pytest.raises((ValueError, KeyboardInterrupt)):
+            data.load("mnist", root=tmp_path / "new")
+        assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == left
+        (tmp_path / "kept").mkdir(exist_ok=True)
+
+
+def test_celeba_names_the_package_that_downloads_it(tmp_path, monkeypatch):
+    torchvision = pytest.importorskip("torchvision")
+    monkeypatch.setitem(sys.modules, "gdown", None)
+    monkeypatch.setattr(torchvision.datasets.CelebA, "download", lambda self: 1 / 0)
+    with pytest.raises(ValueError, match=r'needs the package gdown: pip install -e "\.\[data\]"'):
+        data.load("celeba", root=tmp_path)
+
+
 def test_missing_lmdb_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "lmdb", None)
-    with pytest.raises(ValueError, match=r"needs the package lmdb .*pip install lmdb"):
+    with pytest.raises(ValueError, match=r'needs the package lmdb .*pip install -e "\.\[data\]"'):
         data.load("lsun", root=tmp_path)
 
 
