@@ -10,7 +10,7 @@ import pytest
 from fastgan.ops.choice import shipped_tables
 from fastgan.ops.tables import Measurement, Problem, write_table
 from fastgan.tune.inspection import MATRIX_KERNELS, _occupancy
-from tests.processes import main_of
+from tests.processes import run_compiling
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "inspect_kernels.py"
 FIELDS = {
@@ -79,16 +79,24 @@ def test_bad_input(tmp_path):
     assert done.stderr.startswith("error: --table") and "notes.json" in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_an_interruption(monkeypatch, capsys):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")  # which the script takes out of the environment: it comes back
-    main = main_of("inspect_kernels")
+INTERRUPTED = """
+from tests.processes import main_of
 
-    def interrupted(*arguments):
-        raise KeyboardInterrupt
+main = main_of("inspect_kernels")
 
-    monkeypatch.setitem(main.__globals__, "launches_of_defaults", interrupted)
-    assert main([]) == 130
-    assert capsys.readouterr().err == "interrupted\n"
+
+def interrupted(*arguments):
+    raise KeyboardInterrupt
+
+
+main.__globals__["launches_of_defaults"] = interrupted
+raise SystemExit(main([]))
+"""
+
+
+def test_an_interruption():
+    done = run_compiling("-c", INTERRUPTED)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 
 @pytest.mark.parametrize(
