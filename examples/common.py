@@ -9,9 +9,7 @@ A program hands `run` a function `build(options, channels)` that makes its GAN, 
 
 import argparse
 import copy
-import sys
 import time
-import warnings
 from contextlib import closing
 from pathlib import Path
 from statistics import median
@@ -22,29 +20,24 @@ from torch import nn
 
 import fastgan
 from fastgan import data
+from fastgan.command_line import run_command
 from fastgan.data.checks import check_integer
+from fastgan.data.sources import require
+from fastgan.files import check_writable
 from fastgan.training.devices import pick_device, synchronize
 from fastgan.training.pictures import grid, save_png
 
 IMAGE_SIZES = (16, 32, 64, 128, 256)
 DRAWN = 16  # pictures in the grid; they are kept out of training
 SEED = 0
+SOFTWARE = "fastgan examples"  # written into the pictures: those may be drawn anew
 AGREEMENT = 0.05  # how far fused results may be from stock ones before they are timed; bfloat16 and TF32 give 0.01
 
 
 def run(argv, build, *, description, steps, batch_size):
     """The command line of a program: 0 when it is done, 130 after Ctrl-C, 2 for anything wrong with the input."""
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
-            _train(_parse(argv, description, steps, batch_size), build)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+    options = _parse(argv, description, steps, batch_size)
+    return run_command(lambda: _train(options, build), vars(options), root="dataroot")
 
 
 def pencil(images):
@@ -104,8 +97,9 @@ def _train(options, build):
     if options.image_size not in IMAGE_SIZES:
         raise ValueError(f"image_size must be one of {', '.join(map(str, IMAGE_SIZES))}; got {options.image_size}")
     device = pick_device(options.device)
+    out = _picture_file(options.out)
     training, drawn = _load(options)
-    drawn, out = data.scale(drawn).to(device), _picture_file(options.out)
+    drawn = data.scale(drawn).to(device)
     torch.backends.cudnn.benchmark = True  # worth it: all batches have one shape
 
     gan = _make(build, options, training.nc, device)
@@ -126,18 +120,28 @@ def _train(options, build):
                 reported, clock = step, time.perf_counter()
         print(f"pictures: {out}")
         print(_speed_up(build, options, images.before_step()))
+    return 0
 
 
 def _picture_file(out):
+    """The file to draw: a new one, or one that an earlier run has drawn."""
+    check_writable("out", out)
     out = Path(out)
     if out.is_dir():
         raise ValueError(f"out must be a file; {str(out)!r} is a folder")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.touch()
-    except OSError as error:
-        raise ValueError(f"out {str(out)!r} cannot be written: {error}") from error
+    if out.suffix.lower() != ".png":
+        raise ValueError(f"out must end in .png; got {str(out)!r}")
+    if out.exists() and not _is_ours(out):
+        raise ValueError(f"out {str(out)!r} exists, and no example has drawn it: choose another name, or remove it")
     return out
+
+
+def _is_ours(path):
+    try:
+        with require("PIL.Image").open(path) as picture:
+            return picture.info.get("Software") == SOFTWARE
+    except OSError:  # no picture
+        return False
 
 
 def _load(options):
@@ -171,7 +175,8 @@ def _precision(options, device):
 @torch.no_grad()
 def _draw(gan, images, out):
     gan.eval()
-    save_png(grid(data.to_uint8(torch.cat(gan.draw(images), dim=3)).cpu()), out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_png(grid(data.to_uint8(torch.cat(gan.draw(images), dim=3)).cpu()), out, software=SOFTWARE)
     gan.train()
 
 

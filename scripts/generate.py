@@ -1,11 +1,12 @@
 """Draw pictures with a trained generator: `python scripts/generate.py runs/digits/checkpoint.pt --out more.png`.
 
-Exit status: 0, or 2 for anything wrong with the input.
+Exit status: 0, 130 after Ctrl-C, 2 for anything wrong with the input.
 """
 
 import argparse
 import sys
 
+from fastgan.command_line import run_command
 from fastgan.training import generate
 
 
@@ -20,15 +21,15 @@ def parse(argv):
     return vars(parser.parse_args(argv))
 
 
-def main(argv=None):
-    options = parse(argv)
-    try:
-        count, side = generate(**options)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def draw(options):
+    count, side = generate(**options)
     print(f"{count} pictures of {side}x{side} in {options['out']}")
     return 0
+
+
+def main(argv=None):
+    options = parse(argv)
+    return run_command(lambda: draw(options), options.keys() - {"checkpoint"})
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ Compiles every kernel as a step of the 64×64 DCGAN starts it, and the matrix ke
 tables of measured convolutions, and shows registers, spilled bytes, shared memory, matrix instruction, asynchronous
 copies and occupancy (the share of a multiprocessor's warps that fit).
 
-Exit status: 0, 1 if a kernel does not compile, 2 for anything wrong with the input.
+Exit status: 0, 1 if a kernel does not compile, 2 for anything wrong with the input, 130 after Ctrl-C.
 """
 
 import argparse
@@ -17,8 +17,10 @@ os.environ.pop("TRITON_INTERPRET", None)  # the interpreter would take the compi
 
 import torch
 
+from fastgan.command_line import run_command
 from fastgan.ops.choice import shipped_tables
 from fastgan.tune.inspection import TARGETS, inspect, launches_of_defaults, launches_of_tables
+from fastgan.tune.tables import why_no_table
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _COLUMNS = (
@@ -49,10 +51,14 @@ def parse(argv):
 
 def main(argv=None):
     options = parse(argv)
-    missing = [path for path in options.table or () if not path.is_file()]
-    if missing:
-        print(f"error: no file {missing[0]}", file=sys.stderr)
-        return 2
+    return run_command(lambda: show(options), vars(options))
+
+
+def show(options):
+    for path in options.table or ():
+        why = why_no_table(path) if path.is_file() else "there is no such file"
+        if why:
+            raise ValueError(f"table {str(path)!r} is no table of measured convolutions: {why}")
     found = launches_of_tables(options.table if options.table is not None else shipped_tables())
     if not options.only_tables:
         found += launches_of_defaults([_DTYPES[options.dtype]] if options.dtype else list(_DTYPES.values()))

@@ -5,7 +5,7 @@
     python scripts/report.py                    write RESULTS.md and the plots anew
 
 Every file taken in is kept as it is in benchmarks/results/, named after its device. Exit status: 0; 1 if the tests on
-the GPU fail or the benchmarks leave no results; 2 for anything wrong with the input.
+the GPU fail or the benchmarks leave no results; 2 for anything wrong with the input; 130 after Ctrl-C.
 """
 
 import argparse
@@ -22,6 +22,8 @@ sys.path.insert(0, str(ROOT))
 
 try:
     from benchmarks import plots, reading, tables
+    from fastgan.command_line import run_command
+    from fastgan.files import check_writable
 except ModuleNotFoundError as missing:
     print(f"error: {missing}; the benchmarks' packages come with: pip install -e '.[dev]'", file=sys.stderr)
     sys.exit(2)
@@ -42,25 +44,30 @@ def parse(argv):
 
 def main(argv=None):
     options = parse(argv)
-    try:
-        files = [Path(file) for file in options.files]
-        loaded = [reading.load(file) for file in files]  # all of them, before anything is written
-        _check_different(files, loaded)
-        with tempfile.TemporaryDirectory() as folder:
-            if options.run:
-                measured = measure(Path(folder), options.full, options.models, not options.no_checks)
-                if not measured:
-                    return 1
-                files, loaded = files + measured, loaded + [reading.load(path) for path in measured]
-                _check_different(files, loaded)
-            results = options.root / "benchmarks" / "results"
-            results.mkdir(parents=True, exist_ok=True)
-            for file, content in zip(files, loaded, strict=True):
-                keep(file, results / f"{content.name}.json")
-        report(options.root, results)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run_command(lambda: take_in_and_report(options), vars(options))
+
+
+def take_in_and_report(options):
+    for name in ("full", "models", "no_checks"):
+        if getattr(options, name) and not options.run:
+            raise ValueError(f"{name} says what --run measures: give --run too, or leave it out")
+    results = options.root / "benchmarks" / "results"
+    for folder in (options.root, results):
+        check_writable("root", folder, folder=True)
+    files = [Path(file) for file in options.files]
+    loaded = [reading.load(file) for file in files]  # all of them, before anything is written
+    _check_different(files, loaded)
+    with tempfile.TemporaryDirectory() as folder:
+        if options.run:
+            measured = measure(Path(folder), options.full, options.models, not options.no_checks)
+            if not measured:
+                return 1
+            files, loaded = files + measured, loaded + [reading.load(path) for path in measured]
+            _check_different(files, loaded)
+        results.mkdir(parents=True, exist_ok=True)
+        for file, content in zip(files, loaded, strict=True):
+            keep(file, results / f"{content.name}.json")
+    report(options.root, results)
     return 0
 
 

@@ -4,12 +4,14 @@ Exit status: 0 when the run is complete, 130 after Ctrl-C (the run is saved), 2 
 """
 
 import argparse
+import dataclasses
+import shlex
 import sys
-import warnings
 
 import torch
 
 import fastgan
+from fastgan.command_line import run_command
 from fastgan.ops.choice import has_table
 from fastgan.training import TrainConfig, new_run, resumed_run, train
 from fastgan.training.config import add_options
@@ -53,13 +55,12 @@ def explain(run):
     print(fastgan.explain(run.step.discriminator, images))
 
 
-def run_training(argv):
-    options, out, resume, wants_explanation = parse(argv)
+def run_training(options, out, resume, wants_explanation):
     run = new_run(TrainConfig(**options), out) if resume is None else resumed_run(resume, options, out)
     if run.first_step >= run.last_step:
         print(
-            f"the run in {run.out} has finished its {run.last_step} steps (epochs {run.config.epochs}, "
-            f"max_steps {run.config.max_steps}): a larger --epochs or --max-steps goes on with it"
+            f"the run in {run.out} has finished its {run.last_step} steps (--epochs {run.config.epochs}, "
+            f"--max-steps {run.config.max_steps}): a larger --epochs or --max-steps goes on with it"
         )
         return 0
     describe(run)
@@ -68,25 +69,23 @@ def run_training(argv):
 
     step = train(run)
     if step < run.last_step:
-        print(f"interrupted; step {step} is saved. To go on: python scripts/train.py --resume {run.out}")
+        print(f"interrupted; step {step} is saved. To go on: python scripts/train.py --resume {quoted(run.out)}")
         return 130
     print(f"done: {step} steps. Pictures: {run.out}/samples/step-{step:06d}.png; losses: {run.out}/loss.png")
-    another = run.config.seed + 1  # the run's own seed would draw the pictures of the samples again
-    print(f"more: python scripts/generate.py {run.out}/checkpoint.pt --out {run.out}/more.png --seed {another}")
+    another = (run.config.seed + 1) % 2**63  # the run's own seed would draw the pictures of the samples again
+    checkpoint, more = quoted(run.out / "checkpoint.pt"), quoted(run.out / "more.png")
+    print(f"more: python scripts/generate.py {checkpoint} --out {more} --seed {another}")
     return 0
 
 
+def quoted(path):
+    return shlex.quote(str(path))
+
+
 def main(argv=None):
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
-            return run_training(argv)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    parsed = parse(argv)
+    options = [option.name for option in dataclasses.fields(TrainConfig)]
+    return run_command(lambda: run_training(*parsed), [*options, "out", "resume"], root="dataroot")
 
 
 if __name__ == "__main__":

@@ -111,27 +111,45 @@ def test_the_comparison_sees_what_differs():
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["--steps", "0"], ["steps", "0"]),
-        (["--steps", "-3"], ["steps", "-3"]),
-        (["--batch-size", "0"], ["batch_size", "0"]),
-        (["--batch-size", "1"], ["batch_size", "at least 2"]),
-        (["--batch-size", "15"], ["batch_size", "15", "14", "2 kept"]),
-        (["--image-size", "28"], ["image_size", "28", "16", "32"]),
-        (["--dataroot", "missing"], ["missing", "folder"]),
+        (["--steps", "0"], ["--steps", "0"]),
+        (["--steps", "-3"], ["--steps", "-3"]),
+        (["--batch-size", "0"], ["--batch-size", "0"]),
+        (["--batch-size", "1"], ["--batch-size", "at least 2"]),
+        (["--batch-size", "15"], ["--batch-size", "15", "14", "2 kept"]),
+        (["--image-size", "28"], ["--image-size", "28", "16", "32"]),
+        (["--dataroot", "missing"], ["--dataroot", "missing", "folder"]),
         (["--dataroot", "out"], ["out", "folder"]),
         (["--device", "tpu"], ["device", "tpu"]),
-        (["--out", "pictures"], ["out", "pictures"]),
-        (["--out", "pictures/0.png/grid.png"], ["out", "pictures/0.png"]),
+        (["--out", "pictures"], ["--out", "pictures"]),
+        (["--out", "pictures/0.png/grid.png"], ["--out", "pictures/0.png"]),
+        (["--out", "pictures/0.png"], ["--out", "pictures/0.png", "exists"]),
+        (["--out", "notes.png"], ["--out", "notes.png", "exists"]),
+        (["--out", "grid.jpg"], ["--out", "grid.jpg", ".png"]),
+        (["--out", ""], ["--out", "''"]),
     ],
 )
 def test_bad_input_ends_with_one_line(arguments, parts, capsys):
     Path("out").mkdir()
+    Path("notes.png").write_text("mine")
+    before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
     assert run("dcgan", *arguments) == 2
+    assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
     message = capsys.readouterr().err
     assert message.startswith("error: ") and message.count("\n") == 1, message
     for part in parts:
         assert part in message
-    assert not Path("out/grid.png").exists()
+
+
+def test_an_early_interruption_leaves_no_file_and_a_picture_of_ours_is_drawn_anew(capsys, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    assert run("dcgan") == 0 == run("dcgan")  # the second one draws over the first one's picture
+    before = Path("out/grid.png").read_bytes()
+    monkeypatch.setattr(common, "_make", interrupted)
+    assert run("dcgan") == 130 == run("dcgan", "--out", "new/grid.png")
+    assert capsys.readouterr().err == 2 * "interrupted\n"
+    assert Path("out/grid.png").read_bytes() == before and not Path("new").exists()
 
 
 def test_digits_by_the_command_line():

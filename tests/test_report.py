@@ -248,6 +248,16 @@ def test_refuses_a_missing_file_two_of_one_device_and_an_empty_folder(write, cap
     assert "holds no results" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("options", (["--full"], ["--models"], ["--no-checks"], ["--run", "--root", "afile"]))
+def test_refuses_before_anything_is_measured(write, capsys, options, monkeypatch):
+    write("afile", "mine")
+    monkeypatch.setitem(report.__globals__, "measure", None)
+    assert report(options) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"error: {options[-2] if len(options) > 1 else options[0]}"), message
+    assert message.count("\n") == 1 and Path("afile").read_text() == "mine"
+
+
 def test_other_json_in_the_folder_is_left_out_and_named(write, capsys):
     Path("benchmarks/results").mkdir(parents=True)
     write("benchmarks/results/notes.json", "[1, 2]")

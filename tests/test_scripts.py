@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -107,17 +108,17 @@ def test_resume(run_folder, capsys):
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["--image-size", "30"], ["image_size", "30", "28", "64"]),
+        (["--image-size", "30"], ["--image-size", "30", "28", "64"]),
         (["--dataset", "imagenet"], ["dataset", "imagenet", "digits", "folder"]),
-        (["--dataset", "folder"], ["root"]),
+        (["--dataset", "folder"], ["--dataroot must be given"]),
         (["--dataset", "folder", "--dataroot", "empty"], ["empty"]),
         (["--dataset", "folder", "--dataroot", "missing"], ["missing"]),
-        (["--batch-size", "1"], ["batch_size", "at least 2"]),
-        (["--batch-size", "0"], ["batch_size", "0"]),
-        (["--batch-size", "4096"], ["batch_size", "2048", "4096"]),
+        (["--batch-size", "1"], ["--batch-size", "at least 2"]),
+        (["--batch-size", "0"], ["--batch-size", "0"]),
+        (["--batch-size", "4096"], ["--batch-size", "2048", "4096"]),
         (["--batch-size", "many"], ["--batch-size", "many"]),
         (["--epochs", "-1"], ["epochs", "-1"]),
-        (["--max-steps", "0"], ["max_steps", "0"]),
+        (["--max-steps", "0"], ["--max-steps", "0"]),
         (["--nz", "0"], ["nz", "0"]),
         (["--ngf", "-8"], ["ngf", "-8"]),
         (["--ndf", "0"], ["ndf", "0"]),
@@ -130,8 +131,19 @@ def test_resume(run_folder, capsys):
         (["--precision", "fp16"], ["fp16", "CUDA", "bf16"]),
         (["--device", "tpu"], ["device", "tpu", "cuda"]),
         (["--device", "cuda"], ["CUDA"]),
-        (["--data-on", "disk"], ["data_on", "disk", "auto", "gpu", "host"]),
-        (["--data-on", "gpu"], ["data_on 'gpu'", "CUDA", "'cpu'"]),
+        (["--data-on", "disk"], ["--data-on", "disk", "auto", "gpu", "host"]),
+        (["--data-on", "gpu"], ["--data-on 'gpu'", "CUDA", "'cpu'"]),
+        (["--ngf", "100000000"], ["--ngf", "100000000", "1024"]),
+        (["--ndf", "1025"], ["--ndf", "1025", "1024"]),
+        (["--nz", "100000000"], ["--nz", "100000000", "65536"]),
+        (["--workers", "99999"], ["--workers", "99999", "1024"]),
+        (["--seed", str(2**63)], ["--seed", str(2**63), str(2**63 - 1)]),
+        (["--device", "cpu:3"], ["--device", "cpu:3", "cuda:N"]),
+        (["--dataset", "folder", "--dataroot", ""], ["--dataroot must be a path; got ''"]),
+        (["--out", ""], ["--out", "''"]),
+        (["--out", "afile"], ["--out", "'afile'", "not a folder"]),
+        (["--out", "afile/x"], ["--out", "'afile/x'", "Not a directory"]),
+        (["--out", "/proc/x/y"], ["--out", "'/proc/x/y'"]),
         (["--resume", "missing"], ["missing"]),
         (["--resume", "empty"], ["empty", "checkpoint.pt"]),
     ],
@@ -139,6 +151,7 @@ def test_resume(run_folder, capsys):
 def test_bad_options_are_named_and_nothing_is_written(arguments, parts, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     Path("empty").mkdir()
+    Path("afile").write_text("mine")
     message = refuse(train, capsys, *TINY, "--max-steps", "1", "--out", "run", *arguments)
     for part in parts:
         assert part in message
@@ -152,14 +165,14 @@ def test_a_used_out_is_refused(run_folder, capsys):
 @pytest.mark.parametrize(
     ("arguments", "values"),
     [
-        (["--ngf", "8"], ("ngf 8", "ngf 4")),
-        (["--image-size", "16"], ("image_size 16", "image_size 8")),
-        (["--dataset", "digits"], ("dataset 'digits'", "dataset 'fake'")),
-        (["--batch-size", "8"], ("batch_size 8", "batch_size 4")),
-        (["--seed", "3"], ("seed 3", "seed 0")),
-        (["--lr", "0.1"], ("lr 0.1", "lr 0.0002")),
-        (["--precision", "bf16"], ("precision 'bf16'", "precision 'fp32'")),
-        (["--flip"], ("flip True", "flip False")),
+        (["--ngf", "8"], ("--ngf 8", "has 4")),
+        (["--image-size", "16"], ("--image-size 16", "has 8")),
+        (["--dataset", "digits"], ("dataset 'digits'", "has 'fake'")),
+        (["--batch-size", "8"], ("--batch-size 8", "has 4")),
+        (["--seed", "3"], ("--seed 3", "has 0")),
+        (["--lr", "0.1"], ("--lr 0.1", "has 0.0002")),
+        (["--precision", "bf16"], ("precision 'bf16'", "has 'fp32'")),
+        (["--flip"], ("--flip True", "has False")),
         (["--out", "other"], ("'other'", "'run'")),
     ],
 )
@@ -184,7 +197,40 @@ def test_a_checkpoint_of_another_architecture(run_folder, capsys):
     assert "another architecture" in refuse(generate, capsys, "run", "--out", "grid.png")
 
 
+def test_printed_commands_can_be_pasted(capsys):
+    assert train([*TINY, "--max-steps", "1", "--seed", str(2**63 - 1), "--out", "my run"]) == 0
+    command = capsys.readouterr().out.splitlines()[-1].removeprefix("more: python scripts/generate.py ")
+    assert generate(shlex.split(command)) == 0  # with a seed that is allowed
+    assert Path("my run/more.png").exists()
+    assert "--resume 'my run'," in refuse(train, capsys, *TINY, "--out", "my run")
+
+
+def test_an_interrupted_generate(run_folder, capsys, monkeypatch):
+    def interrupted(**options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(generate.__globals__, "generate", interrupted)
+    assert generate(["run", "--out", "new.png"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_full_disk_is_one_line(run_folder, capsys, monkeypatch):
+    def full(*arguments, **named):
+        raise OSError(28, "No space left on device", "run/checkpoint.pt.tmp")
+
+    monkeypatch.setattr("fastgan.training.run.write_checkpoint", full)
+    capsys.readouterr()
+    assert train(["--resume", "run", "--max-steps", "3"]) == 2
+    message = capsys.readouterr().err
+    assert message == "error: [Errno 28] No space left on device: 'run/checkpoint.pt.tmp'\n"
+
+
 def test_generate_refuses(run_folder, capsys):
+    Path("afile").write_text("mine")
+    assert "--out 'afile/x.png'" in refuse(generate, capsys, "run", "--out", "afile/x.png")
+    assert "--out 'afile/x'" in refuse(generate, capsys, "run", "--out", "afile/x", "--separate")
+    assert "--num" in refuse(generate, capsys, "run", "--out", "new.png", "--num", "99999999999")
+    assert "1000000" in refuse(generate, capsys, "run", "--out", "new", "--num", "1000001", "--separate")
     Path("there.png").write_text("mine")
     assert "exists" in refuse(generate, capsys, "run", "--out", "there.png")
     assert "empty" in refuse(generate, capsys, "run", "--out", "run", "--separate")
@@ -209,7 +255,7 @@ def test_bad_input_in_a_process_of_its_own():
     process = start(*TINY, "--image-size", "30")
     output, error = process.communicate(timeout=100)
     assert process.returncode == 2 and output == ""
-    assert error.startswith("error: image_size") and "Traceback" not in error
+    assert error.startswith("error: --image-size") and "Traceback" not in error
     assert not any(Path().iterdir())
 
 

@@ -1,5 +1,8 @@
 """Batches in a reproducible order, and the way between uint8 images and the range of the networks."""
 
+import itertools
+import warnings
+
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -68,8 +71,8 @@ def batches(dataset, batch_size, *, seed, first_step=0, workers=0, pin_memory=Fa
         flip: mirror half of the images left to right, chosen anew in every epoch, by ``seed`` and epoch only.
 
     Raises:
-        ValueError: an argument that is not allowed, or fewer images than one batch; while iterating, a picture that
-            cannot be read.
+        ValueError: an argument that is not allowed, or fewer images than one batch; while iterating, no picture that
+            can be read.
     """
     check_integer("workers", workers, 0)
     per_epoch = steps_per_epoch(dataset, batch_size)
@@ -106,24 +109,44 @@ def _on_demand(dataset, plan, workers, pin_memory):
         pin_memory=pin_memory,
         generator=torch.Generator(),  # otherwise the loader draws a seed from the global generator
     )
-    for batch in loader:
-        if isinstance(batch, ValueError):
-            raise batch
-        yield batch
+    unreadable = {}
+    try:
+        for batch, more in loader:
+            if isinstance(batch, ValueError):
+                raise batch
+            if more and not unreadable:
+                first = next(iter(more.values()))
+                warnings.warn(
+                    f"{first}; the next picture takes its place, as with others like it, which are counted to the end",
+                    stacklevel=2,
+                )
+            unreadable.update(more)
+            yield batch
+    finally:
+        if len(unreadable) > 1:
+            reasons = "; ".join(itertools.islice(unreadable.values(), 5)) + ("; …" if len(unreadable) > 5 else "")
+            warnings.warn(f"{len(unreadable)} of {len(dataset)} pictures could not be read: {reasons}", stacklevel=2)
 
 
 class _WholeBatches(Dataset):
-    """Reads a list of images at a time. An error is handed over as a value: DataLoader would bury it in a traceback."""
+    """Reads a list of images at a time: (batch, those that turned out to be unreadable).
+
+    An error is handed over in the batch's place: DataLoader would bury it in a traceback.
+    """
 
     def __init__(self, dataset):
-        self.dataset = dataset
+        self.dataset, self.told = dataset, 0
 
     def __getitem__(self, batch):
         indices, mirrored = batch
         try:
-            return _mirror(torch.stack([self.dataset[index] for index in indices]), mirrored)
+            images = _mirror(torch.stack([self.dataset[index] for index in indices]), mirrored)
         except ValueError as error:
-            return error
+            return error, {}
+        unreadable = getattr(self.dataset, "unreadable", {})
+        more = dict(itertools.islice(unreadable.items(), self.told, None))
+        self.told = len(unreadable)
+        return images, more
 
 
 def scale(images):

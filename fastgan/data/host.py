@@ -38,7 +38,7 @@ class HostImages:
         """The images of the next step: (batch_size, nc, S, S) in [−1, 1], in channels_last memory.
 
         Raises:
-            ValueError: a picture cannot be read.
+            ValueError: no picture can be read.
         """
         return self._batches.next(self._finish)
 

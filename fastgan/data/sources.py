@@ -5,10 +5,12 @@ several threads, and be pickled for the worker processes of a DataLoader. An ima
 ValueError that names its file.
 """
 
+import contextlib
 import functools
 import gzip
 import importlib
 import importlib.resources
+import importlib.util
 import io
 import os
 import textwrap
@@ -22,6 +24,7 @@ from fastgan.data.pictures import read_picture, to_square
 
 PICTURE_EXTENSIONS = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 FAKE_IMAGES = 2048
+_DATA_EXTRA = 'pip install -e ".[data]"'
 
 
 class ArraySource:
@@ -68,7 +71,7 @@ class LmdbSource:
 
     def __init__(self, path, image_size):
         require("PIL.Image")
-        lmdb = require("lmdb", "pip install lmdb")
+        lmdb = require("lmdb", _DATA_EXTRA)
         self.path, self.image_size = str(path), image_size
         if not Path(path, "data.mdb").is_file():
             raise ValueError(f"root must hold the LSUN bedrooms: expected the file {Path(path, 'data.mdb')}")
@@ -145,18 +148,20 @@ def find_pictures(folder):
 
 def read_mnist(root):
     """MNIST's training images, downloaded on first use: uint8 (60000, 28, 28)."""
-    return _torchvision("mnist", "MNIST", root, f"the four idx files in {Path(root, 'MNIST', 'raw')}").data.numpy()
+    folder = Path(root, "MNIST", "raw")
+    return _torchvision("mnist", "MNIST", root, folder, f"the four idx files in {folder}").data.numpy()
 
 
 def read_fashion_mnist(root):
     """Fashion-MNIST's training images, downloaded on first use: uint8 (60000, 28, 28)."""
-    expected = f"the four idx files in {Path(root, 'FashionMNIST', 'raw')}"
-    return _torchvision("fashion-mnist", "FashionMNIST", root, expected).data.numpy()
+    folder = Path(root, "FashionMNIST", "raw")
+    return _torchvision("fashion-mnist", "FashionMNIST", root, folder, f"the four idx files in {folder}").data.numpy()
 
 
 def read_cifar10(root):
     """CIFAR-10's training images, downloaded on first use: uint8 (50000, 32, 32, 3)."""
-    return _torchvision("cifar10", "CIFAR10", root, f"the batches in {Path(root, 'cifar-10-batches-py')}").data
+    folder = Path(root, "cifar-10-batches-py")
+    return _torchvision("cifar10", "CIFAR10", root, folder, f"the batches in {folder}").data
 
 
 def find_celeba(root):
@@ -164,7 +169,9 @@ def find_celeba(root):
     folder = Path(root, "celeba")
     expected = f"{folder / 'img_align_celeba'} and the list_*.txt and identity_CelebA.txt files in {folder}"
     expected += "; pictures without those lists can be read as data set 'folder'"
-    celeba = _torchvision("celeba", "CelebA", root, expected, split="all")
+    if importlib.util.find_spec("gdown") is None:
+        expected += f"; downloading needs the package gdown: {_DATA_EXTRA}"
+    celeba = _torchvision("celeba", "CelebA", root, folder, expected, split="all")
     return [str(folder / "img_align_celeba" / name) for name in celeba.filename]
 
 
@@ -177,11 +184,18 @@ def require(module, install='pip install -e ".[train]"'):
         raise ValueError(f"this data set needs the package {package} ({error}); {install}") from error
 
 
-def _torchvision(name, class_name, root, expected, **options):
+def _torchvision(name, class_name, root, folder, expected, **options):
     dataset_class = getattr(require("torchvision.datasets"), class_name)
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         return dataset_class(root, download=True, **options)
-    except Exception as error:  # network, archive and integrity errors come in a dozen types; all mean: no data
+    except BaseException as error:  # network, archive and integrity errors come in a dozen types; all mean: no data
+        with contextlib.suppress(OSError):  # of the folders that were made, those that are empty go again
+            for path in missing:
+                if path.is_dir():
+                    path.rmdir()
+        if not isinstance(error, Exception):
+            raise
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
         raise ValueError(
             f"data set {name!r} is neither on disk nor could it be downloaded; expected {expected} ({reason})"

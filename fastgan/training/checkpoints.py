@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from fastgan.files import written_whole
 from fastgan.models import Generator
 from fastgan.training.config import config_from_dict
 from fastgan.training.weights import load_weights
@@ -38,17 +39,10 @@ def write_checkpoint(path, *, step, config, nc, images, fixed_latent, train_step
         "rng": _rng_state(train_step.device),
         **train_step.state_dict(),
     }
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with written_whole(path) as temporary, open(temporary, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_checkpoint(path):

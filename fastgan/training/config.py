@@ -8,7 +8,9 @@ from fastgan.data import DATASETS, MEMORY_SHARE
 from fastgan.models import IMAGE_SIZES
 from fastgan.training.devices import PRECISIONS
 
-_SEED_LIMIT = 2**63
+_MOST_SEED = 2**63 - 1
+# Above these, networks and processes fit into no machine: 1,024 is sixteen times the width of the DCGAN.
+_MOST_WIDTH, _MOST_NZ, _MOST_WORKERS = 1024, 2**16, 1024
 _WIDTHS = "(default: 64, and 32 where images are smaller than 64 pixels)"
 
 
@@ -62,7 +64,8 @@ class TrainConfig:
         True,
         bool,
         "with fused layers, run the discriminator on real and fake images in one pass; --no-one-pass takes less "
-        "memory, and in float32 on a CPU gives the numbers of --no-fused to the last bit",
+        "memory, and in float32 on a CPU gives the numbers of --no-fused to the last bit, below layers of 512×512 "
+        "channels",
         resumable=True,
         later=True,
     )
@@ -94,17 +97,15 @@ class TrainConfig:
         _check_choice("data_on", self.data_on, DATA_ON)
         if self.image_size is not None:
             _check_choice("image_size", self.image_size, IMAGE_SIZES)
-        for name in ("batch_size", "epochs", "nz", "log_every"):
+        for name in ("batch_size", "epochs", "log_every"):
             _check_integer(name, getattr(self, name), 1)
-        for name in ("ngf", "ndf", "max_steps", "save_every"):
+        for name, least, most in (("nz", 1, _MOST_NZ), ("seed", 0, _MOST_SEED), ("workers", 0, _MOST_WORKERS)):
+            _check_integer(name, getattr(self, name), least, most)
+        for name, most in (("ngf", _MOST_WIDTH), ("ndf", _MOST_WIDTH), ("max_steps", None), ("save_every", None)):
             if getattr(self, name) is not None:
-                _check_integer(name, getattr(self, name), 1)
-        for name in ("seed", "workers"):
-            _check_integer(name, getattr(self, name), 0)
+                _check_integer(name, getattr(self, name), 1, most)
         if self.batch_size == 1:
             raise ValueError("batch_size must be at least 2: batch normalisation compares the images of a batch; got 1")
-        if self.seed >= _SEED_LIMIT:
-            raise ValueError(f"seed must be below 2**63; got {self.seed}")
         if not (_is_number(self.lr) and 0 < self.lr < math.inf):
             raise ValueError(f"lr must be a positive number; got {self.lr!r}")
         if not (_is_number(self.beta1) and 0 <= self.beta1 < 1):
@@ -127,7 +128,7 @@ def continued(config, given):
         new = given.get(option.name, old)
         if new != old and not option.metadata["resumable"]:
             raise ValueError(
-                f"{option.name} {new!r} contradicts the run to resume, which has {option.name} {old!r}: "
+                f"{option.name} {new!r} contradicts the run to resume, which has {old!r}: "
                 f"leave the option out, or begin a new run"
             )
     return dataclasses.replace(config, **given)
@@ -168,9 +169,10 @@ def _check_choice(name, value, allowed):
         raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}; got {value!r}")
 
 
-def _check_integer(name, value, minimum):
-    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise ValueError(f"{name} must be an integer of at least {minimum}; got {value!r}")
+def _check_integer(name, value, least, most=None):
+    if not isinstance(value, int) or isinstance(value, bool) or value < least or (most is not None and value > most):
+        allowed = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{name} must be an integer {allowed}; got {value!r}")
 
 
 def _is_number(value):

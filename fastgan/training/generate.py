@@ -2,9 +2,16 @@
 
 from pathlib import Path
 
+import torch
+
+from fastgan.files import check_writable
 from fastgan.training.checkpoints import load_generator
 from fastgan.training.devices import pick_device
 from fastgan.training.pictures import draw_latents, grid, sample, save_png
+
+# So many pictures at most: more do not fit well into one grid, or have no name of six digits.
+MOST_IN_GRID, MOST_SEPARATE = 2**14, 10**6
+_PART = 1024  # separate pictures that are in memory at a time
 
 
 def generate(checkpoint, out, *, num=64, seed=0, separate=False, device="auto"):
@@ -14,7 +21,7 @@ def generate(checkpoint, out, *, num=64, seed=0, separate=False, device="auto"):
         checkpoint: the file, or the folder of the run.
         out: the PNG file for a grid of all pictures; with ``separate``, a folder for 000000.png, 000001.png, …
             Neither may exist, save an empty folder.
-        num: how many pictures.
+        num: how many pictures: at most 16,384 in a grid, 1,000,000 separate ones.
         seed: decides which; the first pictures of a seed are the same whatever ``num`` is.
         separate: one file per picture instead of a grid.
         device: auto, cpu, cuda or cuda:N.
@@ -25,26 +32,31 @@ def generate(checkpoint, out, *, num=64, seed=0, separate=False, device="auto"):
     Raises:
         ValueError: an argument that is not allowed, a checkpoint that cannot be used, or ``out`` exists.
     """
-    out = Path(out)
-    for name, value, minimum in (("num", num, 1), ("seed", seed, 0)):
-        if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value < 2**63:
-            raise ValueError(f"{name} must be an integer of at least {minimum}; got {value!r}")
+    most_pictures = MOST_SEPARATE if separate else MOST_IN_GRID
+    for name, value, least, most in (("num", num, 1, most_pictures), ("seed", seed, 0, 2**63 - 1)):
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+            raise ValueError(f"{name} must be an integer from {least} to {most}; got {value!r}")
     _check_out(out, separate)
+    out = Path(out)
     device = pick_device(device)
     generator = load_generator(checkpoint, device)
 
-    images = sample(generator, draw_latents(num, generator.nz, seed))
+    random = torch.Generator().manual_seed(seed)
     if separate:
         out.mkdir(parents=True, exist_ok=True)
-        for index, image in enumerate(images):
-            save_png(image, out / f"{index:06d}.png")
+        for first in range(0, num, _PART):
+            images = sample(generator, draw_latents(min(_PART, num - first), generator.nz, random))
+            for index, image in enumerate(images, start=first):
+                save_png(image, out / f"{index:06d}.png")
     else:
+        images = sample(generator, draw_latents(num, generator.nz, random))
         out.parent.mkdir(parents=True, exist_ok=True)
         save_png(grid(images), out)
-    return len(images), images.shape[-1]
+    return num, images.shape[-1]
 
 
-def _check_out(out, separate):
+def _check_out(given, separate):
+    out = Path(given)
     if separate:
         if out.exists() and not (out.is_dir() and not any(out.iterdir())):
             raise ValueError(f"out {str(out)!r} must be a new or an empty folder")
@@ -52,3 +64,4 @@ def _check_out(out, separate):
         raise ValueError(f"out must end in .png; got {str(out)!r} (for one file per picture: separate)")
     elif out.exists():
         raise ValueError(f"out {str(out)!r} exists already: choose another name, or remove it")
+    check_writable("out", given, folder=separate)

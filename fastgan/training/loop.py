@@ -23,6 +23,7 @@ def train(run):
         the number of the last step done: less than ``run.last_step`` if a signal came.
 
     Raises:
+        whatever reading the images raises; the steps before it are saved.
         ValueError: a loss or a weight is not finite. The state is saved as diverged.pt; checkpoint.pt stays as it was.
     """
     if run.first_step >= run.last_step:
@@ -32,7 +33,7 @@ def train(run):
     with Interrupt() as interrupt, closing(run.open_images()) as images, Records(run, images) as records:
         non_finite = FirstNonFinite(run.device)
         for step in range(run.first_step + 1, run.last_step + 1):
-            losses = run.step(images.before_step())
+            losses = run.step(_next_images(run, images, step, non_finite))
             non_finite.watch(step, losses)
             records.advance()
 
@@ -51,6 +52,20 @@ def train(run):
     return step
 
 
+def _next_images(run, images, step, non_finite):
+    """The images of ``step``. Where they cannot be had, the last whole step is saved before the error goes on."""
+    try:
+        return images.before_step()
+    except Exception as error:
+        if step - 1 == run.first_step:
+            raise
+        _stop_if_diverged(run, step - 1, non_finite)
+        run.save(step - 1)
+        if isinstance(error, ValueError):  # one line for the user
+            raise ValueError(f"{error}; step {step - 1} is saved, and --resume goes on with it") from error
+        raise
+
+
 def _stop_if_diverged(run, step, non_finite):
     first = non_finite.first_step()
     if first is None and non_finite.in_weights(run.step):
@@ -59,5 +74,6 @@ def _stop_if_diverged(run, step, non_finite):
         run.save(step, DIVERGED)
         raise ValueError(
             f"training diverged: loss or weights are not finite at step {first}; the state after step {step} is in "
-            f"{run.out / DIVERGED}, and the last good checkpoint, if there was one, is as it was. A smaller lr may help"
+            f"{run.out / DIVERGED}, and the last good checkpoint, if there was one, is as it was. "
+            "A smaller learning rate may help"
         )

@@ -5,14 +5,16 @@ import math
 import torch
 
 from fastgan.data import to_uint8
+from fastgan.files import written_whole
 
 
 def draw_latents(count, nz, seed):
     """``count`` latent vectors, float32 (count, nz) on the CPU, that depend on ``seed`` alone.
 
-    The first ones are the same whatever ``count`` is, and the global random generators are left alone.
+    The first ones are the same whatever ``count`` is, and the global random generators are left alone. In the place of
+    a seed a torch.Generator may stand: it goes on where it was.
     """
-    random = torch.Generator().manual_seed(seed)
+    random = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
     return torch.stack([torch.randn(nz, generator=random) for _ in range(count)])
 
 
@@ -44,9 +46,13 @@ def grid(images, *, padding=2):
     return torch.nn.functional.pad(tiled, (0, padding, 0, padding))
 
 
-def save_png(image, path):
-    """Write one uint8 image (nc, H, W), grey or RGB, to a PNG file."""
-    from PIL import Image
+def save_png(image, path, *, software=None):
+    """Write one uint8 image (nc, H, W), grey or RGB, to a PNG file, whole or not at all; it may say what made it."""
+    from PIL import Image, PngImagePlugin
 
     array = image.squeeze(0).numpy() if image.shape[0] == 1 else image.permute(1, 2, 0).contiguous().numpy()
-    Image.fromarray(array).save(path, format="PNG")
+    about = PngImagePlugin.PngInfo()
+    if software is not None:
+        about.add_text("Software", software)
+    with written_whole(path) as temporary:
+        Image.fromarray(array).save(temporary, format="PNG", pnginfo=about)

@@ -1,7 +1,6 @@
 """loss.png."""
 
-import os
-
+from fastgan.files import written_whole
 from fastgan.training.records import METRICS, read_metrics
 
 
@@ -25,6 +24,5 @@ def plot_losses(out):
     outputs.set_ylabel("mean sigmoid of logits")
     outputs.set_ylim(0, 1)
     outputs.set_xlabel("step")
-    temporary = out / "loss.png.tmp"
-    figure.savefig(temporary, format="png", dpi=120)
-    os.replace(temporary, out / "loss.png")
+    with written_whole(out / "loss.png") as temporary:
+        figure.savefig(temporary, format="png", dpi=120)

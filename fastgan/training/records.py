@@ -1,15 +1,18 @@
 """What a run leaves behind while it trains: metrics.jsonl, TensorBoard events, sample pictures, loss.png."""
 
 import importlib.util
+import itertools
 import json
-import os
 import shutil
 import time
+import warnings
 
+from fastgan.files import written_whole
 from fastgan.training.devices import peak_memory_mb, synchronize
 from fastgan.training.pictures import grid, sample, save_png
 
 METRICS = "metrics.jsonl"
+_LOSSES = {"loss_d", "loss_g", "d_real", "d_fake"}
 
 
 def check_packages():
@@ -20,24 +23,42 @@ def check_packages():
 
 
 def read_metrics(path, up_to_step=None):
-    """The rows of a metrics.jsonl, up to a step; no file is no rows. A last line that was cut short is left out."""
-    rows = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                break
-            if up_to_step is None or row["step"] <= up_to_step:
-                rows.append(row)
-    return rows
+    """The rows of a metrics.jsonl, up to a step; no file is no rows. Lines that are no rows are left out."""
+    rows, _ = _read_rows(path)
+    return [row for row in rows if up_to_step is None or row["step"] <= up_to_step]
+
+
+def _read_rows(path):
+    """(rows, numbers of the lines that are none; the last line may have been cut short and is not counted)."""
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    rows, broken = [], []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict) and isinstance(row.get("step"), int) and row.keys() >= _LOSSES:
+            rows.append(row)
+        elif number < len(lines):
+            broken.append(number)
+    return rows, broken
+
+
+def _keep_damaged(path):
+    """Copy a metrics.jsonl that has lines that are no rows to a name of its own, before it is written anew."""
+    _, broken = _read_rows(path)
+    if broken:
+        names = (path.with_name(f"metrics-damaged-{i}.jsonl") for i in itertools.count(1))
+        kept = next(name for name in names if not name.exists())
+        shutil.copyfile(path, kept)
+        lines = ", ".join(map(str, broken[:5])) + (", …" if len(broken) > 5 else "")
+        warnings.warn(f"{path} has lines that are no rows ({lines}); it is kept as {kept}", stacklevel=3)
 
 
 def write_atomically(path, text):
     """Write a text file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    with written_whole(path) as temporary:
+        temporary.write_text(text)
 
 
 class Records:
@@ -53,6 +74,7 @@ class Records:
 
         run = self.run
         self.pictures.mkdir(exist_ok=True)
+        _keep_damaged(run.out / METRICS)
         # Rows after the checkpoint are of steps that are about to be done again.
         rows = read_metrics(run.out / METRICS, run.first_step)
         write_atomically(run.out / METRICS, "".join(json.dumps(row) + "\n" for row in rows))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import torch
 
 from fastgan import data
+from fastgan.files import check_writable
 from fastgan.models import Discriminator, Generator
 from fastgan.training.allocation import keep_freed_memory
 from fastgan.training.checkpoints import (
@@ -110,11 +112,13 @@ def new_run(config, out=None):
         out: folder of the run, by default runs/<dataset>.
 
     Raises:
-        ValueError: an option that this machine or the data do not allow, or a folder that holds a run.
+        ValueError: an option that this machine or the data do not allow, or a folder that holds a run or cannot be
+            written to.
     """
-    out = Path("runs", config.dataset) if out is None else Path(out)
+    out = Path("runs", config.dataset) if out is None else out
     device = _check_machine(config)
     _check_unused(out)
+    out = Path(out)
     dataset = _load(config)
     config = config.for_images(dataset.image_size)
     torch.manual_seed(config.seed)
@@ -142,6 +146,7 @@ def resumed_run(path, given=None, out=None):
     state = read_checkpoint(path)
     config = continued(checkpoint_config(path, state), given or {})
     device = _check_machine(config)
+    check_writable("resume", path.parent, folder=True)
     dataset = _load(config)
     if dataset.nc != state["nc"]:
         raise ValueError(f"the images have {dataset.nc} channels now; the run to resume has {state['nc']}")
@@ -169,14 +174,16 @@ def _check_machine(config):
     return device
 
 
-def _check_unused(out):
+def _check_unused(given):
+    out = Path(given)
     if out.exists() and not out.is_dir():
         raise ValueError(f"out {str(out)!r} is not a folder")
+    check_writable("out", given, folder=True)
     for name in (CONFIG, METRICS, CHECKPOINT, "samples", "loss.png"):
         if (out / name).exists():
             raise ValueError(
-                f"out {str(out)!r} holds another run (it has {name}): go on with that one by --resume {out}, "
-                f"or choose another folder by --out"
+                f"out {str(out)!r} holds another run (it has {name}): go on with that one by "
+                f"--resume {shlex.quote(str(out))}, or choose another folder by --out"
             )
 
 

@@ -4,12 +4,15 @@ import argparse
 import sys
 import time
 import warnings
+from pathlib import Path
 
 import torch
 
 from fastgan import backend
+from fastgan.files import check_writable
 from fastgan.ops import choice
 from fastgan.ops.tables import read_table, write_table
+from fastgan.tune.tables import why_no_table
 from fastgan.tune.workloads import SHAPE_HELP, problems_of
 
 _MODELS, _BATCHES = ("dcgan28", "dcgan64", "dcgan128"), (64, 128, 256, 1024)
@@ -52,14 +55,26 @@ def main(arguments=None):
 
     gpu = torch.cuda.get_device_name()
     versions = _versions()
-    path = options.out or choice.user_table_path(gpu)
+    try:
+        path = _checked(options.out, gpu)
+    except ValueError as error:
+        return _refuse(error)
+    save, saved = _saver(path, gpu, versions), []
+
+    def save_and_tell(measured):
+        save(measured)
+        saved.append(len(measured))
+
     print(f"{len(problems)} convolutions on {gpu}, {', '.join(f'{k} {v}' for k, v in versions.items())}", flush=True)
     began = time.perf_counter()
     try:
-        measured, failures = tune(problems, report=_line, save=_saver(path, gpu, versions), processes=options.jobs)
+        measured, failures = tune(problems, report=_line, save=save_and_tell, processes=options.jobs)
     except KeyboardInterrupt:
-        print(f"interrupted; what was measured by then is in {path}", file=sys.stderr)
+        then = f"what was measured by then is in {path}" if saved else "nothing was measured by then"
+        print(f"interrupted; {then}", file=sys.stderr)
         return 130
+    except OSError as error:
+        return _refuse(f"{path} cannot be written: {error}")
     _summary(measured, failures, path, time.perf_counter() - began)
     return 1 if failures else 0
 
@@ -82,8 +97,15 @@ def _parser():
     parser.add_argument("--input", type=_counts, metavar="C,H,W", help="one input of a model given as module:name")
     parser.add_argument("--quick", action="store_true", help="only 64×64 images and batches of 128 and 1024")
     parser.add_argument("--out", metavar="FILE", help="write the table here, not to the user's cache")
-    parser.add_argument("--jobs", type=int, help="processes that compile (default: the number of cores, less one)")
+    parser.add_argument("--jobs", type=_count, help="processes that compile (default: the number of cores, less one)")
     return parser
+
+
+def _count(text):
+    counts = _counts(text)
+    if len(counts) > 1:
+        raise argparse.ArgumentTypeError(f"must be one positive integer; got {text!r}")
+    return counts[0]
 
 
 def _counts(text):
@@ -108,6 +130,20 @@ def _refuse(why):
     return 2
 
 
+def _checked(out, gpu):
+    """The file to write: `out` if it is given and may be replaced, else the user's own table of this GPU."""
+    if out is None:
+        out = choice.user_table_path(gpu)
+        check_writable("the user's table", out)
+        return out
+    if Path(out).is_dir():
+        raise ValueError(f"--out must be a file; {out!r} is a folder")
+    if why := out and why_no_table(out, gpu):
+        raise ValueError(f"--out {out!r} is there and no table of this GPU ({why}): choose another name, or remove it")
+    check_writable("--out", out)
+    return Path(out)
+
+
 def _versions():
     import triton
 
@@ -116,9 +152,6 @@ def _versions():
 
 def _saver(path, gpu, versions):
     """A function that writes measurements to `path`, with those that are there already from the same versions."""
-    from pathlib import Path
-
-    path = Path(path)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         before = read_table(path, gpu, versions)

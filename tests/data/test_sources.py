@@ -110,12 +110,31 @@ def test_nothing_but_unreadable_pictures(tmp_path):
         data.load("folder", root=tmp_path)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_on_demand_the_next_picture_takes_the_place_of_an_unreadable_one(pictures, no_memory, workers):
+    for name in ("a.png", "f.tif"):
+        (pictures / name).write_bytes(b"no picture")
+
+    def reds(count, **options):
+        folder = data.load("folder", root=pictures, image_size=8)
+        with pytest.warns(UserWarning) as caught:
+            taken = take(folder, count, batch_size=5, workers=workers, **options)
+        return taken[:, :, 0, 0, 0].tolist(), [str(warning.message) for warning in caught]
+
+    batches, told = reds(3)
+    assert all(sorted(batch) == [20, 20, 20, 30, 40] for batch in batches)
+    assert len(told) == 2 and told[0].startswith("cannot read the picture") and "takes its place" in told[0]
+    assert told[1].startswith("2 of 5 pictures could not be read: ") and "a.png" in told[1] and "f.tif" in told[1]
+    assert reds(1, first_step=2)[0] == batches[2:]
+
+
 @pytest.mark.parametrize("workers", [0, 1])
-def test_unreadable_picture_on_demand_is_one_line(pictures, no_memory, workers):
-    (pictures / "a.png").write_bytes(b"no picture")
-    folder = data.load("folder", root=pictures, image_size=8)
-    with pytest.raises(ValueError, match=r"^cannot read the picture .*a\.png: [^\n]*$"):
-        take(folder, 1, batch_size=5, workers=workers)
+def test_nothing_but_unreadable_pictures_on_demand_is_one_line(tmp_path, no_memory, workers):
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(b"no picture")
+    folder = data.load("folder", root=tmp_path, image_size=8)
+    with pytest.raises(ValueError, match=r"^none of the 2 pictures can be read: cannot read .*\.png: [^\n]*$"):
+        take(folder, 1, batch_size=2, workers=workers)
 
 
 # torchvision's data sets, in their own formats
@@ -207,9 +226,35 @@ def test_failed_download_says_what_was_expected_where(tmp_path, monkeypatch, nam
         data.load(name, root=tmp_path)
 
 
+@pytest.mark.parametrize("error", [URLError("no route to host"), KeyboardInterrupt()])
+def test_a_failed_download_leaves_no_empty_folders(tmp_path, monkeypatch, error):
+    torchvision = pytest.importorskip("torchvision")
+
+    def download(self):
+        (tmp_path / "new" / "MNIST" / "raw").mkdir(parents=True)
+        if (tmp_path / "kept").exists():
+            (tmp_path / "new" / "part.gz").write_bytes(b"what came")
+        raise error
+
+    monkeypatch.setattr(torchvision.datasets.MNIST, "download", download)
+    for left in ([], ["kept", "new", "new/part.gz"]):
+        with pytest.raises((ValueError, KeyboardInterrupt)):
+            data.load("mnist", root=tmp_path / "new")
+        assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == left
+        (tmp_path / "kept").mkdir(exist_ok=True)
+
+
+def test_celeba_names_the_package_that_downloads_it(tmp_path, monkeypatch):
+    torchvision = pytest.importorskip("torchvision")
+    monkeypatch.setitem(sys.modules, "gdown", None)
+    monkeypatch.setattr(torchvision.datasets.CelebA, "download", lambda self: 1 / 0)
+    with pytest.raises(ValueError, match=r'needs the package gdown: pip install -e "\.\[data\]"'):
+        data.load("celeba", root=tmp_path)
+
+
 def test_missing_lmdb_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "lmdb", None)
-    with pytest.raises(ValueError, match=r"needs the package lmdb .*pip install lmdb"):
+    with pytest.raises(ValueError, match=r'needs the package lmdb .*pip install -e "\.\[data\]"'):
         data.load("lsun", root=tmp_path)
 
 

@@ -167,6 +167,20 @@ def test_rows_after_the_checkpoint_are_dropped_when_resuming(tiny, tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["max_steps"] == 8
 
 
+def test_a_bad_line_among_the_rows_costs_no_other_row(tiny, tmp_path):
+    train(new_run(tiny(), tmp_path))
+    path = tmp_path / "metrics.jsonl"
+    good = path.read_bytes().splitlines()
+    for bad in (b"\0\xff{", b'{"step": 3}', b"[3]"):
+        damaged = b"\n".join([good[0], bad, *good[1:]]) + b"\n"
+        path.write_bytes(damaged)
+        with pytest.warns(UserWarning, match=r"metrics\.jsonl has lines that are no rows \(2\); it is kept as "):
+            train(resumed_run(tmp_path, {"max_steps": read_checkpoint(tmp_path)["step"] + 2}))
+        assert [row["step"] for row in rows(tmp_path)][:4] == [2, 3, 4, 6]
+        assert max(tmp_path.glob("metrics-damaged-*.jsonl")).read_bytes() == damaged
+    assert len(list(tmp_path.glob("metrics-damaged-*.jsonl"))) == 3
+
+
 def test_resuming_a_finished_run_changes_nothing(tiny, tmp_path):
     train(new_run(tiny(), tmp_path))
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
@@ -242,6 +256,43 @@ def test_divergence_keeps_the_good_checkpoint_and_says_the_step(tiny, tmp_path):
     assert [row["step"] for row in rows(tmp_path)] == [4]
     # And from the good checkpoint it goes on.
     assert train(resumed_run(tmp_path, {"max_steps": 5})) == 5
+
+
+@pytest.mark.parametrize("error", [ValueError("no picture"), OSError("disk gone")])
+def test_an_error_of_the_data_saves_the_last_whole_step(tiny, tmp_path, monkeypatch, error):
+    train(new_run(tiny(max_steps=9, log_every=1), tmp_path / "whole"))
+    run = new_run(tiny(max_steps=9, log_every=1, save_every=3), tmp_path / "run")
+    images = run.open_images()
+    read = images.before_step
+    turns = iter(range(1, 100))
+
+    def broken():
+        if next(turns) == 6:
+            raise error
+        return read()
+
+    monkeypatch.setattr(images, "before_step", broken)
+    run.open_images = lambda: images
+    with pytest.raises(type(error), match=str(error)) as raised:
+        train(run)
+    assert ("step 5 is saved" in str(raised.value)) == isinstance(error, ValueError)
+    assert read_checkpoint(tmp_path / "run")["step"] == 5
+    assert train(resumed_run(tmp_path / "run")) == 9
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_a_picture_that_cannot_be_read_ends_no_run_over_the_memory_budget(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(data.datasets, "MEMORY_BUDGET", 0)
+    (tmp_path / "pictures").mkdir()
+    for index in range(6):
+        Image.new("RGB", (8, 8), (index * 40, 0, 0)).save(tmp_path / "pictures" / f"{index}.png")
+    (tmp_path / "pictures" / "3.png").write_bytes(b"no picture")
+    options = {"dataset": "folder", "dataroot": str(tmp_path / "pictures"), "batch_size": 2, "log_every": 1}
+    with pytest.warns(UserWarning, match=r"3\.png"):
+        train(new_run(tiny(**options), tmp_path / "whole"))
+        train(new_run(tiny(max_steps=2, **options), tmp_path / "broken"))
+        train(resumed_run(tmp_path / "broken", {"max_steps": 6}))
+    assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
 
 
 def test_weights_that_are_not_finite_are_not_saved_as_good(tiny, tmp_path):

@@ -33,7 +33,17 @@ def test_bad_names(capsys):
     assert "dcgan63" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("bad", (["--batch", "0"], ["--batch", "many"], ["--dtype", "int8"], ["--input", "3,x"]))
+@pytest.mark.parametrize(
+    "bad",
+    (
+        ["--batch", "0"],
+        ["--batch", "many"],
+        ["--dtype", "int8"],
+        ["--input", "3,x"],
+        ["--jobs", "0"],
+        ["--jobs", "2,3"],
+    ),
+)
 def test_bad_options(bad, capsys):
     with pytest.raises(SystemExit) as stopped:
         command.main(bad)
@@ -123,6 +133,47 @@ def test_what_was_measured_before_an_interruption_is_kept(pretended, tmp_path, c
     assert command.main([SHAPE, "--batch", "4,8", "--out", str(path)]) == 130
     assert list(read_table(path)) == calls[:2]
     assert str(path) in capsys.readouterr().err
+
+
+def test_an_interruption_before_anything_was_measured_claims_no_file(pretended, tmp_path, capsys, monkeypatch):
+    from fastgan.tune import session
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(session, "measure", interrupted)
+    assert command.main([SHAPE, "--batch", "4", "--out", str(tmp_path / "table.json")]) == 130
+    assert "nothing was measured" in capsys.readouterr().err
+    assert not (tmp_path / "table.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("out", "content", "part"),
+    [
+        ("notes.txt", "mine", "notes.txt"),
+        ("other.json", '{"format": 1, "gpu": "NVIDIA T900", "measurements": []}', "NVIDIA T900"),
+        ("other.json", '{"format": 2}', "other.json"),
+        ("", None, "''"),
+        (".", None, "folder"),
+        ("afile/table.json", None, "afile/table.json"),
+        ("/proc/x/table.json", None, "/proc/x"),
+    ],
+)
+def test_an_out_that_cannot_be_written_or_holds_something_else(
+    pretended, tmp_path, capsys, monkeypatch, out, content, part
+):
+    from fastgan.tune import session
+
+    monkeypatch.setattr(session, "measure", None)  # nothing is measured
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "afile").write_text("mine")
+    if content:
+        (tmp_path / out).write_text(content)
+    assert command.main([SHAPE, "--batch", "4", "--out", out]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("fastgan.tune: --out") and part in message and message.count("\n") == 1
+    if content:
+        assert (tmp_path / out).read_text() == content
 
 
 COMPILE = f"""

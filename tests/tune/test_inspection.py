@@ -10,6 +10,7 @@ import pytest
 from fastgan.ops.choice import shipped_tables
 from fastgan.ops.tables import Measurement, Problem, write_table
 from fastgan.tune.inspection import MATRIX_KERNELS, _occupancy
+from tests.processes import run_compiling
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "inspect_kernels.py"
 FIELDS = {
@@ -72,6 +73,30 @@ def test_bad_input(tmp_path):
     done = inspect("--table", tmp_path / "nothing.json")
     assert done.returncode == 2 and "nothing.json" in done.stderr
     assert inspect("--target", "sm_70").returncode == 2
+    (tmp_path / "notes.json").write_text('{"mine": 1}')
+    done = inspect("--table", tmp_path / "notes.json")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: --table") and "notes.json" in done.stderr and done.stderr.count("\n") == 1
+
+
+INTERRUPTED = """
+from tests.processes import main_of
+
+main = main_of("inspect_kernels")
+
+
+def interrupted(*arguments):
+    raise KeyboardInterrupt
+
+
+main.__globals__["launches_of_defaults"] = interrupted
+raise SystemExit(main([]))
+"""
+
+
+def test_an_interruption():
+    done = run_compiling("-c", INTERRUPTED)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,37 @@
+"""Files that appear whole or not at all, where writing was tried before the work started."""
+
+import os
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def written_whole(path):
+    """A context in which a file beside ``path`` is to be written, which then takes its name."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def check_writable(name, path, *, folder=False):
+    """Raise ValueError, naming the option, unless the file ``path`` can be written, or files into the folder ``path``.
+
+    Folders on the way may be missing: they are not made, and nothing else stays behind either.
+    """
+    path = os.fspath(path)
+    if not path:
+        raise ValueError(f"{name} must be the name of a {'folder' if folder else 'file'}; got ''")
+    place = Path(path) if folder else Path(path).parent
+    while not os.path.lexists(place):
+        place = place.parent
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise ValueError(f"{name} {path!r} cannot be written: {place}: {error.strerror}") from error
