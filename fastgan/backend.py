@@ -82,6 +82,8 @@ def select(device, dtype):
     choice = _choice()
     if choice == "reference":
         return "reference", "FASTGAN_BACKEND=reference"
+    if device.type == "meta":
+        return "reference", "meta tensors have no numbers for kernels"
     if choice == "triton":
         if not HAS_TRITON:
             raise ValueError("FASTGAN_BACKEND=triton, but the triton package is not installed")

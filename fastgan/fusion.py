@@ -22,7 +22,7 @@ from fastgan.first_order import only_first_order
 from fastgan.graph_forward import GraphForward, Plan, is_graph_forward
 from fastgan.group_calls import run_layers, run_operator, why_not_operator
 from fastgan.layout import in_stock_layout
-from fastgan.patterns import has_hooks, match
+from fastgan.patterns import any_has_hooks, match
 
 
 def fuse(model):
@@ -82,7 +82,7 @@ def check_module(model):
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):
-        raise TypeError("model must not be a scripted module: torch.jit cannot see into fused layers, nor fuse into its")
+        raise TypeError("model must not be a scripted module: fused layers and torch.jit cannot be had together")
 
 
 def is_sequential(container):
@@ -149,6 +149,7 @@ def fused_groups(model):
 class _Kept:
     modules: tuple  # the container's children, and their types: parametrizations change those
     types: tuple
+    attributes: list  # the children's __dict__s: there are no hooks in them
     groups: list
 
 
@@ -164,20 +165,23 @@ def _kept_groups(container):
         kept is not None
         and kept.modules == modules
         and kept.types == tuple(map(type, modules))
-        and not any(map(has_hooks, modules))
+        and not any_has_hooks(kept.attributes)
     ):
         return kept.groups
     groups = groups_of(container)
-    if any(map(has_hooks, modules)):
+    attributes = [module.__dict__ for module in modules]
+    if any_has_hooks(attributes):
         _kept.pop(container, None)
     else:
-        _kept[container] = _Kept(modules, tuple(map(type, modules)), groups)
+        _kept[container] = _Kept(modules, tuple(map(type, modules)), attributes, groups)
     return groups
 
 
 def _forward_in_groups(container, input):  # named as nn.Sequential's own argument
     """What an nn.Sequential runs."""
-    if _is_for_layers(input):
+    # A trace shows the layers, hooks on all modules want them called, and within torch.func's transforms nothing may be
+    # done in place; but only our groups take a batch in parts.
+    if isinstance(input, fx.Proxy) or ((any(backend.HOOKS_OF_ALL) or backend.transformed()) and current_groups() == 1):
         return type(container).forward(container, input)
     x, groups, i = input, _kept_groups(container), 0
     while i < len(groups):
@@ -195,15 +199,6 @@ def _forward_in_groups(container, input):  # named as nn.Sequential's own argume
                 x = run_layers(x, group.modules[0], group.forwards, group.batch_norm)
         i = end
     return x
-
-
-def _is_for_layers(x):
-    """Whether somebody expects the layers' own calls: a trace that shows them, hooks on all modules, a transform of
-    torch.func, where nothing may be done in place."""
-    if isinstance(x, fx.Proxy):
-        return True
-    # Only our groups take a batch in parts.
-    return (any(backend.HOOKS_OF_ALL) or backend.transformed()) and current_groups() == 1
 
 
 def _runs_as_operator(group):
