@@ -186,11 +186,16 @@ def unfit_setting(conv):
         return f"dilation={conv.dilation}"
     if conv.padding_mode != "zeros":
         return f"padding_mode={conv.padding_mode!r}"
-    for name in ("padding", "stride", "output_padding"):
-        value = getattr(conv, name)  # of torch's own making a pair, but anything if somebody sets it
-        if not (isinstance(value, tuple) and len(value) == 2 and all([isinstance(each, int) for each in value])):
-            return f"{name}={value!r}"
-    return ""
+    # Of the layer's own making they are pairs, but anything if somebody sets them.
+    if not _is_pair(conv.padding):
+        return f"padding={conv.padding!r}"
+    if not _is_pair(conv.stride):
+        return f"stride={conv.stride!r}"
+    return "" if _is_pair(conv.output_padding) else f"output_padding={conv.output_padding!r}"
+
+
+def _is_pair(value):
+    return type(value) is tuple and len(value) == 2 and type(value[0]) is type(value[1]) is int
 
 
 def unfit_number(batch_norm, negative_slope):
