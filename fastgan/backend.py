@@ -2,29 +2,45 @@
 
 import importlib.util
 import os
+import threading
 from contextlib import contextmanager
 
 import torch
 from torch.autograd import forward_ad
+from torch.nn.modules import module as modules
 
 _CHOICES = ("auto", "triton", "reference")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 # What the kernels compute with. Everything else, float64 say, goes to the reference.
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# The dictionaries of the hooks that are registered for every module there is.
+HOOKS_OF_ALL = (
+    modules._global_forward_pre_hooks,
+    modules._global_forward_hooks,
+    modules._global_backward_pre_hooks,
+    modules._global_backward_hooks,
+)
 
-
-_held = None  # the choice that holds within `held_choice`
+_held, _holders = None, 0  # the choice that holds within `held_choice`, and how many of these there are
+_holding = threading.Lock()
 
 
 @contextmanager
 def held_choice():
-    """Within it FASTGAN_BACKEND counts as it was at the beginning: to look it up takes as long as a small operator."""
-    global _held
-    before, _held = _held, _choice()
+    """Within it FASTGAN_BACKEND counts as it was at the beginning: to look it up takes as long as a small operator.
+
+    For all threads, because autograd's ask for it too, until the last one is out of it.
+    """
+    global _held, _holders
+    with _holding:
+        _held, _holders = _choice(), _holders + 1
     try:
         yield
     finally:
-        _held = before
+        with _holding:
+            _holders -= 1
+            if not _holders:
+                _held = None
 
 
 @torch.compiler.assume_constant_result
@@ -66,6 +82,8 @@ def select(device, dtype):
     choice = _choice()
     if choice == "reference":
         return "reference", "FASTGAN_BACKEND=reference"
+    if device.type == "meta":
+        return "reference", "meta tensors have no numbers for kernels"
     if choice == "triton":
         if not HAS_TRITON:
             raise ValueError("FASTGAN_BACKEND=triton, but the triton package is not installed")

@@ -1,25 +1,28 @@
 """In how many parts the BatchNorms of fused modules take a batch: see `batch_groups`."""
 
-from contextlib import contextmanager
+import threading
 
-_groups = 1
+import torch
+
+from fastgan.scopes import Scope
+
+_groups = Scope()
 
 
-@contextmanager
 def batch_groups(groups):
     """Within it, fused modules in training take a batch as that many equal parts, one after the other.
 
     The results, the gradients and the running statistics are those of a call for each part, in that order. Only fused
-    BatchNorms know of it: whoever uses it makes sure that the model holds no other layer that mixes images.
+    BatchNorms know of it: whoever uses it makes sure that the model holds no other layer that mixes images. It is for
+    what the thread calls that enters it; compiled code, which knows of no threads, takes it for its own in any.
     """
-    global _groups
-    before, _groups = _groups, groups
-    try:
-        yield
-    finally:
-        _groups = before
+    return _groups.holding(groups)
 
 
 def current_groups():
     """What the innermost `batch_groups` says, 1 outside of any."""
-    return _groups
+    if not _groups.values:
+        return 1
+    if torch.compiler.is_compiling():
+        return max(_groups.values.values())
+    return _groups.values.get(threading.get_ident(), 1)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from fastgan import functional as fused
 from fastgan.graph_patterns import activation_of, changes_in_place, is_written_to, sole_user, stays_stock
 from fastgan.group_calls import gamma_of_ones
-from fastgan.layout import suggests_channels_last
+from fastgan.layout import contiguous, suggests_channels_last
 from fastgan.patterns import WRITTEN_TO
 
 _CONVOLUTIONS = {  # how each is called
@@ -114,7 +114,7 @@ def rewrite(graph_module):
         others = [user for user in call.users if user not in calls]
         if others and not suggests_channels_last(call.meta["example_value"]):  # which is stock's result
             with graph.inserting_after(call):
-                restored = graph.call_method("contiguous", (call,))
+                restored = graph.call_function(contiguous, (call,))
             call.replace_all_uses_with(restored, lambda user, others=others: user in others)
     if calls:
         graph.lint()
@@ -170,8 +170,9 @@ def _join(match, node):
     if node.op == "call_function" and node.target is F.batch_norm and match.batch_norm is None:
         batch_norm = _arguments(_BATCH_NORM, node)
         match.reason = _why_not_together(match.nodes, node, batch_norm)
-        if not isinstance(batch_norm["momentum"], int | float):
-            match.reason = "the momentum of its BatchNorm is no number"
+        for name in ("momentum", "eps"):
+            if not isinstance(batch_norm[name], int | float):
+                match.reason = f"the {name} of its BatchNorm is no number"
         if not match.reason:
             match.batch_norm, match.activation_first = batch_norm, match.activation[0] is not None
     elif activation is not None and match.activation[0] is None:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from fastgan import backend
 from fastgan.layout import suggests_channels_last
 from fastgan.ops.geometry import conv_size, conv_transpose_size
+from fastgan.patterns import unfit_setting
 
 _HALF_DTYPES = (torch.bfloat16, torch.float16)
 # Of the matrix of all taps: beyond what caches hold the product gains nothing.
@@ -31,14 +32,16 @@ def convolve(x, conv, forward):
     half, of_one_position = dtype in _HALF_DTYPES, conv.transposed and x.shape[2:] == (1, 1)
     if not (half or of_one_position or _is_wide(conv)) or not _is_plain(x, conv):
         return forward(x)
-    weight, kernel_size = conv.weight, tuple(conv.kernel_size)
+    weight = conv.weight
+    if x.shape[1] != weight.shape[0 if conv.transposed else 1] or not _are_cast(x, weight):
+        return forward(x)
     if not half and not (dtype == x.dtype == weight.dtype == torch.float32 and _multiplies_in_float32()):
         return forward(x)
     unpadded = not any((*conv.padding, *conv.output_padding))
     if of_one_position and unpadded:
         if half or _has_same_bits(x, weight):
             return from_one_position(x, weight)
-    elif half and not conv.transposed and unpadded and x.shape[2:] == kernel_size:
+    elif half and not conv.transposed and unpadded and x.shape[2:] == weight.shape[2:]:
         return to_one_position(x, weight)
     elif _gains(x, weight, conv, dtype):
         where = (conv.transposed, conv.stride, conv.padding, conv.output_padding)
@@ -52,11 +55,18 @@ def _is_plain(x, conv):
         type(x) in (torch.Tensor, torch.nn.Parameter)
         and x.dim() == 4
         and x.numel() > 0
-        and x.shape[1] == conv.in_channels
         and "weight" in conv._parameters
+        and not unfit_setting(conv)
         and not torch.compiler.is_compiling()
         and not backend.transformed()
     )
+
+
+def _are_cast(x, weight):
+    """Whether stock takes them: tensors of one dtype, and under autocast those that it casts, which no float64 is."""
+    if torch.is_autocast_enabled("cpu"):
+        return {x.dtype, weight.dtype} <= {torch.float32, *_HALF_DTYPES}
+    return x.dtype == weight.dtype
 
 
 def _is_wide(conv):

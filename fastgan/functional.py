@@ -171,8 +171,8 @@ def linked_conv_bn_act(
     options.update(activation_first=activation_first, process_group=process_group)
     check_conv_bn_act(x, weight, *tensors, **options)
     implementation, _ = backend.select(x.device, _compute_dtype(x))
-    # An empty batch has nothing to launch; stock knows what to say of it.
-    if implementation == "reference" or x.numel() == 0:
+    # An empty batch has nothing to launch; stock knows what to say of it, and of a weight that autocast leaves alone.
+    if implementation == "reference" or x.numel() == 0 or weight.dtype not in backend.KERNEL_DTYPES:
         if num_batches_tracked is not None:
             num_batches_tracked.add_(options["batch_groups"])
         return _conv_bn_act_reference(x, weight, *tensors, **options), None
@@ -182,16 +182,23 @@ def linked_conv_bn_act(
 
 
 def has_kernels_for(x):
-    """Whether `conv_bn_act` of `x` runs our kernels."""
+    """Whether `conv_bn_act` of `x` runs our kernels for layers of a module.
+
+    Not while hooks on all modules are registered: they are for the calls of the layers.
+    """
     if not (x.is_cuda or backend.forces_triton()):
         return False  # for nothing else: a CPU step of a small network feels every question
+    if x.dim() != 4 or any(backend.HOOKS_OF_ALL):
+        return False
     return backend.select(x.device, _compute_dtype(x))[0] == "triton"
 
 
 def _compute_dtype(x):
-    """The dtype that a convolution computes in: autocast's where it is on."""
+    """The dtype that a convolution computes in: autocast's where it is on and casts x, which float64 it never does."""
     device_type = x.device.type
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
+    if x.dtype not in backend.KERNEL_DTYPES or x.is_meta or not torch.is_autocast_enabled(device_type):
+        return x.dtype
+    return torch.get_autocast_dtype(device_type)
 
 
 def _conv_bn_act_reference(
@@ -240,17 +247,15 @@ def _conv_bn_act_reference(
 def activate_(y, activation, negative_slope):
     """The activation, in place: nothing else needs the result of a convolution or a BatchNorm.
 
-    Not leaky_relu: backward would then need the result, which others may change in place, as they may stock's.
+    Not leaky_relu: backward would then need the result, which others may change in place, as they may stock's. And not
+    within torch.func's transforms: linearize takes the result for a constant.
     """
-    if activation == "relu":
-        return y.relu_()
     if activation == "leaky_relu":
         return F.leaky_relu(y, negative_slope)
-    if activation == "tanh":
-        return y.tanh_()
-    if activation == "sigmoid":
-        return y.sigmoid_()
-    return y
+    if activation is None:
+        return y
+    in_place = "" if backend.transformed() else "_"
+    return getattr(torch, activation + in_place)(y)
 
 
 def _conv_bn_act_fused(

@@ -15,12 +15,14 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
+from fastgan import backend
 from fastgan import functional as fused
+from fastgan.batch_groups import current_groups
 from fastgan.first_order import only_first_order
 from fastgan.graph_forward import GraphForward, Plan, is_graph_forward
-from fastgan.group_calls import run_layers, run_operator
+from fastgan.group_calls import run_layers, run_operator, why_not_operator
 from fastgan.layout import in_stock_layout
-from fastgan.patterns import has_hooks, hooks_of, match
+from fastgan.patterns import any_has_hooks, match
 
 
 def fuse(model):
@@ -43,7 +45,9 @@ def fuse(model):
     """
     check_module(model)
     for container in model.modules():
-        if "forward" not in container.__dict__ and any(map(_may_be_fused, groups_of(container))):
+        if isinstance(container, torch.jit.ScriptModule) or "forward" in container.__dict__:
+            continue
+        if any(map(_may_be_fused, groups_of(container))):
             chain = is_sequential(container)
             container.forward = functools.partial(_forward_in_groups, container) if chain else GraphForward(container)
     return model
@@ -78,7 +82,7 @@ def check_module(model):
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):
-        raise TypeError("model must not be a scripted module: fuse it before torch.jit.script")
+        raise TypeError("model must not be a scripted module: fused layers and torch.jit cannot be had together")
 
 
 def is_sequential(container):
@@ -145,7 +149,7 @@ def fused_groups(model):
 class _Kept:
     modules: tuple  # the container's children, and their types: parametrizations change those
     types: tuple
-    hooks: tuple  # the dictionaries in which the children keep their hooks; all empty
+    attributes: list  # the children's __dict__s: there are no hooks in them
     groups: list
 
 
@@ -161,25 +165,25 @@ def _kept_groups(container):
         kept is not None
         and kept.modules == modules
         and kept.types == tuple(map(type, modules))
-        and not any(kept.hooks)
-        and not any(["forward" in module.__dict__ for module in modules])  # replaced on the instance
+        and not any_has_hooks(kept.attributes)
     ):
         return kept.groups
     groups = groups_of(container)
-    if any(map(has_hooks, modules)):
+    attributes = [module.__dict__ for module in modules]
+    if any_has_hooks(attributes):
         _kept.pop(container, None)
     else:
-        hooks = tuple(hooks for module in modules for hooks in hooks_of(module))
-        _kept[container] = _Kept(modules, tuple(map(type, modules)), hooks, groups)
+        _kept[container] = _Kept(modules, tuple(map(type, modules)), attributes, groups)
     return groups
 
 
-def _forward_in_groups(container, *args, **kwargs):
+def _forward_in_groups(container, input):  # named as nn.Sequential's own argument
     """What an nn.Sequential runs."""
-    (x,) = (*args, *kwargs.values())
-    if isinstance(x, fx.Proxy):
-        return type(container).forward(container, x)  # somebody else's trace shows the layers
-    groups, i = _kept_groups(container), 0
+    # A trace shows the layers, hooks on all modules want them called, and within torch.func's transforms nothing may be
+    # done in place; but only our groups take a batch in parts.
+    if isinstance(input, fx.Proxy) or ((any(backend.HOOKS_OF_ALL) or backend.transformed()) and current_groups() == 1):
+        return type(container).forward(container, input)
+    x, groups, i = input, _kept_groups(container), 0
     while i < len(groups):
         if not groups[i].fused:
             x, i = groups[i].modules[0](x), i + 1
@@ -197,6 +201,10 @@ def _forward_in_groups(container, *args, **kwargs):
     return x
 
 
+def _runs_as_operator(group):
+    return not why_not_operator(group.modules[0], group.batch_norm, group.negative_slope)
+
+
 def _run_operators(groups, x):
     """Fused groups in a row, with the result where stock would put it."""
     entry, link, first_order = x, None, only_first_order()
@@ -210,6 +218,6 @@ def _run_operators(groups, x):
             group.activation_first,
             group.names[0],
             x_link=link,
-            gives_link=first_order and after is not None,
+            gives_link=first_order and after is not None and _runs_as_operator(after),
         )
     return in_stock_layout(x, entry, [group.modules[0] for group in groups])

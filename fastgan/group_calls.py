@@ -1,5 +1,7 @@
 """Running a group of layers: as one fused operator on its modules' tensors, or by the layers' own forwards."""
 
+import functools
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -7,7 +9,7 @@ from torch import nn
 from fastgan import functional as fused
 from fastgan.batch_groups import current_groups
 from fastgan.cpu_convolution import convolve
-from fastgan.patterns import hooks_compute_weight
+from fastgan.patterns import hooks_compute_weight, unfit_number, unfit_setting
 from fastgan.weight_copies import weight_copy
 
 _NO_VECTORS = (None,) * 4
@@ -32,11 +34,25 @@ def run_layers(x, conv, forwards, batch_norm):
     return x
 
 
+def why_not_operator(conv, batch_norm, negative_slope):
+    """The setting with which the layers of a group, as they are now, are no operator's; "" if there is none."""
+    return unfit_setting(conv) or unfit_number(batch_norm, negative_slope)
+
+
 def run_operator(x, conv, batch_norm, activation, negative_slope, activation_first, layer, **links):
     """(result, its Link or None) of the group as one operator; `layer` names it where the operator refuses its input.
 
+    By its layers where a setting that was changed since the group was matched is none of the operator's.
     `links`: x_link and gives_link of `fastgan.functional.linked_conv_bn_act`.
     """
+    changed = why_not_operator(conv, batch_norm, negative_slope)
+    if changed and links.get("x_link") is not None:  # the layer before counts on this one's operator for its gradient
+        raise RuntimeError(f"layer {layer!r} was given {changed} after it was fused: fastgan.unfuse and fuse it again")
+    if changed:
+        act = functools.partial(fused.activate_, activation=activation, negative_slope=negative_slope)
+        after = [] if batch_norm is None else [batch_norm]
+        after.insert(0 if activation_first else len(after), act)
+        return run_layers(x, conv, [conv, *after], batch_norm), None
     if conv._forward_pre_hooks and hooks_compute_weight(conv):
         for hook in conv._forward_pre_hooks.values():
             hook(conv, (x,))

@@ -33,4 +33,11 @@ def in_stock_layout(y, x, convolutions):
     # Of a parametrized weight what it is computed from: to look at itself would compute it.
     if any([suggests_channels_last(tensor) for conv in convolutions for tensor in conv.parameters()]):
         return y
-    return y.contiguous()
+    return contiguous(y)
+
+
+def contiguous(y):
+    """y in the default layout, and with its strides: where sizes of one make a tensor contiguous as it is, too."""
+    y = y.contiguous()
+    # Left as they are they would make the next stock layer's result channels_last.
+    return y.view(-1).view(y.shape) if suggests_channels_last(y) else y

@@ -139,7 +139,17 @@ def hooks_of(module):
 
 def has_hooks(module):
     """Whether anything but its type's forward takes part in calling the module."""
-    return any(hooks_of(module)) or "forward" in module.__dict__  # replaced on the instance
+    return any_has_hooks([module.__dict__])
+
+
+def any_has_hooks(attributes):
+    """`has_hooks` of any of several modules, by their `__dict__`s."""
+    for own in attributes:  # at every call of a container: a loop over what need not be looked up is the fastest
+        if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+            return True
+        if "forward" in own:  # replaced on the instance
+            return True
+    return False
 
 
 def hooks_compute_weight(conv):
@@ -163,15 +173,42 @@ def _why_not_conv(conv):
         return f"no fused operator for {type(conv).__name__}"
     if has_hooks(conv) and not hooks_compute_weight(conv):
         return "the convolution has hooks"
+    if not ("weight" in conv._parameters or parametrize.is_parametrized(conv, "weight") or hooks_compute_weight(conv)):
+        return "its weight is no parameter"
+    return unfit_setting(conv)
+
+
+def unfit_setting(conv):
+    """The setting of a Conv2d or ConvTranspose2d, as text, with which no operator computes it; "" if there is none."""
     if conv.groups != 1:
         return f"groups={conv.groups}"
-    if tuple(conv.dilation) != (1, 1):
-        return f"dilation={tuple(conv.dilation)}"
+    if conv.dilation != (1, 1):
+        return f"dilation={conv.dilation}"
     if conv.padding_mode != "zeros":
         return f"padding_mode={conv.padding_mode!r}"
-    if isinstance(conv.padding, str):
+    # Of the layer's own making they are pairs, but anything if somebody sets them.
+    if not _is_pair(conv.padding):
         return f"padding={conv.padding!r}"
-    return ""
+    if not _is_pair(conv.stride):
+        return f"stride={conv.stride!r}"
+    return "" if _is_pair(conv.output_padding) else f"output_padding={conv.output_padding!r}"
+
+
+def _is_pair(value):
+    return type(value) is tuple and len(value) == 2 and type(value[0]) is type(value[1]) is int
+
+
+def unfit_number(batch_norm, negative_slope):
+    """As `unfit_setting`, of the BatchNorm (or None) and the activation that follow a convolution."""
+    if not (isinstance(negative_slope, int | float) and negative_slope >= 0):
+        return f"negative_slope={negative_slope}"
+    if batch_norm is None:
+        return ""
+    momentum = batch_norm.momentum
+    if not (momentum is None or isinstance(momentum, int | float)):
+        if not isinstance(momentum, torch.Tensor) or momentum.dim() != 0:
+            return f"momentum={momentum!r}"
+    return "" if isinstance(batch_norm.eps, int | float) else f"eps={batch_norm.eps!r}"
 
 
 def _why_not_batch_norm(bn, conv):
@@ -187,7 +224,7 @@ def _why_not_batch_norm(bn, conv):
         return "its BatchNorm is on another device"
     if not all(t.is_floating_point() for t in tensors):
         return "its BatchNorm is not floating point"
-    return ""
+    return unfit_number(bn, 0.0)
 
 
 def _why_not_activation(activation):
@@ -197,6 +234,4 @@ def _why_not_activation(activation):
         return f"{type(activation).__name__} after it stays stock" if is_activation else ""
     if has_hooks(activation):
         return "its activation has hooks"
-    if getattr(activation, "negative_slope", 0.0) < 0:
-        return f"negative_slope={activation.negative_slope}"
-    return ""
+    return unfit_number(None, getattr(activation, "negative_slope", 0.0))
