@@ -65,8 +65,9 @@ def of_torch(function):
 class _Facts:
     """What a code object, and those in it, use."""
 
-    chains: set = field(default_factory=set)  # ("torch", "nn", "ReLU"): a global name and the attributes after it
-    named_by_super: set = field(default_factory=set)
+    # The keys are in the order of the code, so that the same reason is given each time.
+    chains: dict = field(default_factory=dict)  # ("torch", "nn", "ReLU"): a global name and the attributes after it
+    named_by_super: dict = field(default_factory=dict)
     problem: str = ""
 
 
@@ -107,7 +108,10 @@ class CodeCheck:
     def value(self, value, name):
         """Check what a name stands for: a constant that cannot change, or something to call."""
         if isinstance(value, types.FunctionType) and not of_torch(value):
-            self.function(value)
+            try:
+                self.function(value)
+            except Untraceable as error:
+                raise Untraceable(f"it calls {name}, and {error}") from None
         elif isinstance(value, (*_FUNCTIONS, type)):
             if not _calculates(value):
                 raise Untraceable(f"it calls {name}")
@@ -253,11 +257,11 @@ def _facts(code, outer=None):
             before = instructions[at - 1] if at else None
             if before is not None and before.opname == "LOAD_GLOBAL" and before.argval == "super" and not attributes:
                 attributes = ["super"]
-            facts.chains.add((instruction.argval, *attributes))
+            facts.chains[instruction.argval, *attributes] = True
             if instruction.argval == "super":
                 name = _named_by_super(instructions, at)
                 facts.problem = facts.problem or ("" if name else "it uses super in a way of its own")
-                facts.named_by_super.add(name)
+                facts.named_by_super[name] = True
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             inner = _facts(constant, outer)

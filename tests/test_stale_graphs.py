@@ -151,7 +151,9 @@ def test_change(function, monkeypatch):
     assert_same(model, stock)
 
 
-@pytest.mark.parametrize("function", [class_attribute, child_attribute, iterates, module_or_none], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "function", [class_attribute, child_attribute, iterates, module_or_none], ids=lambda f: f.__name__
+)
 def test_change_of_compiled(function, monkeypatch):
     torch._dynamo.reset()
     stock, model = network(function)
@@ -240,5 +242,3 @@ def test_copies(monkeypatch):
     for changed in (stock, model):
         changed.blocks.append(more())
     assert_same(model, stock)
-
-
