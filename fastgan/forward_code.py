@@ -10,6 +10,7 @@ import dis
 import functools
 import operator
 import random
+import sys
 import types
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,8 +28,8 @@ class Untraceable(Exception):
 RANDOM = "it draws random numbers that would be constants"
 _BUILTINS = frozenset(
     getattr(builtins, name)
-    for name in "len range zip enumerate reversed sorted min max sum abs round int float bool complex str tuple list dict "
-    "set frozenset slice map filter all any divmod pow super getattr iter next".split()
+    for name in "len range zip enumerate reversed sorted min max sum abs round int float bool complex str tuple list "
+    "dict set frozenset slice map filter all any divmod pow super getattr iter next".split()
 )
 _MODES = (torch.no_grad, torch.enable_grad, torch.set_grad_enabled, torch.inference_mode, torch.autocast)
 # What is neither in PyTorch's table of overridable functions nor in its native modules, and yet only calculates.
@@ -50,10 +51,10 @@ _SWITCHES = tuple(str(Path(_TORCH, *parts)) for parts in (("utils", "_contextlib
 # The methods that make, copy, show or describe an object: a forward that only uses it runs none of them.
 _NOT_OF_CALLS = frozenset(
     f"__{name}__"
-    for name in "init new del repr str dir module qualname doc annotations annotate annotate_func annotations_cache dict "
-    "weakref slots reduce reduce_ex getstate setstate deepcopy copy getnewargs getnewargs_ex init_subclass class_getitem "
-    "static_attributes firstlineno constants parameters orig_bases type_params jit_unused_properties abstractmethods hash "
-    "subclasshook match_args set_name".split()
+    for name in "init new del repr str dir hash module qualname doc annotations annotate annotate_func "
+    "annotations_cache dict weakref slots reduce reduce_ex getstate setstate deepcopy copy getnewargs getnewargs_ex "
+    "init_subclass class_getitem static_attributes firstlineno constants parameters orig_bases type_params "
+    "jit_unused_properties abstractmethods subclasshook match_args set_name".split()
 )
 
 
@@ -97,6 +98,7 @@ class CodeCheck:
             if name != "__class__":
                 self._watch.attribute(cell, "cell_contents")
                 self.value(_contents(cell), name)
+                self._guard(None, name, _contents(cell))
         for chain in facts.chains:
             self._chain(function, chain, cls)
         if facts.problem:
@@ -129,6 +131,7 @@ class CodeCheck:
         if value is names:
             raise Untraceable(f"it uses {name}, which is not there")
         self._watch.key(names, name)
+        self._guard(_module_of(names), name, value)
         if isinstance(value, type) and attributes == ["super"]:  # super(Name, self)
             if cls is None or value not in cls.__mro__:
                 raise Untraceable("it calls super of another class")
@@ -138,12 +141,14 @@ class CodeCheck:
                 name = f"{name}.{attribute}"
                 if isinstance(value, type):
                     self._watch.attribute(value, attribute)
-                elif not value.__name__.startswith("torch"):
+                elif not _is_of_torch(value):
                     self._watch.key(vars(value), attribute)
                 holder, value = value, getattr(value, attribute, names)
                 if value is names:
                     raise Untraceable(f"it uses {name}, which is not there")
-                if isinstance(holder, types.ModuleType) and holder.__name__.startswith("torch") and _is_setting(value):
+                if not _is_of_torch(holder):
+                    self._guard(holder, attribute, value)
+                elif isinstance(holder, types.ModuleType) and _is_setting(value):
                     raise Untraceable(f"it asks for {name}")
             elif isinstance(value, type):  # a class of PyTorch: its methods are functions
                 name, value = f"{name}.{attribute}", getattr(value, attribute, None)
@@ -171,6 +176,11 @@ class CodeCheck:
         for base in above[: above.index(owner) + 1]:
             self._watch.key(vars(base), name)
         self.function(vars(owner)[name], cls)
+
+    def _guard(self, holder, name, value):
+        """Have compiled code see what could be another one day: constants and functions of the user's."""
+        if is_constant(value) or (isinstance(value, types.FunctionType) and not of_torch(value)):
+            self._watch.guard(holder, name, value)
 
     def type(self, cls):
         """Check what happens to an instance of a module class without being called by name."""
@@ -211,8 +221,15 @@ def _draws(value):
     return owner is random._inst or type(owner).__module__.startswith("numpy.random")
 
 
-def _is_of_torch(cls):
-    return cls.__module__.split(".")[0] == "torch"
+def _is_of_torch(cls_or_module):
+    name = cls_or_module.__module__ if isinstance(cls_or_module, type) else cls_or_module.__name__
+    return name.split(".")[0] == "torch"
+
+
+def _module_of(names):
+    """The module that these global names are those of; None where code was executed elsewhere."""
+    module = sys.modules.get(names.get("__name__"))
+    return module if module is not None and vars(module) is names else None
 
 
 @functools.cache
@@ -257,7 +274,7 @@ def _facts(code, outer=None):
             before = instructions[at - 1] if at else None
             if before is not None and before.opname == "LOAD_GLOBAL" and before.argval == "super" and not attributes:
                 attributes = ["super"]
-            facts.chains[instruction.argval, *attributes] = True
+            facts.chains[(instruction.argval, *attributes)] = True
             if instruction.argval == "super":
                 name = _named_by_super(instructions, at)
                 facts.problem = facts.problem or ("" if name else "it uses super in a way of its own")

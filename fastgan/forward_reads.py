@@ -95,7 +95,7 @@ class Reads:
         frozen = freeze(value)
         if frozen is None:
             raise Untraceable(f"it reads {full}, a {type(value).__name__}, which can change")
-        self._watch.constant(module, name, value)
+        self._watch.guard(module, name, value)
         if isinstance(value, list | tuple):
             self._check_parts(value, full)
             return self._copies.setdefault((id(module), name), (full, copy.deepcopy(value), frozen))[1]
@@ -115,6 +115,7 @@ class Reads:
             self._code.value(value.__func__, full)
         elif isinstance(value, types.FunctionType):
             self._code.function(value, type(module))
+            self._watch.guard(type(module), name, value)
             if value in (nn.Module.children, nn.Module.named_children):
                 self._look_in(module)
         elif hasattr(type(value), "__get__"):
@@ -131,6 +132,8 @@ class Reads:
                 path = ".".join(filter(None, [self._paths[id(module)], name]))
                 return self._tracer.create_proxy("get_attr", path, (), {})
         child = attributes["_modules"].get(name)
+        if child is None:
+            self._watch.guard(module, name, None)
         if child is not None:
             self._give(child)
         elif _replaces_getattr(type(module)):

@@ -65,9 +65,9 @@ class GraphForward:
             constants = tuple([(name, _constant(value)) for name, value in given.items() if name not in names])
             found = self._find((container.training, names, constants))
             if found is not None:
-                run, constants, parents = getattr(self, found)
+                run, guarded, parents = getattr(self, found)
                 # All is as it was, or the plan would be another; but only here torch.compile sees what it depends on.
-                if not compiling or _as_it_was(constants, parents):
+                if not compiling or (guarded is not None and _as_it_was(guarded, parents)):
                     return run(container, *tensors)
         return type(container).forward(container, *args, **kwargs)
 
@@ -92,7 +92,7 @@ class GraphForward:
         return plan.attribute if plan.run is not None else None
 
     def _plan_for(self, key):
-        training, names, constants = key
+        _, names, constants = key
         if constants:
             key = freeze(key)
             if key is None:
@@ -113,9 +113,9 @@ class GraphForward:
         plans.insert(0, plan)
         self._count += 1
         plan.attribute = f"_run_{self._count}"
-        constants = tuple(plan.watch.constants.values())
-        parents = tuple((module, tuple(module._modules)) for module in plan.watch.parents.values())
-        setattr(self, plan.attribute, (plan.run, constants, parents))
+        parents = tuple((module, _children(module)) for module in plan.watch.parents.values())
+        guarded = tuple(plan.watch.guarded.values()) if plan.watch.can_compile else None
+        setattr(self, plan.attribute, (plan.run, guarded, parents))
         return plan
 
     def _too_many(self, names, constants):
@@ -138,15 +138,17 @@ def is_graph_forward(container):
     return isinstance(container.__dict__.get("forward"), GraphForward)
 
 
-def _as_it_was(constants, parents):
-    """Whether the modules still have these attributes and children."""
-    for module, name, value in constants:
-        if _constant(getattr(module, name, None)) != value:
+def _as_it_was(guarded, parents):
+    """Whether what was read is the same, and the modules have the same children, as far as torch.compile can tell."""
+    for holder, name, value in guarded:
+        now = getattr(holder, name, None)
+        if now is not value if callable(value) else _constant(now) != value:
             return False
-    for module, names in parents:
-        if tuple(module._modules) != names:
-            return False
-    return True
+    return all([_children(module) == children for module, children in parents])
+
+
+def _children(module):
+    return tuple([(name, child is None) for name, child in module._modules.items()])
 
 
 class Plan:

@@ -33,7 +33,8 @@ class Watch:
     """
 
     def __init__(self):
-        self.constants = {}  # (id of a module, name) → (module, name, value): what it read of modules, for torch.compile
+        self.guarded = {}  # (id of holder, name) → (holder, name, value): what torch.compile has to see, too
+        self.can_compile = True  # whether it can see everything
         self.parents = {}  # id → module, of those whose children are watched
         self._noted, self._expected, self._frozen = {}, [], []
         self._getters, self._names, self._can_change = [], [], False
@@ -47,9 +48,13 @@ class Watch:
         """Watch `getattr(holder, name)` of a class, a function or a cell."""
         self._note(holder, name, functools.partial(getattr, holder))
 
-    def constant(self, module, name, value):
-        """Watch an attribute of a module, which `key` and `attribute` watch already, in compiled code, too."""
-        self.constants[id(module), name] = module, name, value
+    def guard(self, holder, name, value):
+        """What `key` and `attribute` watch already is watched in compiled code, too: `getattr(holder, name, None)`.
+
+        A holder of None: torch.compile cannot see it.
+        """
+        self.can_compile &= holder is not None
+        self.guarded[id(holder), name] = holder, name, value
 
     def children(self, module):
         self.parents[id(module)] = module
