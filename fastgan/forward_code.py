@@ -58,6 +58,16 @@ _NOT_OF_CALLS = frozenset(
 )
 
 
+def returns_something(module):
+    """Whether a module cannot return None: PyTorch's own do not, whatever their hooks are, nor when they are fused."""
+    return all(_is_of_torch(type(part)) and not _is_replaced(vars(part).get("forward")) for part in module.modules())
+
+
+def _is_replaced(forward):
+    ours = isinstance(forward, functools.partial) and forward.func.__module__.startswith("fastgan.")
+    return forward is not None and not ours
+
+
 def of_torch(function):
     return function.__code__.co_filename.startswith(_TORCH)
 
@@ -69,6 +79,8 @@ class _Facts:
     # The keys are in the order of the code, so that the same reason is given each time.
     chains: dict = field(default_factory=dict)  # ("torch", "nn", "ReLU"): a global name and the attributes after it
     named_by_super: dict = field(default_factory=dict)
+    asks_for_none: bool = False  # whether something other than an attribute or a parameter is None
+    asks_for_none_given: bool = False  # whether a parameter is
     problem: str = ""
 
 
@@ -77,15 +89,16 @@ class CodeCheck:
 
     def __init__(self, watch):
         self._watch, self._seen = watch, set()
+        self.asks_for_none = False  # whether it may ask that of what a layer returned: a stand-in never is None
 
-    def function(self, function, cls=None):
-        """Check a function; as a method it belongs to an instance of `cls`."""
+    def function(self, function, cls=None, called_first=False):
+        """Check a function; as a method it belongs to an instance of `cls`. The first gets arguments that are known."""
         if (function, cls) in self._seen:
             return
         self._seen.add((function, cls))
         if function.__code__.co_filename in _SWITCHES and hasattr(function, "__wrapped__"):
             self._watch.attribute(function, "__wrapped__")
-            return self.function(function.__wrapped__, cls)
+            return self.function(function.__wrapped__, cls, called_first)
         if of_torch(function) and function not in _KNOWN:
             raise Untraceable(f"it calls {function.__qualname__}")
         facts = _facts(function.__code__)
@@ -103,6 +116,7 @@ class CodeCheck:
             self._chain(function, chain, cls)
         if facts.problem:
             raise Untraceable(facts.problem)
+        self.asks_for_none |= facts.asks_for_none or (facts.asks_for_none_given and not called_first)
         for name in facts.named_by_super:
             self._method_above(cells.get("__class__"), cls, name)
         return None
@@ -263,8 +277,15 @@ def _facts(code, outer=None):
     facts = _Facts()
     outer = frozenset(code.co_freevars) if outer is None else outer
     instructions = [i for i in dis.get_instructions(code) if i.opname not in _PLAIN]
+    written = {name for i in instructions if i.opname.startswith("STORE_FAST") for name in _as_tuple(i.argval)}
+    given = set(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]) - written
     for at, instruction in enumerate(instructions):
         facts.problem = facts.problem or _problem(instructions, at, outer)
+        asked = _asked_for_none(instructions, at)
+        if asked in given:
+            facts.asks_for_none_given = True
+        elif asked is not None:
+            facts.asks_for_none = True
         if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
             attributes = []
             for following in instructions[at + 1 :]:
@@ -284,6 +305,7 @@ def _facts(code, outer=None):
             inner = _facts(constant, outer)
             facts.chains |= inner.chains
             facts.named_by_super |= inner.named_by_super
+            facts.asks_for_none |= inner.asks_for_none or inner.asks_for_none_given
             facts.problem = facts.problem or inner.problem
     return facts
 
@@ -311,13 +333,30 @@ def _problem(instructions, at, outer):
     return ""
 
 
+def _asked_for_none(instructions, at):
+    """What an instruction asks to be None: None if it does not, or of an attribute; the name of a variable, or ""."""
+    kind, before = instructions[at].opname, instructions[at - 1] if at else None
+    if kind == "IS_OP" and before.argval is None:
+        before = instructions[at - 2]
+    elif not (kind.startswith("POP_JUMP") and kind.endswith("NONE")):
+        return None
+    if before.opname == "LOAD_ATTR":
+        return None
+    return _as_tuple(before.argval)[-1] if before.opname.startswith("LOAD_FAST") else ""
+
+
+def _as_tuple(name_or_names):
+    """The variables of an instruction that may be two in one."""
+    return name_or_names if isinstance(name_or_names, tuple) else (name_or_names,)
+
+
 def _is_of_self(instructions, at):
     """Whether the attribute that is set is one of `self`."""
     holder = instructions[at - 1]
     if holder.opname in ("SWAP", "ROT_TWO"):  # self.x += 1
         loads = (i for i in range(at - 1, 1, -1) if instructions[i].opname == "LOAD_ATTR")
         holder = next((instructions[i - 2] for i in loads if instructions[i].argval == instructions[at].argval), holder)
-    return "self" in (holder.argval if isinstance(holder.argval, tuple) else (holder.argval,))
+    return "self" in _as_tuple(holder.argval)
 
 
 def _named_by_super(instructions, at):

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-from fastgan.forward_code import RANDOM, CodeCheck, Untraceable
+from fastgan.forward_code import RANDOM, CodeCheck, Untraceable, returns_something
 from fastgan.forward_reads import Reads
 from fastgan.watching import Watch, freeze
 
@@ -40,11 +40,14 @@ def trace(container, arguments, watch=None):
     cls = type(container)
     watch.attribute(cls, "forward")
     code.type(cls)
-    code.function(cls.forward, cls)
+    code.function(cls.forward, cls, called_first=True)
     with _random_numbers_unused():
         on, off = (_trace_once(container, arguments, code, watch, switch) for switch in (True, False))
     if on.python_code("self").src != off.python_code("self").src:
         raise Untraceable("it asks whether gradients or autocast are on")
+    called = [container.get_submodule(node.target) for node in on.nodes if node.op == "call_module"]
+    if code.asks_for_none and not all(map(returns_something, called)):
+        raise Untraceable("it asks whether a result is None")
     return on
 
 
@@ -127,6 +130,10 @@ class _Tracer(fx.Tracer):
     def create_arg(self, value):
         if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
             raise Untraceable("it makes tensors that would be constants")
+        if isinstance(value, np.float64):
+            value = float(value)
+        if isinstance(value, int | float | str) and type(value) not in (bool, int, float, str):
+            raise Untraceable(f"it calculates with a {type(value).__name__}")  # which the graph's code cannot spell
         return super().create_arg(value)
 
 

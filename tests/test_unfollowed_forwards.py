@@ -30,9 +30,15 @@ class Reversed(torch.autograd.Function):
 reverse = Reversed.apply
 
 
+class Nothing(nn.Module):
+    def forward(self, x):
+        return None
+
+
 class Base(Layers):
     def __init__(self):
         super().__init__()
+        self.maybe = Nothing()
         self.child = nn.Identity()
         self.child.outs, self.nested, self.reverse = [], {"a": []}, reverse
         self.register_buffer("on", torch.tensor(False))
@@ -153,6 +159,11 @@ def draws_by_name(self, x):
     return self.head(x) * random.uniform(0, 1)
 
 
+def asks_a_result(self, x):
+    y = self.maybe(self.head(x))
+    return x if y is None else y
+
+
 def names_by_text(self, x):
     return self.head(x) * len(f"{x}")
 
@@ -179,6 +190,7 @@ REFUSED = {
     catches: "it catches exceptions",
     has_no_gradient: "it asks a tensor for grad",
     draws_by_name: "random numbers",
+    asks_a_result: "it asks whether a result is None",
     names_by_text: "it writes a tensor as text",
 }
 
