@@ -15,19 +15,21 @@ from fastgan.first_order import only_first_order
 from fastgan.graph_patterns import find_groups
 from fastgan.group_calls import run_layers, run_operator
 from fastgan.layout import in_stock_layout
-from fastgan.patterns import has_hooks, hooks_of
-from fastgan.tracing import TENSOR, Untraceable, freeze, trace
+from fastgan.tracing import TENSOR, Untraceable, trace
+from fastgan.watching import Watch, freeze
 
 # A trace takes some 10 ms: of a call with another number each time, say, it would cost more than fusing gains.
 MOST_PLANS = 32
+# What decides whether a layer may be part of an operator, and is not its type.
+_DECISIVE = frozenset(["groups", "dilation", "padding", "padding_mode", "negative_slope", "inplace", "num_features"])
 
 
 class GraphForward:
     """Takes the place of ``container.forward``: the same calls in the same order, groups of them as one operator.
 
     The container's own forward runs where no kernels would, and for calls that no trace stands for. A trace stands for
-    calls in one mode, with the same constants among the arguments and in the attributes that it read; it is made when
-    the first such call comes, and anew when layers are replaced or get hooks.
+    calls in one mode, with the same constants among the arguments, as long as all that it depends on is as it was; it
+    is made when the first such call comes, and anew when layers are replaced or get hooks.
     """
 
     def __init__(self, container):
@@ -35,11 +37,11 @@ class GraphForward:
         self._prepare()
 
     def _prepare(self):
-        self._parameters = _parameters(type(self.container))
+        self._forward = type(self.container).forward
+        self._parameters = _parameters(self._forward)
         self._names = tuple(p.name for p in self._parameters)
         self._positional = sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in self._parameters)
-        self._reads = ()  # names of the attributes that any trace has read
-        self._plans, self._warned = {}, False
+        self._plans, self._count, self._warned = {}, 0, False
         # A constant to torch.compile, which cannot trace a trace; what comes of it is an attribute that it can guard.
         self._find = torch.compiler.assume_constant_result(lambda key: self._find_plan(key))
 
@@ -52,17 +54,20 @@ class GraphForward:
 
     def __call__(self, *args, **kwargs):
         container = self.container
+        compiling = torch.compiler.is_compiling()
+        if not compiling and type(container).forward is not self._forward:
+            self._prepare()
         given = dict(zip(self._names, args, strict=False)) | kwargs
         tensors = [value for value in given.values() if isinstance(value, torch.Tensor)]
         fits = len(args) <= self._positional and len(given) == len(args) + len(kwargs)
         if fits and self._wants_graph(given, tensors):
             names = tuple([name for name, value in given.items() if isinstance(value, torch.Tensor)])
             constants = tuple([(name, _constant(value)) for name, value in given.items() if name not in names])
-            found = self._find((container.training, names, constants, self._values()))
+            found = self._find((container.training, names, constants))
             if found is not None:
-                run, reads, values = getattr(self, found)
-                # They are equal, or the plan would be another; but only here torch.compile sees what it depends on.
-                if tuple([_constant(getattr(container, name, None)) for name in reads]) == values:
+                run, guarded, parents = getattr(self, found)
+                # All is as it was, or the plan would be another; but only here torch.compile sees what it depends on.
+                if not compiling or (guarded is not None and _as_it_was(guarded, parents)):
                     return run(container, *tensors)
         return type(container).forward(container, *args, **kwargs)
 
@@ -74,14 +79,12 @@ class GraphForward:
 
     def plan(self):
         """The Plan of a call with tensors for all that has no default, in the container's present mode."""
+        if type(self.container).forward is not self._forward:
+            self._prepare()
         if not self._names:
             return Plan.without_groups("it takes any number of arguments")
         needed = [p.name for p in self._parameters if p.default is p.empty]
-        return self._plan_for((self.container.training, tuple(needed), (), self._values()))
-
-    def _values(self):
-        """Those of the attributes that any trace has read."""
-        return tuple([_constant(getattr(self.container, name, None)) for name in self._reads])
+        return self._plan_for((self.container.training, tuple(needed), ()))
 
     def _find_plan(self, key):
         """The name of the attribute that runs calls of this kind, or None where the container's own forward has to."""
@@ -89,19 +92,30 @@ class GraphForward:
         return plan.attribute if plan.run is not None else None
 
     def _plan_for(self, key):
-        training, names, constants, _ = key
-        frozen = freeze(key)
-        if frozen is None:
-            return Plan.without_groups("it is called with a constant that can change")
-        plan = self._plans.get(frozen)
-        if plan is None and len(self._plans) >= MOST_PLANS:
+        _, names, constants = key
+        if constants:
+            key = freeze(key)
+            if key is None:
+                return Plan.without_groups("it is called with a constant that can change")
+        plans = self._plans.setdefault(key, [])
+        for i, plan in enumerate(plans):
+            if plan.holds():
+                if i:
+                    plans.insert(0, plans.pop(i))
+                return plan
+        stale = [plan for plan in plans if not plan.watch.same_modules()]
+        for plan in stale:
+            plans.remove(plan)
+            self.__dict__.pop(plan.attribute)
+        if sum(map(len, self._plans.values())) >= MOST_PLANS:
             return self._too_many(names, constants)
-        if plan is None or not plan.holds():
-            plan = plan_call(self.container, dict.fromkeys(names, TENSOR) | dict(constants))
-            self._reads = tuple(dict.fromkeys((*self._reads, *plan.reads)))
-            self._plans[freeze((training, names, constants, self._values()))] = plan
-            plan.attribute = f"_run_{len(self._plans)}"
-            setattr(self, plan.attribute, (plan.run, tuple(plan.reads), tuple(plan.reads.values())))
+        plan = plan_call(self.container, dict.fromkeys(names, TENSOR) | dict(constants))
+        plans.insert(0, plan)
+        self._count += 1
+        plan.attribute = f"_run_{self._count}"
+        parents = tuple((module, _children(module)) for module in plan.watch.parents.values())
+        guarded = tuple(plan.watch.guarded.values()) if plan.watch.can_compile else None
+        setattr(self, plan.attribute, (plan.run, guarded, parents))
         return plan
 
     def _too_many(self, names, constants):
@@ -124,12 +138,24 @@ def is_graph_forward(container):
     return isinstance(container.__dict__.get("forward"), GraphForward)
 
 
+def _as_it_was(guarded, parents):
+    """Whether what was read is the same, and the modules have the same children, as far as torch.compile can tell."""
+    for holder, name, value in guarded:
+        now = getattr(holder, name, None)
+        if now is not value if callable(value) else _constant(now) != value:
+            return False
+    return all([_children(module) == children for module, children in parents])
+
+
+def _children(module):
+    return tuple([(name, child is None) for name, child in module._modules.items()])
+
+
 class Plan:
     """How one kind of call runs: `run(container, *tensors)`, or None and `reason`, why only stock will do."""
 
     def __init__(self):
-        self.reads, self.groups, self.run, self.reason, self.attribute = {}, [], None, "", None
-        self._places, self._modules, self._types, self._hooks = (), (), (), ()
+        self.watch, self.groups, self.run, self.reason, self.attribute = Watch(), [], None, "", None
 
     @classmethod
     def without_groups(cls, reason):
@@ -137,41 +163,28 @@ class Plan:
         plan.reason = reason
         return plan
 
-    def watch(self, container, paths):
-        """From now on `holds` says whether the modules at these paths are still the same, and without new hooks."""
-        places = {}
-        for path in paths:
-            owner = container
-            for name in path.split("."):
-                places[id(owner), name] = owner._modules, name
-                owner = owner.get_submodule(name)
-        self._places = tuple(places.values())
-        self._modules = tuple(modules[name] for modules, name in self._places)
-        self._types = tuple(map(type, self._modules))
-        self._hooks = tuple(_hooks(module) for module in self._modules)
-
     def holds(self):
-        modules = tuple([modules.get(name) for modules, name in self._places])
-        return (
-            modules == self._modules
-            and tuple(map(type, modules)) == self._types
-            and tuple(map(_hooks, modules)) == self._hooks
-        )
-
-
-def _hooks(module):
-    return [list(hooks) for hooks in hooks_of(module)] if has_hooks(module) else None
+        return self.watch.same_modules() and self.watch.same_values()
 
 
 def plan_call(container, arguments):
     """The Plan for calls with `arguments` (see `fastgan.tracing.trace`) in the container's present mode."""
     plan = Plan()
     try:
-        graph = trace(container, arguments, plan.reads)
+        graph = trace(container, arguments, plan.watch)
     except Untraceable as error:
         plan.reason = str(error)
+        plan.watch.start()
         return plan
-    plan.watch(container, [node.target for node in graph.nodes if node.op == "call_module"])
+    called = [node.target for node in graph.nodes if node.op == "call_module"]
+    modules = [container.get_submodule(path) for path in called]
+    plan.watch.called(modules)
+    for module in modules:
+        for name in _DECISIVE & vars(module).keys():
+            plan.watch.key(vars(module), name)
+    for path in called:
+        plan.watch.path(container, path)
+    plan.watch.start()
     runs = find_groups(graph, container)
     plan.groups = [run.group for run in runs]
     if any(group.fused for group in plan.groups):
@@ -244,8 +257,8 @@ def run_group(x, conv, batch_norm, activation, negative_slope, activation_first,
     return (y, None) if gives_link else y
 
 
-def _parameters(cls):
+def _parameters(forward):
     """Those of a forward after self; none where it takes any number of them: a call then has some too many for us."""
-    parameters = list(inspect.signature(cls.forward).parameters.values())[1:]
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
     variable = any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD, p.POSITIONAL_ONLY) for p in parameters)
     return () if variable else tuple(parameters)

@@ -1,101 +1,81 @@
 """What a module's own forward does with its children, as a torch.fx graph in which every child is one node.
 
 A symbolic trace shows one way through a forward. It stands for all calls only where nothing else decides the way, so
-what could decide it is either part of the question (the mode, arguments that are no tensors, attributes that the
-forward reads), or makes the forward one that is not followed: `Untraceable` says why.
+what could decide it is either watched (`fastgan.watching`), part of the question (the mode, arguments that are no
+tensors), or makes the forward one that is not followed: `Untraceable` says why. The same with what would be lost:
+`fastgan.forward_code` looks at the code, `fastgan.forward_reads` at what it reads of the modules.
 """
 
-import dis
-import inspect
+import copy
 import operator
 import random
-import types
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch import fx, nn
 
+from fastgan.forward_code import RANDOM, CodeCheck, Untraceable, returns_something
+from fastgan.forward_reads import Reads
+from fastgan.watching import Watch, freeze
+
 TENSOR = object()  # stands for one among the arguments of a trace
-_CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.memory_format)
-_DEFINITIONS = (types.FunctionType, types.BuiltinFunctionType, type)
-# Each tells a symbolic trace something else than a real call, or does something that a trace would do once for all.
-_BLIND_SPOTS = {"isinstance", "issubclass", "type", "hasattr", "id", "print", "input", "open", "breakpoint"}
-_OWN_ATTRIBUTES = frozenset(vars(nn.Module()))
+# Of a tensor, and None for some of them: a stand-in never is.
+_MAYBE_NONE = frozenset(["grad", "grad_fn", "_grad", "_grad_fn", "_base", "_backward_hooks"])
 
 
-class Untraceable(Exception):
-    """A forward that a symbolic trace does not stand for, and why."""
-
-
-def trace(container, arguments, reads=None):
+def trace(container, arguments, watch=None):
     """The graph of ``container.forward(**arguments)`` in its present mode; every module that it calls is a leaf.
 
     Args:
         container: an nn.Module that runs its type's own forward.
         arguments: {name: TENSOR, or the value that is given}; parameters that are missing take their defaults.
-        reads: a dict that receives the attributes the forward reads and their values: the graph holds as long as these
-            do.
+        watch: a Watch that notes what the graph depends on, besides the arguments and the mode.
 
     Raises:
         Untraceable: the graph would not stand for every such call.
     """
-    _check_code(container)
-    reads = {} if reads is None else reads
-    with _left_alone(container), _random_numbers_unused(), _reads_recorded(container, reads):
-        on, off = (_trace_once(container, arguments, switch) for switch in (True, False))
+    watch = Watch() if watch is None else watch
+    code = CodeCheck(watch)
+    cls = type(container)
+    watch.attribute(cls, "forward")
+    code.type(cls)
+    code.function(cls.forward, cls, called_first=True)
+    with _random_numbers_unused():
+        on, off = (_trace_once(container, arguments, code, watch, switch) for switch in (True, False))
     if on.python_code("self").src != off.python_code("self").src:
         raise Untraceable("it asks whether gradients or autocast are on")
-    for name, value in reads.items():
-        if freeze(value) is None:
-            raise Untraceable(f"it reads self.{name}, a {type(value).__name__}, which can change")
+    called = [container.get_submodule(node.target) for node in on.nodes if node.op == "call_module"]
+    if code.asks_for_none and not all(map(returns_something, called)):
+        raise Untraceable("it asks whether a result is None")
     return on
 
 
-def freeze(value):
-    """Something to compare a constant by later, as a tuple; None for what may change without showing."""
-    if isinstance(value, _CONSTANTS + _DEFINITIONS):
-        return type(value), value
-    if isinstance(value, list | tuple):
-        parts = tuple(map(freeze, value))
-        return None if None in parts else (type(value), parts)
-    return None
-
-
-def _check_code(container):
-    """Look for questions to which a trace gets another answer than a call, in the forward and the methods it uses."""
-    classes = [base for base in type(container).__mro__ if issubclass(base, nn.Module) and base is not nn.Module]
-    waiting, seen = {"forward"}, set()
-    while waiting:
-        name = waiting.pop()
-        seen.add(name)
-        for function in (vars(base)[name] for base in classes if name in vars(base)):
-            function = inspect.unwrap(getattr(function, "__func__", function))  # of a static or class method, too
-            if isinstance(function, types.FunctionType):
-                questions, attributes = _names(function.__code__)
-                if questions & _BLIND_SPOTS:
-                    raise Untraceable(f"it calls {min(questions & _BLIND_SPOTS)}")
-                waiting |= attributes - seen
-
-
-def _names(code):
-    """The global names and the attributes that a function uses, and those in it do, as two sets."""
-    names, attributes = set(), set()
-    for instruction in dis.get_instructions(code):
-        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-            names.add(instruction.argval)
-        elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"):
-            attributes.add(instruction.argval)
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            inner_names, inner_attributes = _names(constant)
-            names |= inner_names
-            attributes |= inner_attributes
-    return names, attributes
-
-
 class _Proxy(fx.Proxy):
-    """Records `y += z` as what it is: to fx it is an addition, after which whatever else holds y would not see it."""
+    """Stands for a tensor, and refuses what a tensor would answer in another way.
+
+    Records `y += z` as what it is: to fx it is an addition, after which whatever else holds y would not see it.
+    """
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            return super().__getattr__(name)
+        value = getattr(torch.Tensor, name, None)
+        if name in _MAYBE_NONE or value is None:
+            raise Untraceable(f"it asks a tensor for {name}")
+        if callable(value):
+            return _Attribute(self, name)
+        return self.tracer.create_proxy("call_function", getattr, (self, name), {})  # now, not when it is used
+
+    def __str__(self):
+        raise Untraceable("it writes a tensor as text")
+
+    def __format__(self, how):
+        raise Untraceable("it writes a tensor as text")
+
+
+class _Attribute(fx.proxy.Attribute, _Proxy):
+    """A method that is not called yet."""
 
 
 def _in_place(name):
@@ -117,6 +97,8 @@ IN_PLACE = frozenset(map(_in_place, ("iadd", "isub", "imul", "itruediv", "ifloor
 
 class _Tracer(fx.Tracer):
     """Every module is a leaf, and every call is made in the modes in which the forward itself was called."""
+
+    proxy_buffer_attributes = True
 
     def __init__(self, arguments):
         super().__init__()
@@ -147,16 +129,30 @@ class _Tracer(fx.Tracer):
 
     def create_arg(self, value):
         if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
-            if not any(value is buffer for buffer in self.root.buffers()):
-                raise Untraceable("it makes tensors that would be constants")
+            raise Untraceable("it makes tensors that would be constants")
+        if isinstance(value, np.float64):
+            value = float(value)
+        if isinstance(value, int | float | str) and type(value) not in (bool, int, float, str):
+            raise Untraceable(f"it calculates with a {type(value).__name__}")  # which the graph's code cannot spell
         return super().create_arg(value)
 
 
-def _trace_once(container, arguments, modes_on):
+def _trace_once(container, arguments, code, watch, modes_on):
     modes = _get_modes()
+    given = copy.deepcopy({name: value for name, value in arguments.items() if value is not TENSOR})
+    before = freeze(list(given.values()))
     try:
         _set_modes(modes_on, modes_on, modes_on)
-        return _Tracer(arguments).trace(container)
+        tracer = _Tracer({name: given.get(name, TENSOR) for name in arguments})
+        reads = Reads(container, code, watch, tracer)
+        with reads.recorded():
+            graph = tracer.trace(container)
+        reads.check_unchanged()
+        if freeze(list(given.values())) != before:
+            raise Untraceable("it changes an argument")
+        if _get_modes() != (modes_on,) * 3:
+            raise Untraceable("it switches gradients or autocast")
+        return graph
     except Untraceable:
         raise
     except Exception as error:  # what fx cannot follow may raise anything
@@ -178,57 +174,23 @@ def _set_modes(gradients, cpu, cuda):
 
 
 @contextmanager
-def _left_alone(container):
-    """Undo what a trace left in the container's attributes, and say so."""
-    attributes = vars(container)
-    before = dict(attributes)
-    contents = {name: value.copy() for name, value in before.items() if type(value) in (list, dict)}
-    try:
-        yield
-    finally:
-        names = sorted(attributes.keys() | before.keys())
-        changed = [name for name in names if attributes.get(name, TENSOR) is not before.get(name, TENSOR)]
-        changed += [name for name, content in contents.items() if not _same_objects(before[name], content)]
-        attributes.clear()
-        attributes.update(before)
-        for name, content in contents.items():
-            before[name].clear()
-            before[name].update(content) if isinstance(content, dict) else before[name].extend(content)
-    if changed:
-        raise Untraceable(f"it sets self.{changed[0]}")
-
-
-def _same_objects(ours, theirs):
-    flat = [[*value, *value.values()] if isinstance(value, dict) else value for value in (ours, theirs)]
-    return len(flat[0]) == len(flat[1]) and all(a is b for a, b in zip(*flat, strict=True))
-
-
-@contextmanager
 def _random_numbers_unused():
     state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    on_gpus = _gpu_generators()
+    gpu_states = [generator.get_state() for generator in on_gpus]
     try:
         yield
         used = random.getstate() != state or not torch.equal(torch.get_rng_state(), torch_state)
+        used |= not all(torch.equal(g.get_state(), s) for g, s in zip(on_gpus, gpu_states, strict=True))
         if used or not all(np.array_equal(a, b) for a, b in zip(np.random.get_state(), numpy_state, strict=True)):
-            raise Untraceable("it draws random numbers that would be constants")
+            raise Untraceable(RANDOM)
     finally:
         random.setstate(state), np.random.set_state(numpy_state), torch.set_rng_state(torch_state)
+        for generator, gpu_state in zip(on_gpus, gpu_states, strict=True):
+            generator.set_state(gpu_state)
 
 
-@contextmanager
-def _reads_recorded(container, reads):
-    """Within it the container notes in `reads` the attributes that are looked up on it, other than its modules and
-    tensors (and its mode, which whoever asks for the trace has to know)."""
-    cls, attributes = type(container), vars(container)
-
-    def getattribute(self, name):
-        if self is container and name in attributes and name not in _OWN_ATTRIBUTES:
-            reads[name] = attributes[name]
-        return super(recording, self).__getattribute__(name)
-
-    recording = type(cls.__name__, (cls,), {"__getattribute__": getattribute, "__module__": cls.__module__})
-    container.__class__ = recording
-    try:
-        yield
-    finally:
-        container.__class__ = cls
+def _gpu_generators():
+    """Those in use; none during a capture, which has no state to ask for."""
+    usable = torch.cuda.is_initialized() and not torch.cuda.is_current_stream_capturing()
+    return list(torch.cuda.default_generators) if usable else []

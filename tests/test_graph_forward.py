@@ -1,6 +1,7 @@
 """fuse inside forwards of their own: what is followed, what is refused, and that it always equals stock."""
 
 import copy
+import enum
 import random
 
 import numpy as np
@@ -200,6 +201,18 @@ def test_attributes_that_change(compiled, monkeypatch):
         assert_close(run(x), stock(x))
     stock.depth = model.depth = 5  # which it does not read
     assert_close(run(x), stock(x))
+
+
+def test_kinds_of_numbers(monkeypatch):
+    """Those of NumPy are what `1 / np.sqrt(2)` is; of others the graph cannot tell."""
+    stock, model = make_pair(Options)
+    calls = count_operator_calls(monkeypatch)
+    fastgan.fuse(model)
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    assert_close(model(x, scale=1 / np.sqrt(2)), stock(x, scale=1 / np.sqrt(2)))
+    assert calls
+    for scale in (enum.IntEnum("Scale", "ONE TWO").TWO, np.float32(0.5), float("nan"), float("-inf")):
+        torch.testing.assert_close(model(x, scale=scale), stock(x, scale=scale), equal_nan=True)
 
 
 def test_ever_new_constants_end_in_stock(monkeypatch):

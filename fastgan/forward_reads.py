@@ -1,0 +1,159 @@
+"""What a forward reads of its module and of the modules below it, while it is traced."""
+
+import copy
+import sys
+import threading
+import types
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fastgan.forward_code import Untraceable, of_torch
+from fastgan.watching import MISSING, freeze
+
+_TORCH = str(Path(torch.__file__).parent)
+_CONTAINER_FILE = sys.modules[nn.Sequential.__module__].__file__
+_OURS = (__file__, sys.modules[Untraceable.__module__].__file__, sys.modules[freeze.__module__].__file__)
+_OURS += (str(Path(__file__).with_name("tracing.py")),)
+
+
+class Reads:
+    """Has `watch` note what a traced forward looks up on modules, and refuses what cannot be watched.
+
+    Parameters and buffers are nodes of the graph: what is in them is no concern of the trace.
+    """
+
+    def __init__(self, root, code, watch, tracer):
+        self._root, self._code, self._watch, self._tracer = root, code, watch, tracer
+        self._paths = {id(module): path for path, module in root.named_modules()}
+        self._thread = threading.get_ident()
+        self._copies = {}  # (id of module, name) → (name, copy that the forward got, what was in it)
+        self._given = set()  # ids of the modules that the forward can have got hold of
+
+    @contextmanager
+    def recorded(self):
+        """Within it every look-up on a module comes here first.
+
+        nn.Module is where all of them can be met without a class of our own, which the classes of some models would
+        take notice of.
+        """
+        before = vars(nn.Module).get("__getattribute__")
+
+        def getattribute(module, name):
+            if id(module) in self._paths and threading.get_ident() == self._thread:
+                file = sys._getframe(1).f_code.co_filename
+                if file not in _OURS and not file.startswith(_TORCH):
+                    return self._read(module, name)
+                if name == "_modules" and file == _CONTAINER_FILE:  # iterated, indexed, measured
+                    self._look_in(module)
+            return object.__getattribute__(module, name)
+
+        self._watch.children(self._root)
+        nn.Module.__getattribute__ = getattribute
+        try:
+            yield
+        finally:
+            if before is None:
+                del nn.Module.__getattribute__
+            else:
+                nn.Module.__getattribute__ = before
+
+    def check_unchanged(self):
+        for name, given, content in self._copies.values():
+            if freeze(given) != content:
+                raise Untraceable(f"it sets {name}")
+
+    def _named(self, module, name):
+        return ".".join(["self", *filter(None, [self._paths[id(module)]]), name])
+
+    def _read(self, module, name):
+        attributes, cls = object.__getattribute__(module, "__dict__"), type(module)
+        of_class = next((vars(base)[name] for base in cls.__mro__ if name in vars(base)), MISSING)
+        self._watch.children(module)
+        if hasattr(type(of_class), "__set__"):
+            return self._computed(module, name, of_class)
+        self._watch.key(attributes, name)
+        if name in attributes:
+            return self._constant(module, name, attributes[name])
+        if of_class is not MISSING:
+            self._watch.attribute(cls, name)
+            return self._of_class(module, name, of_class)
+        return self._registered(module, name, attributes)
+
+    def _computed(self, module, name, descriptor):
+        getter = getattr(descriptor, "fget", None)
+        if not isinstance(descriptor, property) or not isinstance(getter, types.FunctionType) or of_torch(getter):
+            raise Untraceable(f"it reads {self._named(module, name)}, which is computed")
+        self._watch.attribute(type(module), name)
+        self._code.function(getter, type(module))
+        return object.__getattribute__(module, name)
+
+    def _constant(self, module, name, value):
+        full = self._named(module, name)
+        frozen = freeze(value)
+        if frozen is None:
+            raise Untraceable(f"it reads {full}, a {type(value).__name__}, which can change")
+        self._watch.guard(module, name, value)
+        if isinstance(value, list | tuple):
+            self._check_parts(value, full)
+            return self._copies.setdefault((id(module), name), (full, copy.deepcopy(value), frozen))[1]
+        self._code.value(value, full)
+        return value
+
+    def _check_parts(self, values, name):
+        for value in values:
+            if isinstance(value, list | tuple):
+                self._check_parts(value, name)
+            else:
+                self._code.value(value, name)
+
+    def _of_class(self, module, name, value):
+        full = self._named(module, name)
+        if isinstance(value, staticmethod):
+            self._code.value(value.__func__, full)
+        elif isinstance(value, types.FunctionType):
+            self._code.function(value, type(module))
+            self._watch.guard(type(module), name, value)
+            if value in (nn.Module.children, nn.Module.named_children):
+                self._look_in(module)
+        elif hasattr(type(value), "__get__"):
+            raise Untraceable(f"it reads {full}, a {type(value).__name__}")
+        else:
+            return self._constant(module, name, value)
+        return object.__getattribute__(module, name)
+
+    def _registered(self, module, name, attributes):
+        for kind in ("_parameters", "_buffers"):
+            values = attributes[kind]
+            self._watch.tensor(values, name)
+            if values.get(name) is not None:
+                path = ".".join(filter(None, [self._paths[id(module)], name]))
+                return self._tracer.create_proxy("get_attr", path, (), {})
+        child = attributes["_modules"].get(name)
+        if child is None:
+            self._watch.guard(module, name, None)
+        if child is not None:
+            self._give(child)
+        elif _replaces_getattr(type(module)):
+            raise Untraceable(f"it reads {self._named(module, name)}, which is computed")
+        return object.__getattribute__(module, name)  # which fails: nn.Module.__getattr__ is asked then
+
+    def _look_in(self, module):
+        """The forward gets hold of the children of a module."""
+        self._watch.children(module)
+        for child in object.__getattribute__(module, "__dict__")["_modules"].values():
+            if child is not None:
+                self._give(child)
+
+    def _give(self, module):
+        if id(module) not in self._given:
+            self._given.add(id(module))
+            self._code.type(type(module))
+            if isinstance(module, nn.ParameterList | nn.ParameterDict):
+                raise Untraceable(f"it uses {self._named(module, '')[:-1]}, a {type(module).__name__}")
+
+
+def _replaces_getattr(cls):
+    return any("__getattr__" in vars(base) for base in cls.__mro__ if base is not nn.Module)

@@ -1,0 +1,248 @@
+"""fuse inside forwards whose way depends on what can change: after the change they do as stock does."""
+
+import copy
+import sys
+import types
+
+import pytest
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+import fastgan
+from fastgan import functional as fused
+from tests.forwards import Layers
+from tests.pairs import assert_same, count_operator_calls, make_pair
+
+
+class Base(Layers):
+    """With children, buffers and attributes for the forwards below to read."""
+
+    gain = 1.0
+
+    def __init__(self):
+        super().__init__()
+        self.child = nn.Identity()
+        self.child.gain = 1.0
+        self.blocks = nn.ModuleList([nn.Conv2d(4, 4, 1)])
+        self.named = nn.ModuleDict({"a": nn.Conv2d(4, 4, 1)})
+        self.register_buffer("alpha", torch.tensor(0.5))
+        self.register_module("extra", None)
+        self.register_parameter("scale", None)
+
+    def head(self, x):
+        return F.relu(self.bn1(self.conv1(x)))
+
+
+def more():
+    torch.manual_seed(7)
+    return nn.Conv2d(4, 4, 1).double()
+
+
+FACTOR = 2.0
+
+
+def helper(x):
+    return x * FACTOR
+
+
+def _set(name, value):
+    return lambda model: setattr(model, name, value)
+
+
+def buffer_item(self, x):
+    return self.head(x) * self.alpha.item()
+
+
+def child_attribute(self, x):
+    return self.head(x) * self.child.gain
+
+
+def child_mode(self, x):
+    return self.head(x) * 2 if self.bn2.training else self.head(x)
+
+
+def class_attribute(self, x):
+    return self.head(x) * self.gain
+
+
+def iterates(self, x):
+    x = self.head(x)
+    for block in self.blocks:
+        x = block(x)
+    return x
+
+
+def iterates_over_named(self, x):
+    x = self.head(x)
+    for block in self.named.values():
+        x = block(x)
+    return x
+
+
+def module_or_none(self, x):
+    x = self.head(x)
+    return x if self.extra is None else self.extra(x)
+
+
+def parameter_or_none(self, x):
+    x = self.head(x)
+    return x if self.scale is None else self.scale * x
+
+
+def not_there_yet(self, x):
+    return self.head(x) * getattr(self, "factor", 2.0)
+
+
+def a_global(self, x):
+    return helper(self.head(x))
+
+
+def list_of_numbers(self, x):
+    return self.head(x) * self.numbers[0]
+
+
+def plain(self, x):
+    return self.head(x)
+
+
+def with_global(value):
+    return lambda model: globals().__setitem__("FACTOR", value)
+
+
+CHANGES = {
+    buffer_item: lambda model: model.alpha.fill_(2.0),
+    child_attribute: lambda model: setattr(model.child, "gain", 5.0),
+    child_mode: lambda model: setattr(model.bn2, "training", not model.bn2.training),
+    class_attribute: _set("gain", 5.0),
+    iterates: lambda model: model.blocks.append(more()),
+    iterates_over_named: lambda model: model.named.update({"b": more()}),
+    module_or_none: lambda model: setattr(model, "extra", more()),
+    parameter_or_none: lambda model: setattr(model, "scale", nn.Parameter(torch.tensor(3.0).double())),
+    not_there_yet: _set("factor", 0.5),
+    list_of_numbers: lambda model: model.numbers.__setitem__(0, 3.0),
+    a_global: with_global(3.0),
+    plain: lambda model: model.conv1.__dict__.update(padding_mode="circular"),
+}
+
+
+def network(function):
+    cls = type(function.__name__, (Base,), {"forward": function})
+    stock, model = make_pair(cls)
+    stock.numbers, model.numbers = [2.0], [2.0]
+    return stock, model
+
+
+@pytest.mark.parametrize("function", CHANGES, ids=lambda f: f.__name__)
+def test_change(function, monkeypatch):
+    stock, model = network(function)
+    monkeypatch.setattr(sys.modules[__name__], "FACTOR", 2.0)
+    calls = count_operator_calls(monkeypatch)
+    fastgan.fuse(model)
+    # Not assert_same, which switches the mode and would have every call traced anew.
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    for _ in range(2):
+        torch.testing.assert_close(model(x), stock(x))
+    assert calls
+    with torch.no_grad():
+        for changed in (stock, model):
+            CHANGES[function](changed)
+    for _ in range(2):
+        torch.testing.assert_close(model(x), stock(x))
+    assert_same(model, stock)
+
+
+COMPILED = [class_attribute, child_attribute, child_mode, iterates, module_or_none, parameter_or_none, a_global]
+
+
+@pytest.mark.parametrize("function", COMPILED, ids=lambda f: f.__name__)
+def test_change_of_compiled(function, monkeypatch):
+    torch._dynamo.reset()
+    stock, model = network(function)
+    monkeypatch.setattr(sys.modules[__name__], "FACTOR", 2.0)
+    # Not count_operator_calls, whose count would have each call compiled anew.
+    monkeypatch.setattr(fused, "has_kernels_for", lambda x: True)
+    compiled = torch.compile(fastgan.fuse(model), fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    for _ in range(2):
+        torch.testing.assert_close(compiled(x), stock(x))
+    for changed in (stock, model):
+        CHANGES[function](changed)
+    torch.testing.assert_close(compiled(x), stock(x))
+
+
+def test_children_in_a_loop(monkeypatch):
+    class Chain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.act = nn.Conv2d(3, 4, 3), nn.ReLU()
+
+        def forward(self, x):
+            for child in self.children():
+                x = child(x)
+            return x
+
+    stock, model = make_pair(Chain)
+    calls = count_operator_calls(monkeypatch)
+    fastgan.fuse(model)
+    assert_same(model, stock)
+    for changed in (stock, model):
+        changed.add_module("more", more())
+    assert_same(model, stock)
+    assert calls
+
+
+@pytest.mark.parametrize("code_only", [False, True])
+def test_replaced_forward(code_only, monkeypatch):
+    """By assignment to the class, and as tools do that reload code."""
+    stock, model = network(types.FunctionType(plain.__code__.replace(), globals(), "plain"))
+    calls = count_operator_calls(monkeypatch)
+    fastgan.fuse(model)
+    assert_same(model, stock)
+    cls = type(model)
+    if code_only:
+        cls.forward.__code__ = class_attribute.__code__.replace(co_consts=(None,))
+    else:
+        cls.forward = class_attribute
+    cls.gain = 4.0
+    del calls[:]
+    assert_same(model, stock)
+    assert calls
+
+
+def test_edited_graph_module(monkeypatch):
+    stock, model = make_pair(lambda: fx.symbolic_trace(type("Plain", (Base,), {"forward": plain})()))
+    calls = count_operator_calls(monkeypatch)
+    fastgan.fuse(model)
+    assert_same(model, stock)
+    for module in (stock, model):
+        for node in module.graph.nodes:
+            if node.target is F.relu:
+                node.target, node.kwargs = torch.tanh, {}
+        module.recompile()
+    del calls[:]
+    assert_same(model, stock)
+    assert calls
+
+
+def test_numbers_that_are_equal_but_not_the_same(monkeypatch):
+    """1 and 1.0 and True give other types, 0.0 and −0.0 other signs."""
+    stock, model = network(class_attribute)
+    count_operator_calls(monkeypatch)
+    fastgan.fuse(model)
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    for gain in (0.0, -0.0, 0, 0.0):
+        stock.gain = model.gain = gain
+        assert torch.equal(model(x).signbit(), stock(x).signbit())
+
+
+def test_copies(monkeypatch):
+    stock, model = network(iterates)
+    count_operator_calls(monkeypatch)
+    fastgan.fuse(model)
+    model(torch.randn(2, 3, 8, 8, dtype=torch.float64))
+    model = copy.deepcopy(model)
+    model.load_state_dict(stock.state_dict())
+    for changed in (stock, model):
+        changed.blocks.append(more())
+    assert_same(model, stock)
