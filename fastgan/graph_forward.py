@@ -3,6 +3,7 @@
 import functools
 import inspect
 import operator
+import threading
 import warnings
 
 import torch
@@ -20,6 +21,7 @@ from fastgan.watching import Watch, freeze
 
 # A trace takes some 10 ms: of a call with another number each time, say, it would cost more than fusing gains.
 MOST_PLANS = 32
+_PLANNING = threading.RLock()  # to trace is not for two threads at once
 # What decides whether a layer may be part of an operator, and is not its type.
 _DECISIVE = frozenset(["groups", "dilation", "padding", "padding_mode", "negative_slope", "inplace", "num_features"])
 
@@ -101,8 +103,16 @@ class GraphForward:
         for i, plan in enumerate(plans):
             if plan.holds():
                 if i:
-                    plans.insert(0, plans.pop(i))
+                    with _PLANNING:
+                        plans.remove(plan)
+                        plans.insert(0, plan)
                 return plan
+        with _PLANNING:
+            return self._new_plan(key, plans, names, constants)
+
+    def _new_plan(self, key, plans, names, constants):
+        if plans and plans[0].holds():  # which another thread has made meanwhile
+            return plans[0]
         stale = [plan for plan in plans if not plan.watch.same_modules()]
         for plan in stale:
             plans.remove(plan)
@@ -110,12 +120,12 @@ class GraphForward:
         if sum(map(len, self._plans.values())) >= MOST_PLANS:
             return self._too_many(names, constants)
         plan = plan_call(self.container, dict.fromkeys(names, TENSOR) | dict(constants))
-        plans.insert(0, plan)
         self._count += 1
         plan.attribute = f"_run_{self._count}"
         parents = tuple((module, _children(module)) for module in plan.watch.parents.values())
         guarded = tuple(plan.watch.guarded.values()) if plan.watch.can_compile else None
         setattr(self, plan.attribute, (plan.run, guarded, parents))
+        plans.insert(0, plan)  # last, for other threads that look through them
         return plan
 
     def _too_many(self, names, constants):

@@ -9,6 +9,7 @@ tensors), or makes the forward one that is not followed: `Untraceable` says why.
 import copy
 import operator
 import random
+import threading
 from contextlib import contextmanager
 
 import numpy as np
@@ -102,7 +103,7 @@ class _Tracer(fx.Tracer):
 
     def __init__(self, arguments):
         super().__init__()
-        self._arguments, self._modes = arguments, _get_modes()
+        self._arguments, self._modes, self._thread = arguments, _get_modes(), threading.get_ident()
 
     def proxy(self, node):
         return _Proxy(node, self)
@@ -111,9 +112,15 @@ class _Tracer(fx.Tracer):
         return True
 
     def call_module(self, module, forward, args, kwargs):
-        if module not in self.submodule_paths:  # made by the forward itself: what it does counts, not what it is
+        # Made by the forward itself: what it does counts, not what it is. And fx sees what other threads call, too.
+        if module not in self.submodule_paths or threading.get_ident() != self._thread:
             return forward(*args, **kwargs)
         return super().call_module(module, forward, args, kwargs)
+
+    def getattr(self, name, value, parameter_proxies):
+        if threading.get_ident() != self._thread:
+            return value
+        return super().getattr(name, value, parameter_proxies)
 
     def create_args_for_root(self, root_fn, is_module, concrete_args=None):
         given = {

@@ -2,6 +2,7 @@
 
 import copy
 import sys
+import threading
 import types
 
 import pytest
@@ -246,3 +247,41 @@ def test_copies(monkeypatch):
     for changed in (stock, model):
         changed.blocks.append(more())
     assert_same(model, stock)
+
+
+def test_first_calls_from_several_threads(monkeypatch):
+    """fx changes every module while it traces: what other threads call meanwhile is none of the trace's."""
+    monkeypatch.setattr(fused, "has_kernels_for", lambda x: True)
+
+    def call(barrier, network, x, results):
+        barrier.wait()
+        results.extend(network(x).detach() for _ in range(3))
+
+    for _ in range(5):
+        network = fastgan.fuse(Several())
+        x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
+        expected = fastgan.unfuse(copy.deepcopy(network))(x).detach()
+        barrier, results = threading.Barrier(4), []
+        threads = [threading.Thread(target=call, args=(barrier, network, x, results)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(results) == 12
+        for result in results:
+            torch.testing.assert_close(result, expected)
+
+
+class Several(nn.Module):
+    gain = 2.0
+
+    def __init__(self):
+        super().__init__()
+        self.convolutions = nn.ModuleList([nn.Conv2d(4, 4, 3, padding=1) for _ in range(6)])
+        self.norm = nn.BatchNorm2d(4)
+        self.double().eval()
+
+    def forward(self, x):
+        for convolution in self.convolutions:
+            x = F.relu(convolution(x))
+        return self.norm(x) * self.gain
