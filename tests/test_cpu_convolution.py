@@ -232,6 +232,7 @@ def test_what_stays_stock():
 
 
 def test_transforms_and_compilation_see_stock_layers():
+    torch._dynamo.reset()
     torch.manual_seed(0)
     model = fastgan.fuse(nn.Sequential(nn.ConvTranspose2d(4, 3, 4, bias=False), nn.ReLU()).bfloat16())
     x = torch.randn(3, 4, 1, 1).bfloat16()

@@ -16,7 +16,10 @@ def load_weights(module, state):
 
 def to_channels_last(module):
     """``module.to(memory_format=torch.channels_last)``, which refuses modules with tensors of five dimensions."""
-    module._apply(lambda tensor: tensor.to(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor)
+    if all(tensor.dim() < 5 for tensor in (*module.parameters(), *module.buffers())):
+        module.to(memory_format=torch.channels_last)
+    else:
+        module._apply(lambda tensor: tensor.to(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor)
 
 
 def keep_compilable(generator):
