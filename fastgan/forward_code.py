@@ -267,7 +267,6 @@ def _calculates(value):
     return module in _PURE_MODULES or any(getattr(native, name, None) is value for native in _NATIVE)
 
 
-_WRITES = {"STORE_GLOBAL": "global", "DELETE_GLOBAL": "global"}
 _PLAIN = frozenset(["CACHE", "EXTENDED_ARG", "NOP", "RESUME", "PRECALL", "PUSH_NULL", "NOT_TAKEN"])
 
 
@@ -317,7 +316,7 @@ def _problem(instructions, at, outer):
     before = instructions[at - 1] if at else instruction
     if kind in ("STORE_ATTR", "DELETE_ATTR"):
         return f"it sets {'self' if _is_of_self(instructions, at) else ''}.{value}"
-    if kind in _WRITES:
+    if kind in ("STORE_GLOBAL", "DELETE_GLOBAL"):
         return f"it sets the global {value}"
     if kind in ("STORE_DEREF", "DELETE_DEREF") and value in outer:
         return f"it sets {value}, a variable of an outer function"

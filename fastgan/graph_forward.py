@@ -1,6 +1,5 @@
 """The forward of a module with code of its own, run with fused operators where there are groups of layers for them."""
 
-import functools
 import inspect
 import operator
 import threading
@@ -14,7 +13,7 @@ from fastgan import functional as fused
 from fastgan.batch_groups import current_groups
 from fastgan.first_order import only_first_order
 from fastgan.graph_patterns import find_groups
-from fastgan.group_calls import run_layers, run_operator
+from fastgan.group_calls import run_operator, run_stock
 from fastgan.layout import in_stock_layout
 from fastgan.tracing import TENSOR, Untraceable, trace
 from fastgan.watching import Watch, freeze
@@ -261,9 +260,7 @@ def run_group(x, conv, batch_norm, activation, negative_slope, activation_first,
         links = dict(x_link=x_link, gives_link=gives_link and only_first_order())
         y, link = run_operator(x, conv, batch_norm, activation, negative_slope, activation_first, layer, **links)
         return (y, link) if gives_link else y
-    act = functools.partial(fused.activate_, activation=activation, negative_slope=negative_slope)
-    norm = [] if batch_norm is None else [batch_norm]
-    y = run_layers(x, conv, [conv, act, *norm] if activation_first else [conv, *norm, act], batch_norm)
+    y = run_stock(x, conv, batch_norm, activation, negative_slope, activation_first)
     return (y, None) if gives_link else y
 
 

@@ -34,6 +34,13 @@ def run_layers(x, conv, forwards, batch_norm):
     return x
 
 
+def run_stock(x, conv, batch_norm, activation, negative_slope, activation_first):
+    """`run_layers` of a group of which the activation is known by its name."""
+    act = functools.partial(fused.activate_, activation=activation, negative_slope=negative_slope)
+    norm = [] if batch_norm is None else [batch_norm]
+    return run_layers(x, conv, [conv, act, *norm] if activation_first else [conv, *norm, act], batch_norm)
+
+
 def why_not_operator(conv, batch_norm, negative_slope):
     """The setting with which the layers of a group, as they are now, are no operator's; "" if there is none."""
     return unfit_setting(conv) or unfit_number(batch_norm, negative_slope)
@@ -49,10 +56,7 @@ def run_operator(x, conv, batch_norm, activation, negative_slope, activation_fir
     if changed and links.get("x_link") is not None:  # the layer before counts on this one's operator for its gradient
         raise RuntimeError(f"layer {layer!r} was given {changed} after it was fused: fastgan.unfuse and fuse it again")
     if changed:
-        act = functools.partial(fused.activate_, activation=activation, negative_slope=negative_slope)
-        after = [] if batch_norm is None else [batch_norm]
-        after.insert(0 if activation_first else len(after), act)
-        return run_layers(x, conv, [conv, *after], batch_norm), None
+        return run_stock(x, conv, batch_norm, activation, negative_slope, activation_first), None
     if conv._forward_pre_hooks and hooks_compute_weight(conv):
         for hook in conv._forward_pre_hooks.values():
             hook(conv, (x,))

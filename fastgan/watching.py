@@ -37,7 +37,7 @@ class Watch:
         self.can_compile = True  # whether it can see everything
         self.parents = {}  # id → module, of those whose children are watched
         self._noted, self._expected, self._frozen = {}, [], []
-        self._getters, self._names, self._can_change = [], [], False
+        self._pairs, self._can_change = [], False
         self._children, self._tensors, self._called = [], {}, []
 
     def key(self, mapping, name):
@@ -77,15 +77,13 @@ class Watch:
         if (id(holder), name) not in self._noted:
             value = get(name, MISSING)
             self._noted[id(holder), name] = holder  # kept, so that its id stays its own
-            self._getters.append(get)
-            self._names.append(name)
+            self._pairs.append((get, name))
             self._expected.append(value)
             self._frozen.append(_snapshot(value))
             self._can_change |= _holds_lists(value)
 
     def start(self):
         """All is noted: take what is compared at every call."""
-        self._pairs = list(zip(self._getters, self._names, strict=True))
         self._children = [(m._modules, list(m._modules), list(m._modules.values())) for m in self.parents.values()]
         self._types = list(map(type, self._called))
         self._forwards = [m.__dict__.get("forward") for m in self._called]

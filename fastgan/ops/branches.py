@@ -36,11 +36,8 @@ def beside(*read):
     Until then nobody else reads what they write. Who may let go of a tensor that they read before, names it in `read`.
     """
     global _forked
-    # Asked first and by itself: a network compiled without branches would be compiled anew where there are some.
-    if torch.compiler.is_compiling():
-        yield
-        return
-    if _stream is None:
+    # Compiling is asked about first: a network compiled without branches would be compiled anew where there are some.
+    if torch.compiler.is_compiling() or _stream is None:
         yield
         return
     _forked = True

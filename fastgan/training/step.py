@@ -119,7 +119,7 @@ class TrainStep:
         self._graph = StepGraph(self._step, self.device) if cuda_graph and on_cuda else None
         itself = weakref.ref(self)
         for optimizer in (self.optimizer_g, self.optimizer_d):  # whose old averages a captured step writes to
-            optimizer.register_load_state_dict_post_hook(lambda _: itself().forget_graph())
+            optimizer.register_load_state_dict_post_hook(lambda _: itself() and itself().forget_graph())
 
     def __call__(self, real_images=None):
         """Update both networks once.

@@ -1,6 +1,7 @@
 """TrainStep against the algorithm written out by hand, and what it promises about the networks it is given."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -299,3 +300,9 @@ def test_a_cuda_graph_is_no_matter_without_cuda():
         losses.append([step(real) for real in real_batches(5)])
         step.forget_graph()
     torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=0)
+
+
+def test_an_optimizer_outlives_its_step():
+    optimizer = TrainStep(*make_networks(), latent_dim=NZ).optimizer_g
+    gc.collect()
+    optimizer.load_state_dict(optimizer.state_dict())
