@@ -1,10 +1,9 @@
-"""Convolutions on a CPU as matrix products, where that is faster than PyTorch's own kernels for them.
+"""Convolutions on a CPU as matrix products, where those are faster than PyTorch's own kernels for them.
 
-In float32 what gives the same bits (a GAN's first steps make a difference in the last one visible within fifty), and
-the weight gradients of very wide layers, where PyTorch spends up to half of its time on putting the result in order.
+In float32 PyTorch's convolutions of many channels run at the CPU's speed, 12 of 13 parts of a DCGAN's step. What they
+are slow at are its ends, a side of one position and one of three channels, and putting large weight gradients in order.
+Each of these is a product, with sums in another order than PyTorch's, and errors no larger than its.
 """
-
-import functools
 
 import torch
 import torch.nn.functional as F
@@ -15,35 +14,32 @@ from fastgan.ops.geometry import conv_size, conv_transpose_size
 from fastgan.patterns import unfit_setting
 
 _HALF_DTYPES = (torch.bfloat16, torch.float16)
-# Of the matrix of all taps: beyond what caches hold the product gains nothing.
+# Weight gradients in half precision, of the matrix of all taps: beyond what caches hold the product gains nothing.
 _MOST_ELEMENTS = 2**23
 _LEAST_CHANNELS = 16  # a narrow product leaves the CPU's vectors half empty
-# In float32 a layer is wide from 512×512 channels of 4×4 taps on. Where its low side is as small as that, PyTorch takes
-# 1.4 to 1.6 times as long for its weight's gradient (two threads of an AMD EPYC), for that of 512×1024 channels 2.1 to
-# 2.4 times; for that of 256×512 as long, in a whole step.
-_WIDE_ELEMENTS, _FEW_POSITIONS = 2**22, 16
+# In float32 PyTorch's wait for copies of large weights, from 256×512 channels of 4×4 taps on, where a low side of few
+# positions makes their arithmetic small: they take 1.2 times as long as products, for 512×1024 channels 2.1 to 2.4
+# times (two threads of an AMD EPYC, with cold caches as in a step).
+_WIDE_ELEMENTS, _FEW_POSITIONS = 2**21, 16
+# PyTorch computes eight channels of an image, whatever it has. Up to so many of them the product is ahead (1.3 to 3.5
+# times as fast in float32), if the low side is so large. Half precision, whose product is in float32, stops at one.
+_IMAGE_CHANNELS, _IMAGE_CHANNELS_IN_HALF, _LEAST_LOW = 3, 1, 2**17
 
 
 def convolve(x, conv, forward):
     """The result of `forward`, which is that of the Conv2d or ConvTranspose2d `conv`, for x on any device."""
-    if x.is_cuda or conv.bias is not None:
+    if x.is_cuda or conv.bias is not None or not _is_plain(x, conv):
         return forward(x)
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    half, of_one_position = dtype in _HALF_DTYPES, conv.transposed and x.shape[2:] == (1, 1)
-    if not (half or of_one_position or _is_wide(conv)) or not _is_plain(x, conv):
-        return forward(x)
     weight = conv.weight
-    if x.shape[1] != weight.shape[0 if conv.transposed else 1] or not _are_cast(x, weight):
+    if x.shape[1] != weight.shape[0 if conv.transposed else 1] or not _are_cast(x, weight, dtype):
         return forward(x)
-    if not half and not (dtype == x.dtype == weight.dtype == torch.float32 and _multiplies_in_float32()):
-        return forward(x)
-    unpadded = not any((*conv.padding, *conv.output_padding))
-    if of_one_position and unpadded:
-        if half or _has_same_bits(x, weight):
+    if not any((*conv.padding, *conv.output_padding)):
+        if conv.transposed and x.shape[2:] == (1, 1):
             return from_one_position(x, weight)
-    elif half and not conv.transposed and unpadded and x.shape[2:] == weight.shape[2:]:
-        return to_one_position(x, weight)
-    elif _gains(x, weight, conv, dtype):
+        if not conv.transposed and x.shape[2:] == weight.shape[2:]:
+            return to_one_position(x, weight)
+    if _gains(x, weight, conv, dtype):
         where = (conv.transposed, conv.stride, conv.padding, conv.output_padding)
         return Convolution.apply(x.to(dtype), weight.to(dtype), *where)
     return forward(x)
@@ -62,16 +58,12 @@ def _is_plain(x, conv):
     )
 
 
-def _are_cast(x, weight):
-    """Whether stock takes them: tensors of one dtype, and under autocast those that it casts, which no float64 is."""
-    if torch.is_autocast_enabled("cpu"):
-        return {x.dtype, weight.dtype} <= {torch.float32, *_HALF_DTYPES}
-    return x.dtype == weight.dtype
-
-
-def _is_wide(conv):
-    """By its sizes: the question comes with every call, and a parametrized weight would be computed for it."""
-    return conv.in_channels * conv.out_channels * conv.kernel_size[0] * conv.kernel_size[1] >= _WIDE_ELEMENTS
+def _are_cast(x, weight, dtype):
+    """Whether stock computes them in `dtype`, one that products are for; under autocast it casts no float64."""
+    if dtype in _HALF_DTYPES:
+        castable = {torch.float32, *_HALF_DTYPES} if torch.is_autocast_enabled("cpu") else {dtype}
+        return {x.dtype, weight.dtype} <= castable
+    return dtype == x.dtype == weight.dtype == torch.float32 and _multiplies_in_float32()
 
 
 def _multiplies_in_float32():
@@ -92,43 +84,29 @@ def to_one_position(x, weight):
     """conv2d of images as large as the kernel, without padding."""
     if suggests_channels_last(weight):
         x, weight = x.permute(0, 2, 3, 1), weight.permute(0, 2, 3, 1)
-    return torch.mm(x.flatten(1), weight.flatten(1).t())[:, :, None, None]
-
-
-def _has_same_bits(x, weight):
-    """Whether `from_one_position` of tensors like these gives stock's bits on this CPU, gradients included."""
-    layout = torch.channels_last if suggests_channels_last(weight) else torch.contiguous_format
-    return _try_same_bits(tuple(x.shape), tuple(weight.shape), layout, x.requires_grad, torch.get_num_threads())
-
-
-@functools.lru_cache(maxsize=256)
-def _try_same_bits(x_shape, weight_shape, layout, with_input_grad, threads):
-    """Try it: which sums in which order come to a number is decided from nothing but these arguments."""
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
-        random = torch.Generator().manual_seed(0)
-        x = torch.randn(x_shape, generator=random).requires_grad_(with_input_grad)
-        weight = torch.randn(weight_shape, generator=random).to(memory_format=layout).requires_grad_()
-        dout = torch.randn(x_shape[0], *weight_shape[1:], generator=random).to(memory_format=layout)
-        results = []
-        for formula in (F.conv_transpose2d, from_one_position):
-            y = formula(x, weight)
-            results.append((y, *torch.autograd.grad(y, (weight, x) if with_input_grad else (weight,), dout)))
-    return all(map(torch.equal, *results))
+    return F.linear(x.flatten(1), weight.flatten(1))[:, :, None, None]
 
 
 def _gains(x, weight, conv, dtype):
     """Whether anything of a convolution runs another way as a `Convolution`, forward or backward."""
-    if not all(tensor.is_contiguous(memory_format=torch.channels_last) for tensor in (x, weight)):
-        return False
-    learns = torch.is_grad_enabled() and weight.requires_grad
+    grows = torch.is_grad_enabled()
     low = x.shape[2:] if conv.transposed else conv_size(x.shape[2:], conv.kernel_size, conv.stride, conv.padding)
-    of_image = _is_of_image(weight, dtype) and (conv.transposed or (torch.is_grad_enabled() and x.requires_grad))
-    return of_image or (learns and _weight_grad_for(len(x), low, weight.shape, dtype) is not None)
+    if (conv.transposed or (grows and x.requires_grad)) and _is_to_image(len(x), low, weight.shape, dtype):
+        return True
+    return (
+        grows
+        and weight.requires_grad
+        and all(tensor.is_contiguous(memory_format=torch.channels_last) for tensor in (x, weight))
+        and _weight_grad_for(len(x), low, weight.shape, dtype) is not None
+    )
 
 
-def _is_of_image(weight, dtype):
-    """Whether the side with more positions is an image of one channel: of its vectors all but one number is empty."""
-    return dtype != torch.float32 and weight.shape[1] == 1 and weight[0, 0].numel() > 1
+def _is_to_image(batch, low_size, weight_shape, dtype):
+    """Whether going from such a low side to the other one is faster as a product: to an image of a few channels."""
+    low_channels, image_channels, *kernel_size = weight_shape
+    most = _IMAGE_CHANNELS if dtype == torch.float32 else _IMAGE_CHANNELS_IN_HALF
+    large = batch * low_size[0] * low_size[1] * low_channels >= _LEAST_LOW
+    return image_channels <= most and large and low_channels >= _LEAST_CHANNELS and kernel_size != [1, 1]
 
 
 def _weight_grad_for(batch, low_size, weight_shape, dtype):
@@ -143,9 +121,8 @@ def _weight_grad_for(batch, low_size, weight_shape, dtype):
 
 
 class Convolution(torch.autograd.Function):
-    """conv(x, weight) by products that in half precision are up to 4 times as fast: its weight gradient is one over all
-    taps, and what comes to an image of one channel is one for all its taps, which are then added up. In float32 a
-    weight gradient only, of a product for each tap.
+    """conv(x, weight) with what gains by products as such: what comes to an image, forward or backward, is one for all
+    taps, which are then added up, and so is a weight gradient in half precision; in float32 that is one for each tap.
 
     For both directions: (low, high), the sides with fewer and with more positions, are (result, x) of a convolution
     and (x, result) of a transposed one, and the weight is (low channels, high channels, kh, kw).
@@ -157,7 +134,7 @@ class Convolution(torch.autograd.Function):
         ctx.where = transposed, stride, padding, output_padding
         if not transposed:
             return F.conv2d(x, weight, None, stride, padding)
-        if _is_of_image(weight, x.dtype):
+        if _is_to_image(len(x), x.shape[2:], weight.shape, x.dtype):
             size = conv_transpose_size(x.shape[2:], weight.shape[2:], stride, padding, output_padding)
             return _to_image(x, weight, size, stride, padding)
         return F.conv_transpose2d(x, weight, None, stride, padding, output_padding)
@@ -167,8 +144,9 @@ class Convolution(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         transposed, stride, padding, output_padding = ctx.where
         low, high = (x, dout) if transposed else (dout, x)
-        dx_by_taps = ctx.needs_input_grad[0] and not transposed and _is_of_image(weight, x.dtype)
-        weight_grad = _weight_grad_for(len(low), low.shape[2:], weight.shape, x.dtype)
+        problem = len(low), low.shape[2:], weight.shape, x.dtype
+        dx_by_taps = ctx.needs_input_grad[0] and not transposed and _is_to_image(*problem)
+        weight_grad = _weight_grad_for(*problem)
         if not ctx.needs_input_grad[1] or (weight_grad is _weight_grad_tap_by_tap and torch.is_grad_enabled()):
             weight_grad = None  # whose steps autograd cannot follow
         stock = (ctx.needs_input_grad[0] and not dx_by_taps, ctx.needs_input_grad[1] and weight_grad is None, False)
@@ -184,11 +162,24 @@ class Convolution(torch.autograd.Function):
 
 
 def _to_image(low, weight, size, stride, padding):
-    """conv_transpose2d of `low` to one channel of `size`; in float32 until all is added up."""
+    """conv_transpose2d of `low` to few channels of `size`, in float32 until all is added up.
+
+    First rows, then columns: torch.nn.functional.fold adds up all taps in one go, but in one thread.
+    """
+    layout = torch.channels_last if any(map(suggests_channels_last, (low, weight))) else torch.contiguous_format
+    n, _, h, w = low.shape
+    channels, kh, kw = weight.shape[1:]
     wide = torch.promote_types(low.dtype, torch.float32)
-    taps = weight.flatten(1).t().to(wide) @ low.flatten(2).to(wide)  # (N, kh·kw, low positions)
-    image = F.fold(taps, size, weight.shape[2:], padding=padding, stride=stride)
-    return image.to(low.dtype)
+    taps = (weight.flatten(1).t().to(wide) @ low.flatten(2).to(wide)).view(n, channels, kh, kw, h, w)
+    # Of each axis what all taps reach, and up to where the image ends, which may be further; padding is cut off then.
+    rows = taps.new_zeros(n, channels, kw, max((h - 1) * stride[0] + kh, padding[0] + size[0]), w)
+    for tap in range(kh):
+        rows[..., tap : tap + (h - 1) * stride[0] + 1 : stride[0], :] += taps[:, :, tap]
+    rows = rows[..., padding[0] : padding[0] + size[0], :]
+    image = taps.new_zeros(n, channels, size[0], max((w - 1) * stride[1] + kw, padding[1] + size[1]))
+    for tap in range(kw):
+        image[..., tap : tap + (w - 1) * stride[1] + 1 : stride[1]] += rows[:, :, tap]
+    return image[..., padding[1] : padding[1] + size[1]].to(low.dtype).contiguous(memory_format=layout)
 
 
 def _weight_grad_of_all_taps(low, high, weight_shape, stride, padding):

@@ -19,8 +19,7 @@ _NO_BATCH_NORM = dict(training=False, momentum=0.0, eps=0.0, batch_groups=1)
 def run_layers(x, conv, forwards, batch_norm):
     """The group without kernels, by the forwards of its own layers.
 
-    Float32 numbers are stock's to the last bit, but for the weight gradients of very wide layers. Among `forwards` the
-    module `batch_norm`, if any, stands for its own.
+    Among `forwards` the module `batch_norm`, if any, stands for its own.
     """
     groups = current_groups()
     x = convolve(x, conv, forwards[0])

@@ -13,30 +13,51 @@ from fastgan.cpu_convolution import Convolution, convolve
 from tests.accuracy import assert_as_accurate_as_stock
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+OURS, OF_STOCK = "ConvolutionBackward", "ConvolutionBackward0"
 # name → (layer, shape of its input, name of what autograd remembers of the formula)
 LAYERS = {
-    "from one position": (lambda: nn.ConvTranspose2d(7, 5, (4, 3), stride=2, bias=False), (6, 7, 1, 1), "Permute"),
-    "to one position": (lambda: nn.Conv2d(9, 3, (4, 3), bias=False), (6, 9, 4, 3), "Unsqueeze"),
-    "weight gradient": (lambda: nn.Conv2d(16, 24, 4, 2, 1, bias=False), (3, 16, 9, 10), "Convolution"),
+    "from one position": (lambda: nn.ConvTranspose2d(7, 5, (4, 3), stride=2, bias=False), (6, 7, 1, 1), None),
+    "to one position": (lambda: nn.Conv2d(9, 3, (4, 3), bias=False), (6, 9, 4, 3), "UnsqueezeBackward0"),
+    "weight gradient": (lambda: nn.Conv2d(16, 24, 4, 2, 1, bias=False), (3, 16, 9, 10), OURS),
     "transposed weight gradient": (
         lambda: nn.ConvTranspose2d(24, 16, (5, 4), 2, (2, 1), output_padding=(1, 0), bias=False),
         (3, 24, 5, 4),
-        "Convolution",
+        OURS,
     ),
-    "of an image": (lambda: nn.Conv2d(1, 6, 4, 2, 1, bias=False), (3, 1, 9, 10), "Convolution"),
+    "of an image": (lambda: nn.Conv2d(1, 6, 4, 2, 1, bias=False), (3, 1, 9, 10), OURS),
     "to an image": (
         lambda: nn.ConvTranspose2d(6, 1, (5, 4), 2, (2, 1), output_padding=(1, 0), bias=False),
         (3, 6, 5, 4),
-        "Convolution",
+        OURS,
+    ),
+    "of a coloured image": (lambda: nn.Conv2d(3, 6, (4, 3), (3, 1), (0, 2), bias=False), (3, 3, 9, 10), OURS),
+    "to a coloured image": (
+        lambda: nn.ConvTranspose2d(6, 3, (3, 5), (4, 2), (0, 3), output_padding=(3, 1), bias=False),
+        (3, 6, 5, 4),
+        OURS,
     ),
 }
+BY_CONVOLUTION = [name for name in LAYERS if LAYERS[name][2] == OURS]
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Layers as small as these are taken, too."""
+    monkeypatch.setattr(cpu_convolution, "_LEAST_LOW", 1)
+    monkeypatch.setattr(cpu_convolution, "_LEAST_CHANNELS", 6)
 
 
 def make(name, layout="channels_last"):
     torch.manual_seed(0)
-    layer, shape, formula = LAYERS[name]
-    layer = layer().to(memory_format=LAYOUTS[layout])
-    return layer, torch.randn(shape).to(memory_format=LAYOUTS[layout]), formula
+    layer, shape, _ = LAYERS[name]
+    return layer().to(memory_format=LAYOUTS[layout]), torch.randn(shape).to(memory_format=LAYOUTS[layout])
+
+
+def is_ours(name, y, layout="channels_last"):
+    """Whether y came about by the formula of the layer so named."""
+    expected = LAYERS[name][2] or {"contiguous": "ViewBackward0", "channels_last": "PermuteBackward0"}[layout]
+    return y.grad_fn.name() == expected
 
 
 def run(layer, x, dout, forward):
@@ -51,37 +72,41 @@ def layouts(tensor):
     return {name for name, layout in LAYOUTS.items() if tensor.is_contiguous(memory_format=layout)}
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_half_precision_is_as_accurate_as_stock(name, layout):
-    layer, x, formula = make(name, layout)
-    low, exact = layer.bfloat16(), copy.deepcopy(layer).double()
-    x = x.bfloat16()
+def test_as_accurate_as_stock(name, layout, dtype, poisoned):
+    layer, x = make(name, layout)
+    low, exact = layer.to(DTYPES[dtype]), copy.deepcopy(layer).double()
+    x = x.to(DTYPES[dtype])
     dout = torch.randn_like(low(x))
     ours = run(low, x, dout, lambda x: convolve(x, low, low.forward))
-    taken = ours[0].grad_fn.name().startswith(formula)
-    assert taken or (layout == "contiguous" and formula in ("Convolution", "Permute"))
+    if "weight gradient" in name:
+        of_stock = dtype == "float32" or layout == "contiguous"
+    else:
+        of_stock = dtype == "bfloat16" and "coloured" in name
+    assert ours[0].grad_fn.name() == OF_STOCK if of_stock else is_ours(name, ours[0], layout)
     stock = run(low, x, dout, low)
     reference = run(exact, x.double(), dout.double(), exact)
     for what, *results in zip(("y", "dx", "dweight"), ours, stock, reference, strict=True):
-        assert results[0].dtype == torch.bfloat16 and layouts(results[0]) == layouts(results[1])
+        assert results[0].dtype == DTYPES[dtype] and layouts(results[0]) == layouts(results[1])
         assert_as_accurate_as_stock(f"{name}: {what}", *results)
 
 
 def test_autocast_takes_them_for_float32_layers():
     for name in LAYERS:
-        layer, x, formula = make(name)
+        layer, x = make(name)
         with torch.autocast("cpu", torch.bfloat16):
-            y, stock = convolve(x, layer, layer.forward), layer(x)
-        assert y.grad_fn.name().startswith(formula)
+            y, stock = convolve(x.requires_grad_(), layer, layer.forward), layer(x)
+        assert is_ours(name, y) != ("coloured" in name)
         torch.testing.assert_close(y, stock, rtol=0.016, atol=0.01)
         y.float().sum().backward()
         assert layer.weight.grad.dtype == torch.float32
 
 
-@pytest.mark.parametrize("name", [name for name in LAYERS if LAYERS[name][2] == "Convolution"])
+@pytest.mark.parametrize("name", BY_CONVOLUTION)
 def test_gradients_by_products(name):
-    layer, x, _ = make(name)
+    layer, x = make(name)
     layer, x = layer.double(), x.double().requires_grad_()
     output_padding = layer.output_padding if layer.transposed else (0, 0)
     where = (layer.transposed, layer.stride, layer.padding, output_padding)
@@ -133,7 +158,7 @@ def test_wide_weight_gradients(name, monkeypatch, poisoned):
     exact = copy.deepcopy(layer).double()
     dout = torch.randn_like(layer(x))
     ours = run(layer, x, dout, lambda x: convolve(x, layer, layer.forward))
-    assert ours[0].grad_fn.name().startswith("Convolution")
+    assert ours[0].grad_fn.name() == OURS
     stock, reference = run(layer, x, dout, layer), run(exact, x.double(), dout.double(), exact)
     for what, *results in zip(("y", "dx", "dweight"), ours, stock, reference, strict=True):
         assert layouts(results[0]) == layouts(results[1])
@@ -172,50 +197,16 @@ def test_wide_layers_that_stay_stock(monkeypatch):
     assert is_stock(layer, x)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("batch", [1, 5, 16, 32])
-@pytest.mark.parametrize("with_input_grad", [False, True])
-def test_float32_has_the_bits_of_stock(layout, batch, with_input_grad):
-    torch.manual_seed(0)
-    layer = nn.ConvTranspose2d(100, 32, 7, bias=False).to(memory_format=LAYOUTS[layout])
-    x = torch.randn(batch, 100, 1, 1, requires_grad=with_input_grad)
-    ours, stock = convolve(x, layer, layer.forward), layer(x)
-    assert torch.equal(ours, stock) and layouts(ours) == layouts(stock)
-    dout = torch.randn_like(stock)
-    wanted = (layer.weight, x) if with_input_grad else (layer.weight,)
-    for actual, expected in zip(*(torch.autograd.grad(y, wanted, dout) for y in (ours, stock)), strict=True):
-        assert torch.equal(actual, expected)
-
-
-def test_float32_takes_the_product_only_where_a_trial_gave_the_same_bits(monkeypatch):
-    layer, x, _ = make("from one position")
-    random_state = torch.get_rng_state()
-    same = torch.equal(layer(x), cpu_convolution.from_one_position(x, layer.weight))
-    taken = convolve(x, layer, layer.forward).grad_fn.name().startswith("Permute")
-    assert same or not taken
-    assert torch.equal(random_state, torch.get_rng_state())
-
-    monkeypatch.setattr(cpu_convolution, "from_one_position", lambda x, weight: F.conv_transpose2d(x, weight) * 1.0001)
-    monkeypatch.setattr(cpu_convolution, "_try_same_bits", cpu_convolution._try_same_bits.__wrapped__)
-    assert torch.equal(convolve(x, layer, layer.forward), layer(x))
-
-
-def test_trial_within_inference_mode_and_autocast():
-    layer, x, _ = make("from one position")
-    cpu_convolution._try_same_bits.cache_clear()
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=False):
-        assert torch.equal(convolve(x, layer, layer.forward), layer(x))
-
-
-def test_what_stays_stock():
+def test_what_stays_stock(monkeypatch):
     def formula(layer, x):
         return convolve(x, layer, lambda x: "stock")
 
-    layer, x, _ = make("from one position")
+    layer, x = make("from one position")
     x, layer = x.bfloat16(), layer.bfloat16()
     assert formula(layer, x) != "stock"
     assert formula(layer, x[:0]) == "stock"  # nothing to multiply
     assert formula(layer, x[:, 1:]) == "stock"  # which then refuses it
+    assert formula(layer, x.float()) == "stock"  # and this
     assert formula(layer.double(), x.double()) == "stock"
     assert formula(nn.ConvTranspose2d(7, 5, 4).bfloat16(), x) == "stock"  # a bias
     assert formula(nn.ConvTranspose2d(7, 5, 4, padding=1, bias=False).bfloat16(), x) == "stock"
@@ -224,11 +215,28 @@ def test_what_stays_stock():
     narrow = nn.Conv2d(3, 24, 4, 2, 1, bias=False).bfloat16().to(memory_format=torch.channels_last)
     images = torch.randn(3, 3, 8, 8).bfloat16().to(memory_format=torch.channels_last)
     assert formula(narrow, images) == "stock"
-    layer, x, _ = make("weight gradient")
+    layer, x = make("weight gradient")
     x, layer = x.bfloat16(), layer.bfloat16()
     assert formula(layer, x) != "stock"
     with torch.no_grad():
         assert formula(layer, x) == "stock"  # its forward is stock's anyway
+    layer, x = make("to an image")
+    assert formula(layer, x) != "stock"
+    monkeypatch.setattr(cpu_convolution, "_LEAST_LOW", x.numel() + 1)
+    assert formula(layer, x) == "stock"
+    layer, x = make("of an image")
+    assert formula(layer, x) == "stock"  # an image's gradient that nobody wants
+    assert formula(nn.ConvTranspose2d(32, 3, 1, bias=False), torch.randn(2, 32, 8, 8)) == "stock"  # one tap
+
+
+def test_products_in_less_than_float32_are_no_convolutions():
+    layer, x = make("to an image")
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert convolve(x, layer, lambda x: "stock") == "stock"
+        assert not isinstance(convolve(x.bfloat16(), layer.bfloat16(), lambda x: "stock"), str)
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_transforms_and_compilation_see_stock_layers():

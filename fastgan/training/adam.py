@@ -16,6 +16,8 @@ class ContiguousAdam(torch.optim.Adam):
         has_complex = super()._init_group(group, params_with_grad, *lists)
         lists = [tensors for tensors in (params_with_grad, *lists) if tensors]  # without amsgrad one stays empty
         for i, parameter in enumerate(params_with_grad):
+            if parameter.dim() != 4:
+                continue
             shaped_alike = [tensors for tensors in lists if tensors[i].shape == parameter.shape]
             # All of them or none: a gradient that was assigned may lie in memory another way.
             if all(tensors[i].is_contiguous(memory_format=torch.channels_last) for tensors in shaped_alike):

@@ -63,9 +63,7 @@ class TrainConfig:
     one_pass: bool = _option(
         True,
         bool,
-        "with fused layers, run the discriminator on real and fake images in one pass; --no-one-pass takes less "
-        "memory, and in float32 on a CPU gives the numbers of --no-fused to the last bit, below layers of 512×512 "
-        "channels",
+        "with fused layers, run the discriminator on real and fake images in one pass; --no-one-pass takes less memory",
         resumable=True,
         later=True,
     )

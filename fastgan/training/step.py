@@ -48,8 +48,7 @@ class TrainStep:
             statistics: the same numbers as two passes with half the launches, but the activations of both halves are
             alive at once. None: with fused layers. The first step tries on copies whether it really gives the same
             numbers, and where not (a BatchNorm that is not fused, say) goes back to two passes: see
-            ``one_pass_reason``. In float32 on a CPU two passes give stock's numbers to the last bit,
-            below layers of 512×512 channels.
+            ``one_pass_reason``.
         source: where ``step()`` without images takes them from: an object whose ``draw()`` returns the next batch.
 
     Attributes: ``generator``, ``discriminator`` (the given modules), ``optimizer_g``, ``optimizer_d``, ``scaler``,
