@@ -1,8 +1,8 @@
 """Convolutions on a CPU as matrix products, where those are faster than PyTorch's own kernels for them.
 
-In float32 PyTorch's convolutions of many channels run at the CPU's speed, 12 of 13 parts of a DCGAN's step. What they
-are slow at are its ends, a side of one position and one of three channels, and putting large weight gradients in order.
-Each of these is a product, with sums in another order than PyTorch's, and errors no larger than its.
+Between sides of many channels PyTorch's convolutions in float32 run as fast as the CPU multiplies. They are slow at the
+ends of a GAN, a side of one position and one of three channels, and at putting large weight gradients in order. As a
+product each of these adds up in another order than PyTorch does, with errors no larger than its.
 """
 
 import torch
@@ -14,8 +14,9 @@ from fastgan.ops.geometry import conv_size, conv_transpose_size
 from fastgan.patterns import unfit_setting
 
 _HALF_DTYPES = (torch.bfloat16, torch.float16)
-# Weight gradients in half precision, of the matrix of all taps: beyond what caches hold the product gains nothing.
-_MOST_ELEMENTS = 2**23
+# Weight gradients in half precision: PyTorch puts each in order again, which counts where it is large beside what it is
+# summed up of. A product copies that, all taps of it: at 8 positions (of all images) a channel both take the same time.
+_POSITIONS_A_CHANNEL = 8
 _LEAST_CHANNELS = 16  # a narrow product leaves the CPU's vectors half empty
 # In float32 PyTorch's wait for copies of large weights, from 256×512 channels of 4×4 taps on, where a low side of few
 # positions makes their arithmetic small: they take 1.2 times as long as products, for 512×1024 channels 2.1 to 2.4
@@ -28,32 +29,30 @@ _IMAGE_CHANNELS, _IMAGE_CHANNELS_IN_HALF, _LEAST_LOW = 3, 1, 2**17
 
 def convolve(x, conv, forward):
     """The result of `forward`, which is that of the Conv2d or ConvTranspose2d `conv`, for x on any device."""
-    if x.is_cuda or conv.bias is not None or not _is_plain(x, conv):
+    if not x.is_cpu or torch.compiler.is_compiling():
+        return forward(x)
+    weight = conv._parameters.get("weight")  # none of a parametrized layer, for which it would be computed
+    if weight is None or conv.bias is not None or x.dim() != 4 or unfit_setting(conv):
         return forward(x)
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    weight = conv.weight
-    if x.shape[1] != weight.shape[0 if conv.transposed else 1] or not _are_cast(x, weight, dtype):
+    # By sizes first: most layers are none of these, and every call asks.
+    of_one_position = _one_position(x, weight, conv)
+    if of_one_position is None and not _gains(x, weight, conv, dtype):
         return forward(x)
-    if not any((*conv.padding, *conv.output_padding)):
-        if conv.transposed and x.shape[2:] == (1, 1):
-            return from_one_position(x, weight)
-        if not conv.transposed and x.shape[2:] == weight.shape[2:]:
-            return to_one_position(x, weight)
-    if _gains(x, weight, conv, dtype):
-        where = (conv.transposed, conv.stride, conv.padding, conv.output_padding)
-        return Convolution.apply(x.to(dtype), weight.to(dtype), *where)
-    return forward(x)
+    if not (_is_plain(x, weight, conv) and _are_cast(x, weight, dtype)):
+        return forward(x)
+    if of_one_position is not None:
+        return of_one_position(x, weight)
+    where = (conv.transposed, conv.stride, conv.padding, conv.output_padding)
+    return Convolution.apply(x.to(dtype), weight.to(dtype), *where)
 
 
-def _is_plain(x, conv):
+def _is_plain(x, weight, conv):
     """Whether nothing but numbers depends on how the result comes about; stock refuses what does not fit."""
     return (
         type(x) in (torch.Tensor, torch.nn.Parameter)
-        and x.dim() == 4
         and x.numel() > 0
-        and "weight" in conv._parameters
-        and not unfit_setting(conv)
-        and not torch.compiler.is_compiling()
+        and x.shape[1] == weight.shape[0 if conv.transposed else 1]
         and not backend.transformed()
     )
 
@@ -69,6 +68,14 @@ def _are_cast(x, weight, dtype):
 def _multiplies_in_float32():
     """Whether products are what convolutions are: torch.set_float32_matmul_precision("medium") makes them less."""
     return torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee")
+
+
+def _one_position(x, weight, conv):
+    """`from_one_position` or `to_one_position` if that is what the convolution is, otherwise None."""
+    positions = x.shape[2:]
+    if positions != ((1, 1) if conv.transposed else weight.shape[2:]) or any((*conv.padding, *conv.output_padding)):
+        return None
+    return from_one_position if conv.transposed else to_one_position
 
 
 def from_one_position(x, weight):
@@ -90,15 +97,15 @@ def to_one_position(x, weight):
 def _gains(x, weight, conv, dtype):
     """Whether anything of a convolution runs another way as a `Convolution`, forward or backward."""
     grows = torch.is_grad_enabled()
+    to_image = weight.shape[1] <= _IMAGE_CHANNELS and (conv.transposed or (grows and x.requires_grad))
+    learns = grows and weight.requires_grad and (dtype != torch.float32 or weight.numel() >= _WIDE_ELEMENTS)
+    if not (to_image or learns):
+        return False
     low = x.shape[2:] if conv.transposed else conv_size(x.shape[2:], conv.kernel_size, conv.stride, conv.padding)
-    if (conv.transposed or (grows and x.requires_grad)) and _is_to_image(len(x), low, weight.shape, dtype):
+    if to_image and _is_to_image(len(x), low, weight.shape, dtype):
         return True
-    return (
-        grows
-        and weight.requires_grad
-        and all(tensor.is_contiguous(memory_format=torch.channels_last) for tensor in (x, weight))
-        and _weight_grad_for(len(x), low, weight.shape, dtype) is not None
-    )
+    in_order = all(tensor.is_contiguous(memory_format=torch.channels_last) for tensor in (x, weight))
+    return learns and in_order and _weight_grad_for(len(x), low, weight.shape, dtype) is not None
 
 
 def _is_to_image(batch, low_size, weight_shape, dtype):
@@ -115,8 +122,7 @@ def _weight_grad_for(batch, low_size, weight_shape, dtype):
     if dtype == torch.float32:
         few = positions <= _FEW_POSITIONS and weight_shape.numel() >= _WIDE_ELEMENTS
         return _weight_grad_tap_by_tap if few else None
-    elements = batch * positions * weight_shape[1:].numel()
-    fits = min(weight_shape[:2]) >= _LEAST_CHANNELS and elements <= _MOST_ELEMENTS
+    fits = min(weight_shape[:2]) >= _LEAST_CHANNELS and batch * positions <= _POSITIONS_A_CHANNEL * weight_shape[0]
     return _weight_grad_of_all_taps if fits else None
 
 

@@ -219,6 +219,10 @@ def test_what_stays_stock(monkeypatch):
     assert formula(layer, x) != "stock"
     with torch.no_grad():
         assert formula(layer, x) == "stock"  # its forward is stock's anyway
+    many = torch.cat([x] * 4)
+    assert formula(layer, many) == "stock"  # 240 positions for 24 channels
+    monkeypatch.setattr(cpu_convolution, "_POSITIONS_A_CHANNEL", 10)
+    assert formula(layer, many) != "stock"
     layer, x = make("to an image")
     assert formula(layer, x) != "stock"
     monkeypatch.setattr(cpu_convolution, "_LEAST_LOW", x.numel() + 1)
