@@ -23,7 +23,8 @@ _LEAST_CHANNELS = 16  # a narrow product leaves the CPU's vectors half empty
 # times (two threads of an AMD EPYC, with cold caches as in a step).
 _WIDE_ELEMENTS, _FEW_POSITIONS = 2**21, 16
 # PyTorch computes eight channels of an image, whatever it has. Up to so many of them the product is ahead (1.3 to 3.5
-# times as fast in float32), if the low side is so large. Half precision, whose product is in float32, stops at one.
+# times as fast in float32), if the low side has so many numbers for each. Half precision, whose product is in float32,
+# stops at one.
 _IMAGE_CHANNELS, _IMAGE_CHANNELS_IN_HALF, _LEAST_LOW = 3, 1, 2**17
 
 
@@ -112,7 +113,7 @@ def _is_to_image(batch, low_size, weight_shape, dtype):
     """Whether going from such a low side to the other one is faster as a product: to an image of a few channels."""
     low_channels, image_channels, *kernel_size = weight_shape
     most = _IMAGE_CHANNELS if dtype == torch.float32 else _IMAGE_CHANNELS_IN_HALF
-    large = batch * low_size[0] * low_size[1] * low_channels >= _LEAST_LOW
+    large = batch * low_size[0] * low_size[1] * low_channels >= _LEAST_LOW * image_channels
     return image_channels <= most and large and low_channels >= _LEAST_CHANNELS and kernel_size != [1, 1]
 
 
