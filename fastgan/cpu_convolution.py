@@ -26,6 +26,8 @@ _WIDE_ELEMENTS, _FEW_POSITIONS = 2**21, 16
 # times as fast in float32), if the low side has so many numbers for each. Half precision, whose product is in float32,
 # stops at one.
 _IMAGE_CHANNELS, _IMAGE_CHANNELS_IN_HALF, _LEAST_LOW = 3, 1, 2**17
+# torch.nn.functional.fold adds up all taps in one go, but in one thread.
+_FEW_TAPS = 2**18
 
 
 def convolve(x, conv, forward):
@@ -169,16 +171,22 @@ class Convolution(torch.autograd.Function):
 
 
 def _to_image(low, weight, size, stride, padding):
-    """conv_transpose2d of `low` to few channels of `size`, in float32 until all is added up.
-
-    First rows, then columns: torch.nn.functional.fold adds up all taps in one go, but in one thread.
-    """
+    """conv_transpose2d of `low` to few channels of `size`, in float32 until all is added up."""
     layout = torch.channels_last if any(map(suggests_channels_last, (low, weight))) else torch.contiguous_format
-    n, _, h, w = low.shape
-    channels, kh, kw = weight.shape[1:]
-    wide = torch.promote_types(low.dtype, torch.float32)
-    taps = (weight.flatten(1).t().to(wide) @ low.flatten(2).to(wide)).view(n, channels, kh, kw, h, w)
-    # Of each axis what all taps reach, and up to where the image ends, which may be further; padding is cut off then.
+    n, channels, wide = len(low), weight.shape[1], torch.promote_types(low.dtype, torch.float32)
+    taps = torch.bmm(weight.flatten(1).t().to(wide).expand(n, -1, -1), low.flatten(2).to(wide))
+    taps = taps.view(n, *weight.shape[1:], *low.shape[2:])  # (N, channels, kh, kw, height of low, width of low)
+    # A tensor of its own, not a view: an activation in place comes next.
+    result = torch.empty(n, channels, *size, dtype=low.dtype, device=low.device, memory_format=layout)
+    return result.copy_(_added_up(taps, size, stride, padding))
+
+
+def _added_up(taps, size, stride, padding):
+    """The images (N, channels, *size) that consist of `taps` (N, channels, kh, kw, h, w), each at its place."""
+    n, channels, kh, kw, h, w = taps.shape
+    if taps.numel() <= _FEW_TAPS:
+        return F.fold(taps.view(-1, h * w), size, (kh, kw), padding=padding, stride=stride).view(n, channels, *size)
+    # First rows, then columns, each of what all taps reach and up to where the image ends, which may be further.
     rows = taps.new_zeros(n, channels, kw, max((h - 1) * stride[0] + kh, padding[0] + size[0]), w)
     for tap in range(kh):
         rows[..., tap : tap + (h - 1) * stride[0] + 1 : stride[0], :] += taps[:, :, tap]
@@ -186,7 +194,7 @@ def _to_image(low, weight, size, stride, padding):
     image = taps.new_zeros(n, channels, size[0], max((w - 1) * stride[1] + kw, padding[1] + size[1]))
     for tap in range(kw):
         image[..., tap : tap + (w - 1) * stride[1] + 1 : stride[1]] += rows[:, :, tap]
-    return image[..., padding[1] : padding[1] + size[1]].to(low.dtype).contiguous(memory_format=layout)
+    return image[..., padding[1] : padding[1] + size[1]]
 
 
 def _weight_grad_of_all_taps(low, high, weight_shape, stride, padding):

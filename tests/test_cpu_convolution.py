@@ -30,6 +30,7 @@ LAYERS = {
         (3, 6, 5, 4),
         OURS,
     ),
+    "to an image without padding": (lambda: nn.ConvTranspose2d(6, 1, 4, 2, bias=False), (3, 6, 5, 4), OURS),
     "of a coloured image": (lambda: nn.Conv2d(3, 6, (4, 3), (3, 1), (0, 2), bias=False), (3, 3, 9, 10), OURS),
     "to a coloured image": (
         lambda: nn.ConvTranspose2d(6, 3, (3, 5), (4, 2), (0, 3), output_padding=(3, 1), bias=False),
@@ -38,6 +39,7 @@ LAYERS = {
     ),
 }
 BY_CONVOLUTION = [name for name in LAYERS if LAYERS[name][2] == OURS]
+IMAGES = [name for name in LAYERS if "image" in name]
 
 
 @pytest.fixture(autouse=True)
@@ -72,9 +74,12 @@ def layouts(tensor):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize(
+    "name, few_taps", [(name, few) for name in LAYERS for few in (2**18, 0)[: 1 + ("image" in name)]]
+)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_as_accurate_as_stock(name, layout, dtype, poisoned):
+def test_as_accurate_as_stock(name, few_taps, layout, dtype, poisoned, monkeypatch):
+    monkeypatch.setattr(cpu_convolution, "_FEW_TAPS", few_taps)
     layer, x = make(name, layout)
     low, exact = layer.to(DTYPES[dtype]), copy.deepcopy(layer).double()
     x = x.to(DTYPES[dtype])
@@ -90,6 +95,17 @@ def test_as_accurate_as_stock(name, layout, dtype, poisoned):
     for what, *results in zip(("y", "dx", "dweight"), ours, stock, reference, strict=True):
         assert results[0].dtype == DTYPES[dtype] and layouts(results[0]) == layouts(results[1])
         assert_as_accurate_as_stock(f"{name}: {what}", *results)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_activation_in_place_may_follow(name, layout):
+    layer, x = make(name, layout)
+    x.requires_grad_()
+    y = convolve(x, layer, layer.forward).tanh_()
+    gradients = torch.autograd.grad(y.square().sum(), (x, layer.weight))
+    stock = layer(x).tanh()
+    torch.testing.assert_close(gradients, torch.autograd.grad(stock.square().sum(), (x, layer.weight)))
 
 
 def test_autocast_takes_them_for_float32_layers():
@@ -117,9 +133,10 @@ def test_gradients_by_products(name):
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("high_channels", [1, 2])
-def test_gradients_of_gradients(transposed, high_channels, monkeypatch):
+@pytest.mark.parametrize("high_channels, few_taps", [(1, 2**18), (1, 0), (2, 0)])
+def test_gradients_of_gradients(transposed, high_channels, few_taps, monkeypatch):
     monkeypatch.setattr(cpu_convolution, "_LEAST_CHANNELS", 2)
+    monkeypatch.setattr(cpu_convolution, "_FEW_TAPS", few_taps)
     x, weight = (torch.randn(size, dtype=torch.double) for size in ((1, 2, 4, 4), (2, 2, 3, 3)))
     x, weight = (x if transposed else x[:, :high_channels]), weight[:, :high_channels]
     operands = x.clone().requires_grad_(), weight.clone().requires_grad_()
