@@ -68,15 +68,16 @@ def backward_bce(logits, targets, scaler, *, means=True):
     Returns:
         (the loss, the mean σ of each part…), without gradients.
     """
+    # Loss and gradient come together: from the loss on, autograd would multiply that by one and put its parts together.
     implementation, _ = backend.select(logits.device, logits.dtype)
     if implementation == "reference":
-        return backward_bce_of_torch(logits, targets, scaler, means=means)
-    # The kernel has the gradient ready: from the loss on, autograd would multiply it by one and put its parts together.
-    real, *fake = logits.detach().chunk(len(targets))
-    real_target, fake_target = (*map(float, targets), 0.0)[:2]
-    # A loss scale comes before they are rounded: 1/N is small in float16.
-    as_logits = not scaler.is_enabled()
-    loss, sigmoids, grads = losses.bce(real, fake[0] if fake else None, real_target, fake_target, as_logits)
+        loss, sigmoids, grads = _bce_and_gradient(logits, targets, means)
+    else:
+        real, *fake = logits.detach().chunk(len(targets))
+        real_target, fake_target = (*map(float, targets), 0.0)[:2]
+        # A loss scale comes before they are rounded: 1/N is small in float16.
+        as_logits = not scaler.is_enabled()
+        loss, sigmoids, grads = losses.bce(real, fake[0] if fake else None, real_target, fake_target, as_logits)
     logits.backward(scaler.scale(grads).to(logits.dtype).view_as(logits))
     return loss, *sigmoids[: len(targets) * means]
 
@@ -87,6 +88,25 @@ def backward_bce_of_torch(logits, targets, scaler, *, means=True):
     loss = functools.reduce(torch.add, map(_bce_reference, parts, targets))
     scaler.scale(loss).backward()
     return loss.detach(), *map(_mean_sigmoid, parts if means else ())
+
+
+@torch.no_grad()
+def _bce_and_gradient(logits, targets, means):
+    """(the loss, the mean σ of each part if `means`, the loss's gradient for the logits), as the kernel gives them.
+
+    By fewer operators than autograd takes: of numbers as few as these it is what counts.
+    """
+    logits = _at_least_float32(logits)
+    size = len(logits) // len(targets)
+    target = torch.full_like(logits, targets[0])
+    for part, value in enumerate(targets[1:], 1):
+        target[part * size : (part + 1) * size] = value
+    loss, sigmoids = F.binary_cross_entropy_with_logits(logits, target), logits.sigmoid()
+    return (
+        loss * len(targets) if len(targets) > 1 else loss,
+        sigmoids.reshape(len(targets), -1).mean(1) if means else (),
+        sigmoids.sub(target).div_(logits.numel() // len(targets)),
+    )
 
 
 def _bce_reference(logits, target):
