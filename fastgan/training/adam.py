@@ -4,26 +4,68 @@ import torch
 
 from fastgan.backend import select
 
+# With any of these torch's own code computes an update.
+_OPTIONS = ("weight_decay", "amsgrad", "maximize", "differentiable")
+
 
 class ContiguousAdam(torch.optim.Adam):
     """torch.optim.Adam that goes through channels_last tensors as they lie in memory: the same numbers, bit for bit.
 
     On a CPU the fused update first copies every gradient that is not contiguous, which takes as long as the update. A
-    channels_last tensor seen as (N, H, W, C) is contiguous.
+    channels_last tensor seen as (N, H, W, C) is contiguous. And an update there calls PyTorch's operators itself: the
+    Python around them takes as long as the update of a small network.
     """
+
+    def step(self, closure=None):
+        """torch's: one update; returns what `closure`, if any, returns."""
+        updates = [self._lists_on_cpu(group) for group in self.param_groups] if closure is None else [None]
+        if any(lists is None for lists in updates):
+            step = torch.optim.Adam.step
+            # From the first Adam on it has torch's hooks around it, which are around this method already.
+            return (step.__wrapped__ if getattr(step, "hooked", False) else step)(self, closure)
+        with torch.no_grad():
+            for group, (params, grads, averages, squares, steps) in zip(self.param_groups, updates, strict=True):
+                (beta1, beta2), options = group["betas"], dict(weight_decay=0.0, amsgrad=False, maximize=False)
+                torch._foreach_add_(steps, 1)
+                options.update(lr=group["lr"], beta1=beta1, beta2=beta2, eps=group["eps"])
+                torch._fused_adam_(params, grads, averages, squares, [], steps, **options)
+
+    def _lists_on_cpu(self, group):
+        """(parameters, gradients, averages, averages of squares, steps) for the fused update; None: it is torch's."""
+        numbers = (group["lr"], *group["betas"])
+        if not group["fused"] or any(group[name] for name in _OPTIONS) or _is_scaled(self) or not group["params"]:
+            return None
+        if torch.compiler.is_compiling() or not all(isinstance(number, float) for number in numbers):
+            return None
+        dtype, lists = group["params"][0].dtype, ([], [], [], [], [])
+        for param in group["params"]:
+            grad, state = param.grad, self.state.get(param)
+            if not state or type(grad) is not torch.Tensor or not (param.is_cpu and param.dtype == grad.dtype == dtype):
+                return None
+            tensors = _as_they_lie(param, grad, state["exp_avg"], state["exp_avg_sq"])
+            for found, tensor in zip(lists, (*tensors, state["step"]), strict=True):
+                found.append(tensor)
+        return lists
 
     def _init_group(self, group, params_with_grad, *lists):
         has_complex = super()._init_group(group, params_with_grad, *lists)
-        lists = [tensors for tensors in (params_with_grad, *lists) if tensors]  # without amsgrad one stays empty
-        for i, parameter in enumerate(params_with_grad):
-            if parameter.dim() != 4:
-                continue
-            shaped_alike = [tensors for tensors in lists if tensors[i].shape == parameter.shape]
-            # All of them or none: a gradient that was assigned may lie in memory another way.
-            if all(tensors[i].is_contiguous(memory_format=torch.channels_last) for tensors in shaped_alike):
-                for tensors in shaped_alike:
-                    tensors[i] = tensors[i].permute(0, 2, 3, 1)
+        lists = [tensors for tensors in (params_with_grad, *lists[:-1]) if tensors]  # without amsgrad one stays empty
+        for i, tensors in enumerate(zip(*lists, strict=True)):
+            for found, tensor in zip(lists, _as_they_lie(*tensors), strict=True):
+                found[i] = tensor
         return has_complex
+
+
+def _as_they_lie(*tensors):
+    """Tensors of one shape as (N, H, W, C) if that is how all of them lie; an assigned gradient may lie another way."""
+    if tensors[0].dim() == 4 and all([tensor.is_contiguous(memory_format=torch.channels_last) for tensor in tensors]):
+        return [tensor.permute(0, 2, 3, 1) for tensor in tensors]
+    return tensors
+
+
+def _is_scaled(optimizer):
+    """Whether gradients have a GradScaler's factor, for one step."""
+    return getattr(optimizer, "grad_scale", None) is not None or getattr(optimizer, "found_inf", None) is not None
 
 
 class KernelAdam(ContiguousAdam):
@@ -34,6 +76,10 @@ class KernelAdam(ContiguousAdam):
     """
 
     _update = None  # made when it is needed: a copy of an optimizer has its state and nothing else
+
+    def _lists_on_cpu(self, group):
+        for_kernel = any(self._is_for_kernel(group, param) for param in group["params"][:1])
+        return None if for_kernel else super()._lists_on_cpu(group)
 
     def _init_group(self, group, *lists):
         has_complex = super()._init_group(group, *lists)
@@ -52,9 +98,8 @@ class KernelAdam(ContiguousAdam):
         lr = group["lr"]
         return (
             select(param.device, param.dtype)[0] == "triton"
-            and not any(group[name] for name in ("weight_decay", "amsgrad", "maximize", "differentiable"))
-            and getattr(self, "grad_scale", None) is None  # a GradScaler's, for one step, as found_inf is
-            and getattr(self, "found_inf", None) is None
+            and not any(group[name] for name in _OPTIONS)
+            and not _is_scaled(self)
             and (not isinstance(lr, torch.Tensor) or (lr.dtype == torch.float32 and lr.device == param.device))
             and not any(isinstance(beta, torch.Tensor) for beta in group["betas"])  # compile-time constants to it
         )

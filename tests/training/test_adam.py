@@ -55,6 +55,7 @@ def test_no_gradient_is_copied():
 
 def test_hooks_and_schedulers_work():
     parameter, called = torch.ones(2, 3, 4, 4).to(memory_format=torch.channels_last).requires_grad_(), []
+    torch.optim.Adam([parameter])  # from now on torch's step calls hooks by itself
     optimizer = ContiguousAdam([parameter], lr=1.0, fused=True)
     optimizer.register_step_post_hook(lambda *_: called.append(True))
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.0)
