@@ -40,7 +40,9 @@ class ContiguousAdam(torch.optim.Adam):
         dtype, lists = group["params"][0].dtype, ([], [], [], [], [])
         for param in group["params"]:
             grad, state = param.grad, self.state.get(param)
-            if not state or type(grad) is not torch.Tensor or not (param.is_cpu and param.dtype == grad.dtype == dtype):
+            if not state or type(grad) is not torch.Tensor or grad.is_sparse:
+                return None
+            if not (param.is_cpu and param.dtype == grad.dtype == dtype):
                 return None
             tensors = _as_they_lie(param, grad, state["exp_avg"], state["exp_avg_sq"])
             for found, tensor in zip(lists, (*tensors, state["step"]), strict=True):
