@@ -32,7 +32,7 @@ _FEW_TAPS = 2**18
 
 def convolve(x, conv, forward):
     """The result of `forward`, which is that of the Conv2d or ConvTranspose2d `conv`, for x on any device."""
-    if not x.is_cpu or torch.compiler.is_compiling():
+    if not x.is_cpu or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return forward(x)
     weight = conv._parameters.get("weight")  # none of a parametrized layer, for which it would be computed
     if weight is None or conv.bias is not None or x.dim() != 4 or unfit_setting(conv):

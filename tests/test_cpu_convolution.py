@@ -267,3 +267,12 @@ def test_transforms_and_compilation_see_stock_layers():
     expected = model(x)
     torch.testing.assert_close(torch.func.vmap(lambda x: model(x[None])[0])(x), expected)
     torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*", "error::torch.jit.TracerWarning")
+@pytest.mark.parametrize("name", LAYERS)
+def test_traces_are_those_of_stock_layers(name):
+    layer, x = make(name)
+    fused = fastgan.fuse(nn.Sequential(copy.deepcopy(layer), nn.Tanh()))
+    traced, many = torch.jit.trace(fused, x), torch.cat([x, x])
+    torch.testing.assert_close(traced(many), layer(many).tanh())
