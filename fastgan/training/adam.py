@@ -25,9 +25,9 @@ class ContiguousAdam(torch.optim.Adam):
             return (step.__wrapped__ if getattr(step, "hooked", False) else step)(self, closure)
         with torch.no_grad():
             for group, (params, grads, averages, squares, steps) in zip(self.param_groups, updates, strict=True):
-                (beta1, beta2), options = group["betas"], dict(weight_decay=0.0, amsgrad=False, maximize=False)
+                options = dict(zip(("beta1", "beta2"), group["betas"], strict=True), lr=group["lr"], eps=group["eps"])
+                options |= dict(weight_decay=0.0, amsgrad=False, maximize=False)
                 torch._foreach_add_(steps, 1)
-                options.update(lr=group["lr"], beta1=beta1, beta2=beta2, eps=group["eps"])
                 torch._fused_adam_(params, grads, averages, squares, [], steps, **options)
 
     def _lists_on_cpu(self, group):

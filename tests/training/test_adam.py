@@ -14,21 +14,26 @@ def parameters(layout, seed=0):
     return [tensor.to(memory_format=layout) if tensor.dim() == 4 else tensor for tensor in tensors]
 
 
-def trained(adam, layout, grad_layout, steps=3, **options):
-    """(parameters, state of the optimizer) after steps with random gradients, the last parameter but one without."""
+def trained(adam, layout, grad_layout, without=None, steps=3, **options):
+    """(parameters, state of the optimizer) after steps with random gradients, one parameter without."""
     learning = [tensor.requires_grad_() for tensor in parameters(layout)]
     optimizer = adam(learning, lr=0.1, fused=True, **options)
     for step in range(steps):
         for parameter, grad in zip(learning, parameters(grad_layout, seed=step + 1), strict=True):
             parameter.grad = grad
-        learning[-2].grad = None
+        if without is not None:
+            learning[without].grad = None
         optimizer.step()
     return learning, optimizer.state_dict()["state"]
 
 
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
 @pytest.mark.parametrize("grad_layout", [torch.channels_last, torch.contiguous_format])
-@pytest.mark.parametrize("options", [{}, {"amsgrad": True, "weight_decay": 0.1, "maximize": True}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"without": -2}, {"betas": (0.0, 0.9)}, {"amsgrad": True, "weight_decay": 0.1, "maximize": True}],
+    ids=str,
+)
 def test_numbers_are_those_of_torch(layout, grad_layout, options):
     ours, state = trained(ContiguousAdam, layout, grad_layout, **options)
     theirs, expected = trained(torch.optim.Adam, layout, grad_layout, **options)
@@ -65,3 +70,31 @@ def test_hooks_and_schedulers_work():
         scheduler.step()
         after = parameter.detach().clone()
     assert len(called) == 2 and (after.abs() < 1e-6).all()  # one step of 1.0, then one of 0.0
+
+
+def test_what_is_left_to_torch(monkeypatch):
+    def forbidden(*_):
+        raise AssertionError
+
+    parameter = torch.ones(2, 3, 4, 4, requires_grad=True)
+    optimizer = ContiguousAdam([parameter], lr=0.1, fused=True)
+    parameter.grad = torch.ones_like(parameter)
+    optimizer.step()  # makes the averages
+    (group,) = optimizer.param_groups
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.Adam, "step", forbidden)
+        optimizer.step()
+        changes = dict(amsgrad=True, maximize=True, weight_decay=0.1, lr=torch.tensor(0.1), fused=False)
+        for name, value in changes.items():
+            patch.setitem(group, name, value)
+            with pytest.raises(AssertionError):
+                optimizer.step()
+            patch.setitem(group, name, optimizer.defaults[name])
+        with pytest.raises(AssertionError):
+            optimizer.step(lambda: None)
+        parameter.grad = None
+        with pytest.raises(AssertionError):
+            optimizer.step()
+    assert optimizer.state[parameter]["step"] == 2
+    parameter.grad = torch.ones_like(parameter)
+    assert optimizer.step(lambda: 3.0) == 3.0
