@@ -74,9 +74,7 @@ def layouts(tensor):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    "name, few_taps", [(name, few) for name in LAYERS for few in (2**18, 0)[: 1 + ("image" in name)]]
-)
+@pytest.mark.parametrize("name, few_taps", [*((name, 2**18) for name in LAYERS), *((name, 0) for name in IMAGES)])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_as_accurate_as_stock(name, few_taps, layout, dtype, poisoned, monkeypatch):
     monkeypatch.setattr(cpu_convolution, "_FEW_TAPS", few_taps)

@@ -25,10 +25,12 @@ class ContiguousAdam(torch.optim.Adam):
             return (step.__wrapped__ if getattr(step, "hooked", False) else step)(self, closure)
         with torch.no_grad():
             for group, (params, grads, averages, squares, steps) in zip(self.param_groups, updates, strict=True):
-                options = dict(zip(("beta1", "beta2"), group["betas"], strict=True), lr=group["lr"], eps=group["eps"])
-                options |= dict(weight_decay=0.0, amsgrad=False, maximize=False)
+                (beta1, beta2), lr, eps = group["betas"], group["lr"], group["eps"]
+                options = dict(weight_decay=0.0, amsgrad=False, maximize=False)
                 torch._foreach_add_(steps, 1)
-                torch._fused_adam_(params, grads, averages, squares, [], steps, **options)
+                torch._fused_adam_(
+                    params, grads, averages, squares, [], steps, lr=lr, beta1=beta1, beta2=beta2, eps=eps, **options
+                )
 
     def _lists_on_cpu(self, group):
         """(parameters, gradients, averages, averages of squares, steps) for the fused update; None: it is torch's."""
@@ -80,8 +82,8 @@ class KernelAdam(ContiguousAdam):
     _update = None  # made when it is needed: a copy of an optimizer has its state and nothing else
 
     def _lists_on_cpu(self, group):
-        for_kernel = any(self._is_for_kernel(group, param) for param in group["params"][:1])
-        return None if for_kernel else super()._lists_on_cpu(group)
+        lists = super()._lists_on_cpu(group)
+        return None if lists and self._is_for_kernel(group, lists[0][0]) else lists
 
     def _init_group(self, group, *lists):
         has_complex = super()._init_group(group, *lists)
