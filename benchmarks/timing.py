@@ -7,6 +7,7 @@ figure to quote is the median. Memory is what torch's allocator held at its high
 import contextlib
 import gc
 import math
+import platform
 import statistics
 import time
 from importlib import metadata
@@ -23,8 +24,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def device_name():
-    """The GPU's name, or "CPU, N threads"."""
-    return torch.cuda.get_device_name() if ON_GPU else f"CPU, {torch.get_num_threads()} threads"
+    """The GPU's name, or "CPU, N threads of NAME"."""
+    if ON_GPU:
+        return torch.cuda.get_device_name()
+    name = torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine()
+    return f"CPU, {torch.get_num_threads()} threads of {name}"
 
 
 def versions():

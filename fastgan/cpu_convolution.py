@@ -2,8 +2,11 @@
 
 Between sides of many channels PyTorch's convolutions in float32 run as fast as the CPU multiplies. They are slow at the
 ends of a GAN, a side of one position and one of three channels, and at putting large weight gradients in order. As a
-product each of these adds up in another order than PyTorch does, with errors no larger than its.
+product each of these adds up in another order than PyTorch does, with errors no larger than its. In half precision all
+of them are slow where the CPU has no instructions for it: there float32 computes what is rounded at the end.
 """
+
+import functools
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +16,9 @@ from fastgan.layout import suggests_channels_last
 from fastgan.ops.geometry import conv_size, conv_transpose_size
 from fastgan.patterns import unfit_setting
 
-_HALF_DTYPES = (torch.bfloat16, torch.float16)
+# Half precisions, and what multiplies them: Intel's tiles (AMX) and vectors (AVX-512), as torch.cpu.get_capabilities
+# calls them.
+_HALF_INSTRUCTIONS = {torch.bfloat16: ("amx_bf16", "avx512_bf16"), torch.float16: ("amx_fp16", "avx512_fp16")}
 # Weight gradients in half precision: PyTorch puts each in order again, which counts where it is large beside what it is
 # summed up of. A product copies that, all taps of it: at 8 positions (of all images) a channel both take the same time.
 _POSITIONS_A_CHANNEL = 8
@@ -37,17 +42,46 @@ def convolve(x, conv, forward):
     weight = conv._parameters.get("weight")  # none of a parametrized layer, for which it would be computed
     if weight is None or conv.bias is not None or x.dim() != 4 or unfit_setting(conv):
         return forward(x)
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    autocast = torch.is_autocast_enabled("cpu")
+    dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
+    trains = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    working = torch.float32 if _gains_in_float32(dtype, trains) else dtype
     # By sizes first: most layers are none of these, and every call asks.
     of_one_position = _one_position(x, weight, conv)
-    if of_one_position is None and not _gains(x, weight, conv, dtype):
+    by_products = of_one_position is None and _gains(x, weight, conv, working)
+    if of_one_position is None and not by_products and working == dtype:
         return forward(x)
-    if not (_is_plain(x, weight, conv) and _are_cast(x, weight, dtype)):
+    if not (_is_plain(x, weight, conv) and _are_cast(x, weight, dtype) and _multiplies_in(working)):
         return forward(x)
-    if of_one_position is not None:
-        return of_one_position(x, weight)
+    x, weight = x.to(working), weight.to(working)
     where = (conv.transposed, conv.stride, conv.padding, conv.output_padding)
-    return Convolution.apply(x.to(dtype), weight.to(dtype), *where)
+    torch.set_autocast_enabled("cpu", False)  # which would cast what is float32 on purpose
+    try:
+        if of_one_position is not None:
+            y = of_one_position(x, weight)
+        else:
+            y = (Convolution.apply if by_products else _convolution)(x, weight, *where)
+    finally:
+        torch.set_autocast_enabled("cpu", autocast)
+    return y.to(dtype)
+
+
+@functools.cache
+def _gains_in_float32(dtype, trains):
+    """Whether the CPU convolves numbers of a half precision faster as float32, conversions included.
+
+    Without instructions for them oneDNN converts each number again and again (4 to 5 times float32's time) or, before
+    AVX-512, PyTorch's slow convolutions are all there is (5 times and more). Intel's AVX-512 for bfloat16 takes twice
+    float32's time, for float16 hundreds of times in weight gradients; but forward alone it is the faster one where
+    images are few. AMD's is twice as fast as float32. Of other CPUs than x86 nothing is known.
+    """
+    if dtype not in _HALF_INSTRUCTIONS:
+        return False
+    has = torch.cpu.get_capabilities()
+    matrices, vectors = _HALF_INSTRUCTIONS[dtype]
+    if has.get("architecture") != "x86_64" or has.get(matrices):
+        return False
+    return not has.get(vectors) or (trains and "Intel" in has.get("cpu_name", ""))
 
 
 def _is_plain(x, weight, conv):
@@ -61,15 +95,15 @@ def _is_plain(x, weight, conv):
 
 
 def _are_cast(x, weight, dtype):
-    """Whether stock computes them in `dtype`, one that products are for; under autocast it casts no float64."""
-    if dtype in _HALF_DTYPES:
-        castable = {torch.float32, *_HALF_DTYPES} if torch.is_autocast_enabled("cpu") else {dtype}
-        return {x.dtype, weight.dtype} <= castable
-    return dtype == x.dtype == weight.dtype == torch.float32 and _multiplies_in_float32()
+    """Whether stock computes them in `dtype`; under autocast it casts no float64."""
+    castable = {torch.float32, *_HALF_INSTRUCTIONS} if torch.is_autocast_enabled("cpu") else {dtype}
+    return {x.dtype, weight.dtype} <= castable
 
 
-def _multiplies_in_float32():
+def _multiplies_in(dtype):
     """Whether products are what convolutions are: torch.set_float32_matmul_precision("medium") makes them less."""
+    if dtype != torch.float32:
+        return dtype in _HALF_INSTRUCTIONS
     return torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee")
 
 
@@ -129,6 +163,12 @@ def _weight_grad_for(batch, low_size, weight_shape, dtype):
     return _weight_grad_of_all_taps if fits else None
 
 
+def _convolution(x, weight, transposed, stride, padding, output_padding):
+    if transposed:
+        return F.conv_transpose2d(x, weight, None, stride, padding, output_padding)
+    return F.conv2d(x, weight, None, stride, padding)
+
+
 class Convolution(torch.autograd.Function):
     """conv(x, weight) with what gains by products as such: what comes to an image, forward or backward, is one for all
     taps, which are then added up, and so is a weight gradient in half precision; in float32 that is one for each tap.
@@ -141,12 +181,10 @@ class Convolution(torch.autograd.Function):
     def forward(ctx, x, weight, transposed, stride, padding, output_padding):
         ctx.save_for_backward(x, weight)
         ctx.where = transposed, stride, padding, output_padding
-        if not transposed:
-            return F.conv2d(x, weight, None, stride, padding)
-        if _is_to_image(len(x), x.shape[2:], weight.shape, x.dtype):
+        if transposed and _is_to_image(len(x), x.shape[2:], weight.shape, x.dtype):
             size = conv_transpose_size(x.shape[2:], weight.shape[2:], stride, padding, output_padding)
             return _to_image(x, weight, size, stride, padding)
-        return F.conv_transpose2d(x, weight, None, stride, padding, output_padding)
+        return _convolution(x, weight, transposed, stride, padding, output_padding)
 
     @staticmethod
     def backward(ctx, dout):

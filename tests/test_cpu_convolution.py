@@ -13,6 +13,7 @@ from tests.accuracy import assert_as_accurate_as_stock
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+GAINS_IN_FLOAT32 = cpu_convolution._gains_in_float32.__wrapped__  # without its cache
 OURS, OF_STOCK = "ConvolutionBackward", "ConvolutionBackward0"
 # name → (layer, shape of its input, name of what autograd remembers of the formula)
 LAYERS = {
@@ -43,8 +44,9 @@ IMAGES = [name for name in LAYERS if "image" in name]
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch):
-    """Layers as small as these are taken, too."""
+def cpu(monkeypatch):
+    """A CPU that has instructions for half precision, and takes layers as small as these."""
+    monkeypatch.setattr(cpu_convolution, "_gains_in_float32", lambda dtype, trains: False)
     monkeypatch.setattr(cpu_convolution, "_LEAST_LOW", 1)
     monkeypatch.setattr(cpu_convolution, "_LEAST_CHANNELS", 6)
 
@@ -106,15 +108,97 @@ def test_an_activation_in_place_may_follow(name, layout):
     torch.testing.assert_close(gradients, torch.autograd.grad(stock.square().sum(), (x, layer.weight)))
 
 
-def test_autocast_takes_them_for_float32_layers():
-    for name in LAYERS:
-        layer, x = make(name)
-        with torch.autocast("cpu", torch.bfloat16):
-            y, stock = convolve(x.requires_grad_(), layer, layer.forward), layer(x)
-        assert is_ours(name, y) != ("coloured" in name)
-        torch.testing.assert_close(y, stock, rtol=0.016, atol=0.01)
-        y.float().sum().backward()
-        assert layer.weight.grad.dtype == torch.float32
+@pytest.mark.parametrize("name", LAYERS)
+def test_autocast_takes_them_for_float32_layers(name, monkeypatch):
+    monkeypatch.setattr(cpu_convolution, "_FEW_TAPS", 0)
+    layer, x = make(name)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = convolve(x.requires_grad_(), layer, layer.forward)
+        assert torch.is_autocast_enabled("cpu")
+        stock = layer(x)
+    assert is_ours(name, y) != ("coloured" in name)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y, stock, rtol=0.016, atol=0.01)
+    if "coloured" not in name:
+        half = copy.deepcopy(layer).bfloat16()
+        assert torch.equal(y, convolve(x.bfloat16(), half, half.forward)), "added up in less than float32"
+    y.float().sum().backward()
+    assert layer.weight.grad.dtype == torch.float32
+
+
+def half_stock(x):
+    raise AssertionError("the convolution was left to stock")
+
+
+HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+ORDINARY = {"ordinary": (lambda: nn.Conv2d(6, 5, 3, 2, 1, bias=False), (3, 6, 9, 10), None)}
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("name", [*LAYERS, "ordinary"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_half_precision_by_way_of_float32(name, layout, dtype, autocast, poisoned, monkeypatch):
+    monkeypatch.setattr(cpu_convolution, "_gains_in_float32", lambda dtype, trains: True)
+    monkeypatch.setitem(LAYERS, "ordinary", ORDINARY["ordinary"])
+    layer, x = make(name, layout)
+    if not autocast:
+        layer, x = layer.to(HALVES[dtype]), x.to(HALVES[dtype])
+    exact = copy.deepcopy(layer).double()
+    dout = torch.randn_like(layer(x)).to(HALVES[dtype])
+    with torch.autocast("cpu", HALVES[dtype], enabled=autocast):
+        ours = run(layer, x, dout, lambda x: convolve(x, layer, half_stock))
+        stock = run(layer, x, dout, layer)
+    reference = run(exact, x.double(), dout.double(), exact)
+    assert ours[0].grad_fn.name() == "ToCopyBackward0"
+    for what, *results in zip(("y", "dx", "dweight"), ours, stock, reference, strict=True):
+        assert results[0].dtype == results[1].dtype and layouts(results[0]) == layouts(results[1])
+        assert_as_accurate_as_stock(f"{name}: {what}", *results)
+
+
+def test_half_precision_stays_stock_where_that_is_no_gain(monkeypatch):
+    asked = []
+    monkeypatch.setattr(cpu_convolution, "_gains_in_float32", lambda *question: asked.append(question) or True)
+    layer, x = nn.Conv2d(6, 5, 3, 2, 1, bias=False).bfloat16(), torch.randn(3, 6, 9, 10).bfloat16()
+
+    def is_stock(layer, x):
+        return convolve(x, layer, lambda x: None) is None
+
+    assert not is_stock(layer, x)
+    with torch.no_grad():
+        assert not is_stock(layer, x)
+    assert not is_stock(layer.requires_grad_(False), x)
+    assert not is_stock(layer, x.requires_grad_())
+    assert asked == [(torch.bfloat16, trains) for trains in (True, False, False, True)]
+    assert is_stock(layer, x.float())  # which stock refuses
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert is_stock(layer, x)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    monkeypatch.setattr(cpu_convolution, "_gains_in_float32", lambda dtype, trains: False)
+    assert is_stock(layer, x)
+
+
+# What torch.cpu.get_capabilities says → whether bfloat16 and float16 gain by float32, (training, not training) each.
+AVX512 = {"architecture": "x86_64", "cpu_name": "Intel Xeon", "avx512_bf16": True, "avx512_fp16": True}
+CPUS = {
+    "AVX2": ({"architecture": "x86_64", "cpu_name": "Intel Core i7"}, (True, True), (True, True)),
+    "AVX-512 of an EPYC": ({**AVX512, "cpu_name": "AMD EPYC", "avx512_fp16": False}, (False, False), (True, True)),
+    "AVX-512 of a Xeon": (AVX512, (True, False), (True, False)),
+    "AMX": ({**AVX512, "amx_bf16": True, "amx_fp16": False}, (False, False), (True, False)),
+    "AMX with float16": ({**AVX512, "amx_bf16": True, "amx_fp16": True}, (False, False), (False, False)),
+    "ARM": ({"architecture": "aarch64"}, (False, False), (False, False)),
+}
+
+
+@pytest.mark.parametrize("name", CPUS)
+def test_which_cpus_gain_in_float32(name, monkeypatch):
+    capabilities, *expected = CPUS[name]
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    for dtype, gains in zip(HALVES.values(), expected, strict=True):
+        assert tuple(GAINS_IN_FLOAT32(dtype, trains) for trains in (True, False)) == gains
+    assert not GAINS_IN_FLOAT32(torch.float32, True) and not GAINS_IN_FLOAT32(torch.float64, True)
 
 
 @pytest.mark.parametrize("name", BY_CONVOLUTION)
