@@ -45,6 +45,11 @@ class Run:
         values = [e[name] for e in self.of("ceilings") if name in e and dtype in (None, e["dtype"])]
         return values[0] if values else None
 
+    def arithmetic_ceiling(self, dtype):
+        """The most TFLOP/s for numbers of a dtype, or None; half precision may be computed in float32."""
+        rates = [self.ceiling("tflops", name) for name in {dtype, "float32"}]
+        return None if self.ceiling("tflops", dtype) is None else max(rate for rate in rates if rate)
+
 
 @dataclass
 class Profile:

@@ -14,9 +14,10 @@ anew, `python scripts/report.py --run`, and adds your device. How each variant i
   (of the same precision, where both precisions have variants of ours). `eager-fp32` is the PyTorch example as it
   stands, the others are tuned (channels_last; on a CPU, and wherever they are compiled, fused Adam). `stock-step-` is
   our training step around PyTorch's layers, so it is no stock.
-- **Floors**: the time that the arithmetic of a step takes at the device's measured rate for a large matrix product,
-  and that its memory traffic takes at the measured rate of a copy, as shares of the time that it really took. Both
-  count convolutions only, and Adam's traffic; they are computed from the networks (`benchmarks/work.py`).
+- **Floors**: the time that the arithmetic of a step takes at the device's measured rate for a large matrix product
+  (for bf16 float32's rate, where that is higher: a CPU without units for bf16), and that its memory traffic takes at
+  the measured rate of a copy, as shares of the time that it really took. Both count convolutions only, and Adam's
+  traffic; they are computed from the networks (`benchmarks/work.py`).
 - **Memory** is the peak that torch's allocator held, in MiB."""
 
 _IN_TURN = """What is compared ran in turn, call by call, with eager PyTorch in the same precision: both saw the same
@@ -142,7 +143,7 @@ def _speed_up(fused, stock_microseconds):
 def floors(run, entry):
     """(share of the arithmetic floor, share of the traffic floor) of a training step; None where not measured."""
     seconds = entry["batch"] / entry["images_per_sec"]
-    tflops, copy = run.ceiling("tflops", entry["dtype"]), run.ceiling("tb_per_sec")
+    tflops, copy = run.arithmetic_ceiling(entry["dtype"]), run.ceiling("tb_per_sec")
     if "flops_per_image" not in entry:
         return None, None
     arithmetic = entry["flops_per_image"] * entry["batch"]
@@ -253,7 +254,7 @@ def _layers(run):
 
 def layer_floor(run, entry):
     """The least time that the ceilings allow a layer, as a share of the time it took; None without ceilings."""
-    tflops, copy = run.ceiling("tflops", entry["dtype"]), run.ceiling("tb_per_sec")
+    tflops, copy = run.arithmetic_ceiling(entry["dtype"]), run.ceiling("tb_per_sec")
     if not (tflops and copy):
         return None
     least = max(entry["flops"] / (tflops * 1e12), entry["bytes"] / (copy * 1e12))

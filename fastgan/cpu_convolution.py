@@ -7,6 +7,7 @@ of them are slow where the CPU has no instructions for it: there float32 compute
 """
 
 import functools
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -27,12 +28,10 @@ _LEAST_CHANNELS = 16  # a narrow product leaves the CPU's vectors half empty
 # positions makes their arithmetic small: they take 1.2 times as long as products, for 512×1024 channels 2.1 to 2.4
 # times (two threads of an AMD EPYC, with cold caches as in a step).
 _WIDE_ELEMENTS, _FEW_POSITIONS = 2**21, 16
-# PyTorch computes eight channels of an image, whatever it has. Up to so many of them the product is ahead (1.3 to 3.5
-# times as fast in float32), if the low side has so many numbers for each. Half precision, whose product is in float32,
-# stops at one.
+# PyTorch computes eight channels of an image, whatever it has. Up to so many of them the product is ahead (1.3 to 5
+# times as fast in float32), if the low side has so many numbers for each; with fewer it is in a loop of nothing else,
+# but not in a training step. Half precision, whose product is in float32, stops at one channel.
 _IMAGE_CHANNELS, _IMAGE_CHANNELS_IN_HALF, _LEAST_LOW = 3, 1, 2**17
-# torch.nn.functional.fold adds up all taps in one go, but in one thread.
-_FEW_TAPS = 2**18
 
 
 def convolve(x, conv, forward):
@@ -42,8 +41,7 @@ def convolve(x, conv, forward):
     weight = conv._parameters.get("weight")  # none of a parametrized layer, for which it would be computed
     if weight is None or conv.bias is not None or x.dim() != 4 or unfit_setting(conv):
         return forward(x)
-    autocast = torch.is_autocast_enabled("cpu")
-    dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     trains = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     working = torch.float32 if _gains_in_float32(dtype, trains) else dtype
     # By sizes first: most layers are none of these, and every call asks.
@@ -55,15 +53,23 @@ def convolve(x, conv, forward):
         return forward(x)
     x, weight = x.to(working), weight.to(working)
     where = (conv.transposed, conv.stride, conv.padding, conv.output_padding)
-    torch.set_autocast_enabled("cpu", False)  # which would cast what is float32 on purpose
-    try:
+    with _without_autocast():
         if of_one_position is not None:
             y = of_one_position(x, weight)
         else:
             y = (Convolution.apply if by_products else _convolution)(x, weight, *where)
-    finally:
-        torch.set_autocast_enabled("cpu", autocast)
     return y.to(dtype)
+
+
+@contextmanager
+def _without_autocast():
+    """Products of float32 are what they say: autocast would cast their operands."""
+    enabled = torch.is_autocast_enabled("cpu")
+    torch.set_autocast_enabled("cpu", False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cpu", enabled)
 
 
 @functools.cache
@@ -71,9 +77,10 @@ def _gains_in_float32(dtype, trains):
     """Whether the CPU convolves numbers of a half precision faster as float32, conversions included.
 
     Without instructions for them oneDNN converts each number again and again (4 to 5 times float32's time) or, before
-    AVX-512, PyTorch's slow convolutions are all there is (5 times and more). Intel's AVX-512 for bfloat16 takes twice
-    float32's time, for float16 hundreds of times in weight gradients; but forward alone it is the faster one where
-    images are few. AMD's is twice as fast as float32. Of other CPUs than x86 nothing is known.
+    AVX-512, PyTorch's slow convolutions are all there is (5 times and more): so it is on a Xeon if oneDNN is told to
+    use no others. Intel's AVX-512 for bfloat16 takes up to twice float32's time there, and for weight gradients in
+    float16 hundreds of times; forward alone it is the faster one where images are few. AMD's is faster than float32.
+    Of other CPUs than x86 nothing is known.
     """
     if dtype not in _HALF_INSTRUCTIONS:
         return False
@@ -138,19 +145,34 @@ def _gains(x, weight, conv, dtype):
     learns = grows and weight.requires_grad and (dtype != torch.float32 or weight.numel() >= _WIDE_ELEMENTS)
     if not (to_image or learns):
         return False
-    low = x.shape[2:] if conv.transposed else conv_size(x.shape[2:], conv.kernel_size, conv.stride, conv.padding)
-    if to_image and _is_to_image(len(x), low, weight.shape, dtype):
+    size = _far_size(x, weight, conv.transposed, conv.stride, conv.padding, conv.output_padding)
+    low, high = (x.shape[2:], size) if conv.transposed else (size, x.shape[2:])
+    if to_image and _is_to_image(len(x), low, high, weight.shape, conv.stride, conv.padding, dtype):
         return True
     in_order = all(tensor.is_contiguous(memory_format=torch.channels_last) for tensor in (x, weight))
     return learns and in_order and _weight_grad_for(len(x), low, weight.shape, dtype) is not None
 
 
-def _is_to_image(batch, low_size, weight_shape, dtype):
-    """Whether going from such a low side to the other one is faster as a product: to an image of a few channels."""
+def _far_size(x, weight, transposed, stride, padding, output_padding):
+    """The size of the side that x is not."""
+    if transposed:
+        return conv_transpose_size(x.shape[2:], weight.shape[2:], stride, padding, output_padding)
+    return conv_size(x.shape[2:], weight.shape[2:], stride, padding)
+
+
+def _is_to_image(batch, low_size, high_size, weight_shape, stride, padding, dtype):
+    """Whether going from such a low side to the other one is faster as a product: to an image of a few channels, which
+    is larger by the stride in either direction."""
     low_channels, image_channels, *kernel_size = weight_shape
     most = _IMAGE_CHANNELS if dtype == torch.float32 else _IMAGE_CHANNELS_IN_HALF
-    large = batch * low_size[0] * low_size[1] * low_channels >= _LEAST_LOW * image_channels
-    return image_channels <= most and large and low_channels >= _LEAST_CHANNELS and kernel_size != [1, 1]
+    if image_channels > most or low_channels < _LEAST_CHANNELS or kernel_size == [1, 1]:
+        return False
+    if batch * low_size[0] * low_size[1] * low_channels < _LEAST_LOW * image_channels:
+        return False
+    return all(
+        high == low * step and padded + step <= taps
+        for low, high, taps, step, padded in zip(low_size, high_size, kernel_size, stride, padding, strict=True)
+    )
 
 
 def _weight_grad_for(batch, low_size, weight_shape, dtype):
@@ -181,19 +203,22 @@ class Convolution(torch.autograd.Function):
     def forward(ctx, x, weight, transposed, stride, padding, output_padding):
         ctx.save_for_backward(x, weight)
         ctx.where = transposed, stride, padding, output_padding
-        if transposed and _is_to_image(len(x), x.shape[2:], weight.shape, x.dtype):
-            size = conv_transpose_size(x.shape[2:], weight.shape[2:], stride, padding, output_padding)
-            return _to_image(x, weight, size, stride, padding)
+        if transposed:
+            size = _far_size(x, weight, transposed, stride, padding, output_padding)
+            if _is_to_image(len(x), x.shape[2:], size, weight.shape, stride, padding, x.dtype):
+                return _to_image(x, weight, stride, padding)
         return _convolution(x, weight, transposed, stride, padding, output_padding)
 
     @staticmethod
+    @_without_autocast()
     def backward(ctx, dout):
         x, weight = ctx.saved_tensors
         transposed, stride, padding, output_padding = ctx.where
         low, high = (x, dout) if transposed else (dout, x)
-        problem = len(low), low.shape[2:], weight.shape, x.dtype
-        dx_by_taps = ctx.needs_input_grad[0] and not transposed and _is_to_image(*problem)
-        weight_grad = _weight_grad_for(*problem)
+        sizes = len(low), low.shape[2:]
+        dx_by_taps = ctx.needs_input_grad[0] and not transposed
+        dx_by_taps = dx_by_taps and _is_to_image(*sizes, x.shape[2:], weight.shape, stride, padding, x.dtype)
+        weight_grad = _weight_grad_for(*sizes, weight.shape, x.dtype)
         if not ctx.needs_input_grad[1] or (weight_grad is _weight_grad_tap_by_tap and torch.is_grad_enabled()):
             weight_grad = None  # whose steps autograd cannot follow
         stock = (ctx.needs_input_grad[0] and not dx_by_taps, ctx.needs_input_grad[1] and weight_grad is None, False)
@@ -202,37 +227,48 @@ class Convolution(torch.autograd.Function):
             where = (stride, padding, (1, 1), transposed, output_padding, 1)
             dx, dweight, _ = torch.ops.aten.convolution_backward(dout, x, weight, None, *where, stock)
         if dx_by_taps:
-            dx = _to_image(dout, weight, x.shape[2:], stride, padding)
+            dx = _to_image(dout, weight, stride, padding)
         if weight_grad is not None:
             dweight = weight_grad(low, high, weight.shape, stride, padding)
         return dx, dweight, None, None, None, None
 
 
-def _to_image(low, weight, size, stride, padding):
-    """conv_transpose2d of `low` to few channels of `size`, in float32 until all is added up."""
+def _to_image(low, weight, stride, padding):
+    """conv_transpose2d of `low` to images `stride` times as large, in float32 until all is added up."""
     layout = torch.channels_last if any(map(suggests_channels_last, (low, weight))) else torch.contiguous_format
-    n, channels, wide = len(low), weight.shape[1], torch.promote_types(low.dtype, torch.float32)
-    taps = torch.bmm(weight.flatten(1).t().to(wide).expand(n, -1, -1), low.flatten(2).to(wide))
-    taps = taps.view(n, *weight.shape[1:], *low.shape[2:])  # (N, channels, kh, kw, height of low, width of low)
+    (n, low_channels, *size), (_, channels, *kernel_size) = low.shape, weight.shape
+    wide = torch.promote_types(low.dtype, torch.float32)
+    low, by_tap = low.to(wide), weight.flatten(1).t().to(wide)
+    if low.is_contiguous(memory_format=torch.channels_last):
+        taps = torch.mm(by_tap, low.permute(0, 2, 3, 1).reshape(-1, low_channels).t()).view(-1, *kernel_size, n, *size)
+    else:
+        taps = torch.bmm(by_tap.expand(n, -1, -1), low.flatten(2)).view(n, -1, *kernel_size, *size).movedim(0, 3)
+    for axis in range(2):
+        taps = _added_up(taps, axis, stride[axis], padding[axis])
     # A tensor of its own, not a view: an activation in place comes next.
-    result = torch.empty(n, channels, *size, dtype=low.dtype, device=low.device, memory_format=layout)
-    return result.copy_(_added_up(taps, size, stride, padding))
+    image_size = [positions * step for positions, step in zip(size, stride, strict=True)]
+    image = torch.empty(n, channels, *image_size, dtype=weight.dtype, device=low.device, memory_format=layout)
+    image.view(n, channels, size[0], stride[0], size[1], stride[1]).copy_(taps.permute(3, 0, 4, 1, 5, 2))
+    return image
 
 
-def _added_up(taps, size, stride, padding):
-    """The images (N, channels, *size) that consist of `taps` (N, channels, kh, kw, h, w), each at its place."""
-    n, channels, kh, kw, h, w = taps.shape
-    if taps.numel() <= _FEW_TAPS:
-        return F.fold(taps.view(-1, h * w), size, (kh, kw), padding=padding, stride=stride).view(n, channels, *size)
-    # First rows, then columns, each of what all taps reach and up to where the image ends, which may be further.
-    rows = taps.new_zeros(n, channels, kw, max((h - 1) * stride[0] + kh, padding[0] + size[0]), w)
-    for tap in range(kh):
-        rows[..., tap : tap + (h - 1) * stride[0] + 1 : stride[0], :] += taps[:, :, tap]
-    rows = rows[..., padding[0] : padding[0] + size[0], :]
-    image = taps.new_zeros(n, channels, size[0], max((w - 1) * stride[1] + kw, padding[1] + size[1]))
-    for tap in range(kw):
-        image[..., tap : tap + (w - 1) * stride[1] + 1 : stride[1]] += rows[:, :, tap]
-    return image[..., padding[1] : padding[1] + size[1]]
+def _added_up(taps, axis, stride, padding):
+    """What the taps come to along one axis of the images, in place.
+
+    Args:
+        taps: (channels, taps along one axis, along the other, N, height of the low side, its width).
+    Returns:
+        The same with only the taps that stay where they are: those to the `stride` positions of the image that lie
+        at each one of the low side. The others were moved there and added.
+    """
+    size, image = taps.shape[4 + axis], taps.narrow(1 + axis, padding, stride)
+    for tap in range(taps.shape[1 + axis]):
+        shift, phase = divmod(tap - padding, stride)
+        length = size - abs(shift)
+        if shift != 0 and length > 0:
+            moved = taps.select(1 + axis, tap).narrow(3 + axis, max(-shift, 0), length)
+            image.select(1 + axis, phase).narrow(3 + axis, max(shift, 0), length).add_(moved)
+    return image
 
 
 def _weight_grad_of_all_taps(low, high, weight_shape, stride, padding):

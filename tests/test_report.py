@@ -133,6 +133,9 @@ def test_numbers_of_the_tables(write):
     # image; 6 MB and 128 MB / 128 at 2 TB/s are 3.5 µs.
     row = cells(page, 128, "fused-bf16")
     assert row[2:] == ["50,000", "2.56", "2.50", "50.00", "20%", "18%", "60", "0.75"]
+    faster = content(*complete()["benchmarks"], benchmark("ceilings", 1.0, tflops=1000.0, dtype="float32"))
+    assert run(write("faster.json", faster)) == 0  # bfloat16 can be computed in float32
+    assert cells(Path("RESULTS.md").read_text(), 128, "fused-bf16")[6] == "10%"
     assert cells(page, 1024, "fused-bf16")[4] == "0.75"  # a losing row stays
     assert cells(page, 128, "eager-fp32")[4:7] == ["0.05", "1.00", "–"]  # no ceiling in float32 was measured
     assert cells(page, 128, "stock-step-graph-bf16")[4] == "1.25"
