@@ -1,10 +1,11 @@
 """Where there is no GPU the kernels run in Triton's interpreter, which must be chosen before Triton is imported."""
 
-import importlib.util
 import os
 
 import pytest
 import torch
+
+from tests.interpreter import use_interpreter
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores
@@ -12,12 +13,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
-    os.environ["TRITON_INTERPRET"] = "1"
-    if importlib.util.find_spec("triton"):
-        from triton.runtime import interpreter
-
-        # Whether an int32 overflows, which no size of these tests can bring about, takes half of its time.
-        interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
+    use_interpreter()
 
 
 def pytest_collection_modifyitems(items):

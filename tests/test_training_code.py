@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastgan
 from tests.forwards import forward_of, functions, residual
+from tests.interpreter import use_interpreter
 from tests.networks import assert_equal
 from tests.pairs import assert_close, block, make_pair, one_step
 
@@ -267,6 +268,7 @@ def _process(rank, folder):
     """One of two: DistributedDataParallel around stock and fused networks, with BatchNorm and with SyncBatchNorm."""
     torch.set_num_threads(1)
     torch.backends.cudnn.conv.fp32_precision = "ieee"
+    use_interpreter()
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     torch.manual_seed(1)
     batches = torch.randn(2, 4, 3, 8, 8)

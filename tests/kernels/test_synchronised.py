@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch.nn import functional as F
 
 from fastgan import functional as fused
+from tests.interpreter import use_interpreter
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this PyTorch has no torch.distributed")
 
@@ -111,6 +112,8 @@ def _in_this_process(layer, rank, device):
 def _process(rank, folder, device):
     torch.set_num_threads(1)
     torch.backends.cudnn.conv.fp32_precision = "ieee"
+    if device.type == "cpu":
+        use_interpreter()
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     with pytest.MonkeyPatch.context() as patch:
         found = {}
