@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import timing
-from fastgan.training.allocation import keep_freed_memory
+from fastgan.training import keep_freed_memory
 
 NOT_RUN = pytest.StashKey[list]()
 BROKE_OFF = pytest.StashKey[bool]()

@@ -1,5 +1,6 @@
 """Training: one GAN update as an object, and runs with records, checkpoints and resuming."""
 
+from fastgan.training.allocation import keep_freed_memory
 from fastgan.training.checkpoints import load_generator, read_checkpoint
 from fastgan.training.config import TrainConfig
 from fastgan.training.generate import generate
@@ -12,6 +13,7 @@ __all__ = [
     "TrainConfig",
     "TrainStep",
     "generate",
+    "keep_freed_memory",
     "load_generator",
     "new_run",
     "read_checkpoint",
