@@ -100,7 +100,7 @@ def _bce_and_gradient(logits, targets, means):
     size = len(logits) // len(targets)
     target = torch.full_like(logits, targets[0])
     for part, value in enumerate(targets[1:], 1):
-        target[part * size : (part + 1) * size] = value
+        target[part * size : (part + 1) * size].fill_(value)
     loss, sigmoids = F.binary_cross_entropy_with_logits(logits, target), logits.sigmoid()
     return (
         loss * len(targets) if len(targets) > 1 else loss,

@@ -16,9 +16,18 @@ class ContiguousAdam(torch.optim.Adam):
     Python around them takes as long as the update of a small network.
     """
 
+    def zero_grad(self, set_to_none=True):
+        """torch's, which tells the profiler of each one: that takes longer than the rest of it."""
+        if not set_to_none:
+            return super().zero_grad(set_to_none)
+        for group in self.param_groups:
+            for param in group["params"]:
+                param.grad = None
+
     def step(self, closure=None):
         """torch's: one update; returns what `closure`, if any, returns."""
-        updates = [self._lists_on_cpu(group) for group in self.param_groups] if closure is None else [None]
+        with torch.no_grad():  # or views of parameters become part of a graph
+            updates = [self._lists_on_cpu(group) for group in self.param_groups] if closure is None else [None]
         if any(lists is None for lists in updates):
             step = torch.optim.Adam.step
             # From the first Adam on it has torch's hooks around it, which are around this method already.

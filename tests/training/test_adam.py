@@ -58,6 +58,25 @@ def test_no_gradient_is_copied():
     assert "aten::clone" not in names
 
 
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_gradients_go(set_to_none):
+    learning = [tensor.requires_grad_() for tensor in parameters(torch.channels_last)]
+    optimizer = ContiguousAdam(learning[:3])
+    optimizer.add_param_group({"params": learning[3:]})
+    for parameter in learning[1:]:
+        parameter.grad = torch.ones_like(parameter)
+    grads = [parameter.grad for parameter in learning]
+    optimizer.zero_grad(set_to_none)
+    if set_to_none:
+        assert all(parameter.grad is None for parameter in learning)
+        assert all(grad.all() for grad in grads[1:])
+    else:
+        assert learning[0].grad is None
+        assert all(
+            parameter.grad is grad and not grad.any() for parameter, grad in zip(learning[1:], grads[1:], strict=True)
+        )
+
+
 def test_hooks_and_schedulers_work():
     parameter, called = torch.ones(2, 3, 4, 4).to(memory_format=torch.channels_last).requires_grad_(), []
     torch.optim.Adam([parameter])  # from now on torch's step calls hooks by itself
