@@ -47,8 +47,8 @@ class Run:
 
     def arithmetic_ceiling(self, dtype):
         """The most TFLOP/s for numbers of a dtype, or None; half precision may be computed in float32."""
-        rates = [self.ceiling("tflops", name) for name in {dtype, "float32"}]
-        return None if self.ceiling("tflops", dtype) is None else max(rate for rate in rates if rate)
+        own, of_float32 = (self.ceiling("tflops", name) for name in (dtype, "float32"))
+        return own and max(own, of_float32 or own)
 
 
 @dataclass

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from fastgan import backend
 from fastgan.layout import suggests_channels_last
-from fastgan.ops.geometry import conv_size, conv_transpose_size
+from fastgan.ops.geometry import out_size
 from fastgan.patterns import unfit_setting
 
 # Half precisions, and what multiplies them: Intel's tiles (AMX) and vectors (AVX-512), as torch.cpu.get_capabilities
@@ -45,20 +45,17 @@ def convolve(x, conv, forward):
     trains = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     working = torch.float32 if _gains_in_float32(dtype, trains) else dtype
     # By sizes first: most layers are none of these, and every call asks.
-    of_one_position = _one_position(x, weight, conv)
-    by_products = of_one_position is None and _gains(x, weight, conv, working)
-    if of_one_position is None and not by_products and working == dtype:
-        return forward(x)
+    compute, where = _one_position(x, weight, conv), ()
+    if compute is None:
+        by_products = _gains(x, weight, conv, working)
+        if not by_products and working == dtype:
+            return forward(x)
+        compute = Convolution.apply if by_products else _convolution
+        where = (conv.transposed, conv.stride, conv.padding, conv.output_padding)
     if not (_is_plain(x, weight, conv) and _are_cast(x, weight, dtype) and _multiplies_in(working)):
         return forward(x)
-    x, weight = x.to(working), weight.to(working)
-    where = (conv.transposed, conv.stride, conv.padding, conv.output_padding)
     with _without_autocast():
-        if of_one_position is not None:
-            y = of_one_position(x, weight)
-        else:
-            y = (Convolution.apply if by_products else _convolution)(x, weight, *where)
-    return y.to(dtype)
+        return compute(x.to(working), weight.to(working), *where).to(dtype)
 
 
 @contextmanager
@@ -145,19 +142,12 @@ def _gains(x, weight, conv, dtype):
     learns = grows and weight.requires_grad and (dtype != torch.float32 or weight.numel() >= _WIDE_ELEMENTS)
     if not (to_image or learns):
         return False
-    size = _far_size(x, weight, conv.transposed, conv.stride, conv.padding, conv.output_padding)
+    size = out_size(x, weight, conv.transposed, conv.stride, conv.padding, conv.output_padding)
     low, high = (x.shape[2:], size) if conv.transposed else (size, x.shape[2:])
     if to_image and _is_to_image(len(x), low, high, weight.shape, conv.stride, conv.padding, dtype):
         return True
     in_order = all(tensor.is_contiguous(memory_format=torch.channels_last) for tensor in (x, weight))
     return learns and in_order and _weight_grad_for(len(x), low, weight.shape, dtype) is not None
-
-
-def _far_size(x, weight, transposed, stride, padding, output_padding):
-    """The size of the side that x is not."""
-    if transposed:
-        return conv_transpose_size(x.shape[2:], weight.shape[2:], stride, padding, output_padding)
-    return conv_size(x.shape[2:], weight.shape[2:], stride, padding)
 
 
 def _is_to_image(batch, low_size, high_size, weight_shape, stride, padding, dtype):
@@ -186,9 +176,8 @@ def _weight_grad_for(batch, low_size, weight_shape, dtype):
 
 
 def _convolution(x, weight, transposed, stride, padding, output_padding):
-    if transposed:
-        return F.conv_transpose2d(x, weight, None, stride, padding, output_padding)
-    return F.conv2d(x, weight, None, stride, padding)
+    """PyTorch's."""
+    return torch.convolution(x, weight, None, stride, padding, (1, 1), transposed, output_padding, 1)
 
 
 class Convolution(torch.autograd.Function):
@@ -204,7 +193,7 @@ class Convolution(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.where = transposed, stride, padding, output_padding
         if transposed:
-            size = _far_size(x, weight, transposed, stride, padding, output_padding)
+            size = out_size(x, weight, transposed, stride, padding, output_padding)
             if _is_to_image(len(x), x.shape[2:], size, weight.shape, stride, padding, x.dtype):
                 return _to_image(x, weight, stride, padding)
         return _convolution(x, weight, transposed, stride, padding, output_padding)

@@ -1,6 +1,7 @@
 """What fused layers compute convolutions by on a CPU: matrix products, against stock convolutions."""
 
 import copy
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -74,6 +75,20 @@ def run(layer, x, dout, forward):
     return (y, *torch.autograd.grad(y, (x, weight), dout.to(y.dtype)))
 
 
+def is_stock(layer, x):
+    """Whether its convolution is left to stock."""
+    return convolve(x, layer, lambda x: None) is None
+
+
+@contextmanager
+def products_in_less_than_float32():
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def layouts(tensor):
     """The names of the layouts that it has: of those without meaning where sizes are one, both."""
     return {name for name, layout in LAYOUTS.items() if tensor.is_contiguous(memory_format=layout)}
@@ -128,12 +143,7 @@ def test_autocast_takes_them_for_float32_layers(name):
     assert layer.weight.grad.dtype == torch.float32
 
 
-def half_stock(x):
-    raise AssertionError("the convolution was left to stock")
-
-
 HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-ORDINARY = {"ordinary": (lambda: nn.Conv2d(6, 5, 3, 2, 1, bias=False), (3, 6, 9, 10), None)}
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -142,14 +152,14 @@ ORDINARY = {"ordinary": (lambda: nn.Conv2d(6, 5, 3, 2, 1, bias=False), (3, 6, 9,
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_half_precision_by_way_of_float32(name, layout, dtype, autocast, poisoned, monkeypatch):
     monkeypatch.setattr(cpu_convolution, "_gains_in_float32", lambda dtype, trains: True)
-    monkeypatch.setitem(LAYERS, "ordinary", ORDINARY["ordinary"])
+    monkeypatch.setitem(LAYERS, "ordinary", (lambda: nn.Conv2d(6, 5, 3, 2, 1, bias=False), (3, 6, 9, 10), None))
     layer, x = make(name, layout)
     if not autocast:
         layer, x = layer.to(HALVES[dtype]), x.to(HALVES[dtype])
     exact = copy.deepcopy(layer).double()
     dout = torch.randn_like(layer(x)).to(HALVES[dtype])
     with torch.autocast("cpu", HALVES[dtype], enabled=autocast):
-        ours = run(layer, x, dout, lambda x: convolve(x, layer, half_stock))
+        ours = run(layer, x, dout, lambda x: convolve(x, layer, None))  # which has none to leave it to
         stock = run(layer, x, dout, layer)
     reference = run(exact, x.double(), dout.double(), exact)
     assert ours[0].grad_fn.name() == "ToCopyBackward0"
@@ -163,9 +173,6 @@ def test_half_precision_stays_stock_where_that_is_no_gain(monkeypatch):
     monkeypatch.setattr(cpu_convolution, "_gains_in_float32", lambda *question: asked.append(question) or True)
     layer, x = nn.Conv2d(6, 5, 3, 2, 1, bias=False).bfloat16(), torch.randn(3, 6, 9, 10).bfloat16()
 
-    def is_stock(layer, x):
-        return convolve(x, layer, lambda x: None) is None
-
     assert not is_stock(layer, x)
     with torch.no_grad():
         assert not is_stock(layer, x)
@@ -173,11 +180,8 @@ def test_half_precision_stays_stock_where_that_is_no_gain(monkeypatch):
     assert not is_stock(layer, x.requires_grad_())
     assert asked == [(torch.bfloat16, trains) for trains in (True, False, False, True)]
     assert is_stock(layer, x.float())  # which stock refuses
-    torch.set_float32_matmul_precision("medium")
-    try:
+    with products_in_less_than_float32():
         assert is_stock(layer, x)
-    finally:
-        torch.set_float32_matmul_precision("highest")
     monkeypatch.setattr(cpu_convolution, "_gains_in_float32", lambda dtype, trains: False)
     assert is_stock(layer, x)
 
@@ -277,9 +281,6 @@ def test_gradients_of_wide_weight_gradients(monkeypatch):
 
 
 def test_wide_layers_that_stay_stock(monkeypatch):
-    def is_stock(layer, x):
-        return convolve(x, layer, lambda x: None) is None
-
     layer, x = make_wide("4x4", monkeypatch)
     assert not is_stock(layer, x)
     assert is_stock(layer, x.contiguous())
@@ -287,49 +288,43 @@ def test_wide_layers_that_stay_stock(monkeypatch):
     assert is_stock(copy.deepcopy(layer).double(), x.double())
     with torch.no_grad():
         assert is_stock(layer, x)
-    torch.set_float32_matmul_precision("medium")
-    try:
+    with products_in_less_than_float32():
         assert is_stock(layer, x)
-    finally:
-        torch.set_float32_matmul_precision("highest")
     monkeypatch.setattr(cpu_convolution, "_WIDE_ELEMENTS", layer.weight.numel() + 1)
     assert is_stock(layer, x)
 
 
 def test_what_stays_stock(monkeypatch):
-    def formula(layer, x):
-        return convolve(x, layer, lambda x: "stock")
-
     layer, x = make("from one position")
     x, layer = x.bfloat16(), layer.bfloat16()
-    assert formula(layer, x) != "stock"
-    assert formula(layer, x[:0]) == "stock"  # nothing to multiply
-    assert formula(layer, x[:, 1:]) == "stock"  # which then refuses it
-    assert formula(layer, x.float()) == "stock"  # and this
-    assert formula(layer.double(), x.double()) == "stock"
-    assert formula(nn.ConvTranspose2d(7, 5, 4).bfloat16(), x) == "stock"  # a bias
-    assert formula(nn.ConvTranspose2d(7, 5, 4, padding=1, bias=False).bfloat16(), x) == "stock"
+    assert not is_stock(layer, x)
+    assert is_stock(layer, x[:0])  # nothing to multiply
+    assert is_stock(layer, x[:, 1:])  # which then refuses it
+    assert is_stock(layer, x.float())  # and this
+    assert is_stock(layer.double(), x.double())
+    assert is_stock(nn.ConvTranspose2d(7, 5, 4).bfloat16(), x)  # a bias
+    assert is_stock(nn.ConvTranspose2d(7, 5, 4, padding=1, bias=False).bfloat16(), x)
     computed = nn.utils.parametrizations.weight_norm(nn.ConvTranspose2d(7, 5, 4, bias=False)).bfloat16()
-    assert formula(computed, x) == "stock"
+    assert is_stock(computed, x)
     narrow = nn.Conv2d(3, 24, 4, 2, 1, bias=False).bfloat16().to(memory_format=torch.channels_last)
     images = torch.randn(3, 3, 8, 8).bfloat16().to(memory_format=torch.channels_last)
-    assert formula(narrow, images) == "stock"
+    assert is_stock(narrow, images)
     layer, x = make("weight gradient")
     x, layer = x.bfloat16(), layer.bfloat16()
-    assert formula(layer, x) != "stock"
+    assert not is_stock(layer, x)
     with torch.no_grad():
-        assert formula(layer, x) == "stock"  # its forward is stock's anyway
+        assert is_stock(layer, x)  # its forward is stock's anyway
     many = torch.cat([x] * 4)
-    assert formula(layer, many) == "stock"  # 240 positions for 24 channels
+    assert is_stock(layer, many)  # 240 positions for 24 channels
     monkeypatch.setattr(cpu_convolution, "_POSITIONS_A_CHANNEL", 10)
-    assert formula(layer, many) != "stock"
+    assert not is_stock(layer, many)
     layer, x = make("to an image")
-    assert formula(layer, x) != "stock"
+    assert not is_stock(layer, x)
     monkeypatch.setattr(cpu_convolution, "_LEAST_LOW", x.numel() + 1)
-    assert formula(layer, x) == "stock"
+    assert is_stock(layer, x)
     layer, x = make("of an image")
-    assert formula(layer, x) == "stock"  # an image's gradient that nobody wants
-    assert formula(nn.ConvTranspose2d(32, 3, 1, bias=False), torch.randn(2, 32, 8, 8)) == "stock"  # one tap
+    assert is_stock(layer, x)  # an image's gradient that nobody wants
+    assert is_stock(nn.ConvTranspose2d(32, 3, 1, bias=False), torch.randn(2, 32, 8, 8))  # one tap
 
 
 # Images that are not as large as the stride says, and ones with positions where no tap stays.
@@ -338,20 +333,17 @@ def test_what_stays_stock(monkeypatch):
 def test_other_images_stay_stock(kernel_size, stride, settings):
     x = torch.randn(3, 6, 5, 4)
     layer = nn.ConvTranspose2d(6, 1, kernel_size, stride, bias=False, **settings)
-    assert convolve(x, layer, lambda x: "stock") == "stock"
+    assert is_stock(layer, x)
     images = layer(x).detach().requires_grad_()
     layer = nn.Conv2d(1, 6, kernel_size, stride, settings["padding"], bias=False)
-    assert convolve(images, layer, lambda x: "stock") == "stock"
+    assert is_stock(layer, images)
 
 
 def test_products_in_less_than_float32_are_no_convolutions():
     layer, x = make("to an image")
-    torch.set_float32_matmul_precision("medium")
-    try:
-        assert convolve(x, layer, lambda x: "stock") == "stock"
-        assert not isinstance(convolve(x.bfloat16(), layer.bfloat16(), lambda x: "stock"), str)
-    finally:
-        torch.set_float32_matmul_precision("highest")
+    with products_in_less_than_float32():
+        assert is_stock(layer, x)
+        assert not is_stock(layer.bfloat16(), x.bfloat16())
 
 
 def test_transforms_and_compilation_see_stock_layers():
