@@ -1,18 +1,26 @@
-"""Convolutions on a CPU as matrix products, where those are faster than PyTorch's own kernels for them.
+"""What convolutions are computed by on a CPU: matrix products, where those are faster than PyTorch's own kernels.
 
 Between sides of many channels PyTorch's convolutions in float32 run as fast as the CPU multiplies. They are slow at the
-ends of a GAN, a side of one position and one of three channels, and at putting large weight gradients in order. As a
-product each of these adds up in another order than PyTorch does, with errors no larger than its. In half precision all
-of them are slow where the CPU has no instructions for it: there float32 computes what is rounded at the end.
+ends of a GAN, a side of one position and one of three channels, and where large weights are put in order for few
+positions. As a product each of these adds up in another order than PyTorch does, with errors no larger than its. In
+half precision all of them are slow where the CPU has no instructions for it: there float32 computes what is rounded at
+the end.
 """
 
 import functools
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 
 from fastgan import backend
+from fastgan.cpu_products import (
+    from_one_position,
+    to_high,
+    to_low,
+    to_one_position,
+    weight_grad_of_all_taps,
+    weight_grad_tap_by_tap,
+)
 from fastgan.layout import suggests_channels_last
 from fastgan.ops.geometry import out_size
 from fastgan.patterns import unfit_setting
@@ -25,8 +33,9 @@ _HALF_INSTRUCTIONS = {torch.bfloat16: ("amx_bf16", "avx512_bf16"), torch.float16
 _POSITIONS_A_CHANNEL = 8
 _LEAST_CHANNELS = 16  # a narrow product leaves the CPU's vectors half empty
 # In float32 PyTorch's wait for copies of large weights, from 256×512 channels of 4×4 taps on, where a low side of few
-# positions makes their arithmetic small: they take 1.2 times as long as products, for 512×1024 channels 2.1 to 2.4
-# times (two threads of an AMD EPYC, with cold caches as in a step).
+# positions makes their arithmetic small. With cold caches, as in a step, weight gradients take 1.2 times as long as
+# products, for 512×1024 channels 2.1 to 2.4 times (two threads of an AMD EPYC); convolutions from the low side 1.3 to
+# 1.4 times, to it 1.1 to 1.3 times, for 512×512 channels down to two positions a side and fewer 2 times (of a Xeon).
 _WIDE_ELEMENTS, _FEW_POSITIONS = 2**21, 16
 # PyTorch computes eight channels of an image, whatever it has. Up to so many of them the product is ahead (1.3 to 5
 # times as fast in float32), if the low side has so many numbers for each; with fewer it is in a loop of nothing else,
@@ -119,60 +128,60 @@ def _one_position(x, weight, conv):
     return from_one_position if conv.transposed else to_one_position
 
 
-def from_one_position(x, weight):
-    """conv_transpose2d of (N, in_channels, 1, 1) without padding: one product, in the layout of the weight."""
-    in_channels, out_channels, *kernel_size = weight.shape
-    if suggests_channels_last(weight):
-        y = torch.mm(x.flatten(1), weight.permute(0, 2, 3, 1).reshape(in_channels, -1))
-        return y.view(-1, *kernel_size, out_channels).permute(0, 3, 1, 2)
-    return torch.mm(x.flatten(1), weight.reshape(in_channels, -1)).view(-1, out_channels, *kernel_size)
-
-
-def to_one_position(x, weight):
-    """conv2d of images as large as the kernel, without padding."""
-    if suggests_channels_last(weight):
-        x, weight = x.permute(0, 2, 3, 1), weight.permute(0, 2, 3, 1)
-    return F.linear(x.flatten(1), weight.flatten(1))[:, :, None, None]
-
-
 def _gains(x, weight, conv, dtype):
     """Whether anything of a convolution runs another way as a `Convolution`, forward or backward."""
     grows = torch.is_grad_enabled()
     to_image = weight.shape[1] <= _IMAGE_CHANNELS and (conv.transposed or (grows and x.requires_grad))
-    learns = grows and weight.requires_grad and (dtype != torch.float32 or weight.numel() >= _WIDE_ELEMENTS)
-    if not (to_image or learns):
+    wide = dtype == torch.float32 and weight.numel() >= _WIDE_ELEMENTS
+    learns = dtype != torch.float32 and grows and weight.requires_grad
+    if not (to_image or wide or learns):
         return False
     size = out_size(x, weight, conv.transposed, conv.stride, conv.padding, conv.output_padding)
     low, high = (x.shape[2:], size) if conv.transposed else (size, x.shape[2:])
-    if to_image and _is_to_image(len(x), low, high, weight.shape, conv.stride, conv.padding, dtype):
+    if _is_wide(low, weight, dtype):
+        return True
+    if (
+        to_image
+        and _is_to_image(len(x), low, weight.shape, dtype)
+        and _fit(low, high, weight, conv.stride, conv.padding)
+    ):
         return True
     in_order = all(tensor.is_contiguous(memory_format=torch.channels_last) for tensor in (x, weight))
-    return learns and in_order and _weight_grad_for(len(x), low, weight.shape, dtype) is not None
+    return learns and in_order and _weight_grad_for(len(x), low, weight, dtype) is not None
 
 
-def _is_to_image(batch, low_size, high_size, weight_shape, stride, padding, dtype):
-    """Whether going from such a low side to the other one is faster as a product: to an image of a few channels, which
-    is larger by the stride in either direction."""
+def _is_wide(low_size, weight, dtype):
+    """Whether all that is computed with such a weight is faster as products, in either direction and for gradients."""
+    positions = low_size[0] * low_size[1]
+    large = dtype == torch.float32 and weight.numel() >= _WIDE_ELEMENTS
+    if not large or positions > _FEW_POSITIONS:
+        return False
+    return weight.is_contiguous(memory_format=torch.channels_last) and suggests_channels_last(weight)  # as its result
+
+
+def _is_to_image(batch, low_size, weight_shape, dtype):
+    """Whether going from such a low side to the other one is faster as a product because that has few channels."""
     low_channels, image_channels, *kernel_size = weight_shape
     most = _IMAGE_CHANNELS if dtype == torch.float32 else _IMAGE_CHANNELS_IN_HALF
     if image_channels > most or low_channels < _LEAST_CHANNELS or kernel_size == [1, 1]:
         return False
-    if batch * low_size[0] * low_size[1] * low_channels < _LEAST_LOW * image_channels:
-        return False
+    return batch * low_size[0] * low_size[1] * low_channels >= _LEAST_LOW * image_channels
+
+
+def _fit(low_size, high_size, weight, stride, padding):
+    """Whether the sides are such that `to_high` goes from one to the other: `stride` times as large, without gaps."""
     return all(
         high == low * step and padded + step <= taps
-        for low, high, taps, step, padded in zip(low_size, high_size, kernel_size, stride, padding, strict=True)
+        for low, high, taps, step, padded in zip(low_size, high_size, weight.shape[2:], stride, padding, strict=True)
     )
 
 
-def _weight_grad_for(batch, low_size, weight_shape, dtype):
+def _weight_grad_for(batch, low_size, weight, dtype):
     """The function for a weight gradient of such a low side by products, or None where that gains nothing."""
-    positions = low_size[0] * low_size[1]
     if dtype == torch.float32:
-        few = positions <= _FEW_POSITIONS and weight_shape.numel() >= _WIDE_ELEMENTS
-        return _weight_grad_tap_by_tap if few else None
-    fits = min(weight_shape[:2]) >= _LEAST_CHANNELS and batch * positions <= _POSITIONS_A_CHANNEL * weight_shape[0]
-    return _weight_grad_of_all_taps if fits else None
+        return weight_grad_tap_by_tap if _is_wide(low_size, weight, dtype) else None
+    few = batch * low_size[0] * low_size[1] <= _POSITIONS_A_CHANNEL * len(weight)
+    return weight_grad_of_all_taps if few and min(weight.shape[:2]) >= _LEAST_CHANNELS else None
 
 
 def _convolution(x, weight, transposed, stride, padding, output_padding):
@@ -180,9 +189,17 @@ def _convolution(x, weight, transposed, stride, padding, output_padding):
     return torch.convolution(x, weight, None, stride, padding, (1, 1), transposed, output_padding, 1)
 
 
+def _by_products(x, weight, upwards, size, stride, padding):
+    """`x` brought to the other side, of that size, by products; None where those gain nothing."""
+    if not upwards:
+        return to_low(x, weight, stride, padding) if _is_wide(size, weight, x.dtype) else None
+    low = x.shape[2:]
+    gains = _is_wide(low, weight, x.dtype) or _is_to_image(len(x), low, weight.shape, x.dtype)
+    return to_high(x, weight, stride, padding) if gains and _fit(low, size, weight, stride, padding) else None
+
+
 class Convolution(torch.autograd.Function):
-    """conv(x, weight) with what gains by products as such: what comes to an image, forward or backward, is one for all
-    taps, which are then added up, and so is a weight gradient in half precision; in float32 that is one for each tap.
+    """conv(x, weight) with what gains by products as such, forward and backward.
 
     For both directions: (low, high), the sides with fewer and with more positions, are (result, x) of a convolution
     and (x, result) of a transposed one, and the weight is (low channels, high channels, kh, kw).
@@ -192,11 +209,9 @@ class Convolution(torch.autograd.Function):
     def forward(ctx, x, weight, transposed, stride, padding, output_padding):
         ctx.save_for_backward(x, weight)
         ctx.where = transposed, stride, padding, output_padding
-        if transposed:
-            size = out_size(x, weight, transposed, stride, padding, output_padding)
-            if _is_to_image(len(x), x.shape[2:], size, weight.shape, stride, padding, x.dtype):
-                return _to_image(x, weight, stride, padding)
-        return _convolution(x, weight, transposed, stride, padding, output_padding)
+        size = out_size(x, weight, *ctx.where)
+        y = _by_products(x, weight, transposed, size, stride, padding)
+        return _convolution(x, weight, *ctx.where) if y is None else y
 
     @staticmethod
     @_without_autocast()
@@ -204,92 +219,18 @@ class Convolution(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         transposed, stride, padding, output_padding = ctx.where
         low, high = (x, dout) if transposed else (dout, x)
-        sizes = len(low), low.shape[2:]
-        dx_by_taps = ctx.needs_input_grad[0] and not transposed
-        dx_by_taps = dx_by_taps and _is_to_image(*sizes, x.shape[2:], weight.shape, stride, padding, x.dtype)
-        weight_grad = _weight_grad_for(*sizes, weight.shape, x.dtype)
-        if not ctx.needs_input_grad[1] or (weight_grad is _weight_grad_tap_by_tap and torch.is_grad_enabled()):
+        dx = dweight = weight_grad = None
+        if ctx.needs_input_grad[0]:
+            dx = _by_products(dout, weight, not transposed, x.shape[2:], stride, padding)
+        if ctx.needs_input_grad[1]:
+            weight_grad = _weight_grad_for(len(low), low.shape[2:], weight, x.dtype)
+        if weight_grad is weight_grad_tap_by_tap and torch.is_grad_enabled():
             weight_grad = None  # whose steps autograd cannot follow
-        stock = (ctx.needs_input_grad[0] and not dx_by_taps, ctx.needs_input_grad[1] and weight_grad is None, False)
-        dx = dweight = None
-        if any(stock):
+        left = (ctx.needs_input_grad[0] and dx is None, ctx.needs_input_grad[1] and weight_grad is None, False)
+        if any(left):
             where = (stride, padding, (1, 1), transposed, output_padding, 1)
-            dx, dweight, _ = torch.ops.aten.convolution_backward(dout, x, weight, None, *where, stock)
-        if dx_by_taps:
-            dx = _to_image(dout, weight, stride, padding)
+            of_stock = torch.ops.aten.convolution_backward(dout, x, weight, None, *where, left)
+            dx, dweight = (of_stock[0] if left[0] else dx), of_stock[1]
         if weight_grad is not None:
             dweight = weight_grad(low, high, weight.shape, stride, padding)
         return dx, dweight, None, None, None, None
-
-
-def _to_image(low, weight, stride, padding):
-    """conv_transpose2d of `low` to images `stride` times as large, in float32 until all is added up."""
-    layout = torch.channels_last if any(map(suggests_channels_last, (low, weight))) else torch.contiguous_format
-    (n, low_channels, *size), (_, channels, *kernel_size) = low.shape, weight.shape
-    wide = torch.promote_types(low.dtype, torch.float32)
-    low, by_tap = low.to(wide), weight.flatten(1).t().to(wide)
-    if low.is_contiguous(memory_format=torch.channels_last):
-        taps = torch.mm(by_tap, low.permute(0, 2, 3, 1).reshape(-1, low_channels).t()).view(-1, *kernel_size, n, *size)
-    else:
-        taps = torch.bmm(by_tap.expand(n, -1, -1), low.flatten(2)).view(n, -1, *kernel_size, *size).movedim(0, 3)
-    for axis in range(2):
-        taps = _added_up(taps, axis, stride[axis], padding[axis])
-    # A tensor of its own, not a view: an activation in place comes next.
-    image_size = [positions * step for positions, step in zip(size, stride, strict=True)]
-    image = torch.empty(n, channels, *image_size, dtype=weight.dtype, device=low.device, memory_format=layout)
-    image.view(n, channels, size[0], stride[0], size[1], stride[1]).copy_(taps.permute(3, 0, 4, 1, 5, 2))
-    return image
-
-
-def _added_up(taps, axis, stride, padding):
-    """What the taps come to along one axis of the images, in place.
-
-    Args:
-        taps: (channels, taps along one axis, along the other, N, height of the low side, its width).
-    Returns:
-        The same with only the taps that stay where they are: those to the `stride` positions of the image that lie
-        at each one of the low side. The others were moved there and added.
-    """
-    size, image = taps.shape[4 + axis], taps.narrow(1 + axis, padding, stride)
-    for tap in range(taps.shape[1 + axis]):
-        shift, phase = divmod(tap - padding, stride)
-        length = size - abs(shift)
-        if shift != 0 and length > 0:
-            moved = taps.select(1 + axis, tap).narrow(3 + axis, max(-shift, 0), length)
-            image.select(1 + axis, phase).narrow(3 + axis, max(shift, 0), length).add_(moved)
-    return image
-
-
-def _weight_grad_of_all_taps(low, high, weight_shape, stride, padding):
-    low_channels, high_channels, kh, kw = weight_shape
-    low, high = low.permute(0, 2, 3, 1), high.permute(0, 2, 3, 1)
-    high = F.pad(high, (0, 0, padding[1], padding[1], padding[0], padding[0]))
-    taps = high.unfold(1, kh, stride[0]).unfold(2, kw, stride[1])  # (N, h, w, high channels, kh, kw), of low's h and w
-    taps = taps.permute(0, 1, 2, 4, 5, 3).reshape(-1, kh * kw * high_channels)
-    product = low.reshape(-1, low_channels).t() @ taps
-    return product.view(low_channels, kh, kw, high_channels).permute(0, 3, 1, 2)
-
-
-def _weight_grad_tap_by_tap(low, high, weight_shape, stride, padding):
-    """Each tap of those positions only that have one there: of a 4×4 kernel on a side of 4×4, of 9 to 16 of them."""
-    low_channels, high_channels, *kernel_size = weight_shape
-    dweight = low.new_empty(low_channels, *kernel_size, high_channels)
-    low, high = low.permute(2, 3, 0, 1), high.permute(2, 3, 0, 1)  # (height, width, N, channels)
-    rows, columns = (
-        [_meeting(tap, low.shape[axis], high.shape[axis], stride[axis], padding[axis]) for tap in range(taps)]
-        for axis, taps in enumerate(kernel_size)
-    )
-    for i, (low_rows, high_rows) in enumerate(rows):
-        for j, (low_columns, high_columns) in enumerate(columns):
-            a = low[low_rows, low_columns].reshape(-1, low_channels)
-            b = high[high_rows, high_columns].reshape(-1, high_channels)
-            torch.mm(a.t(), b, out=dweight[:, i, j])
-    return dweight.permute(0, 3, 1, 2)
-
-
-def _meeting(tap, low, high, stride, padding):
-    """(slice of low, slice of high) along one axis: the positions that meet at a tap of the kernel, pair by pair."""
-    offset = tap - padding
-    first = max(0, -(offset // stride))
-    last = min(low - 1, (high - 1 - offset) // stride)
-    return slice(first, last + 1), slice(first * stride + offset, max(0, last * stride + offset + 1), stride)

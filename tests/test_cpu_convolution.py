@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import fastgan
-from fastgan import cpu_convolution
+from fastgan import cpu_convolution, cpu_products
 from fastgan.cpu_convolution import Convolution, convolve
 from tests.accuracy import assert_as_accurate_as_stock
 
@@ -118,7 +118,15 @@ def test_as_accurate_as_stock(name, layout, dtype, poisoned):
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_an_activation_in_place_may_follow(name, layout):
-    layer, x = make(name, layout)
+    assert_that_an_activation_in_place_may_follow(*make(name, layout))
+
+
+@pytest.mark.parametrize("name", ["4x4", "transposed 4x4"])
+def test_an_activation_in_place_may_follow_a_wide_layer(name, monkeypatch):
+    assert_that_an_activation_in_place_may_follow(*make_wide(name, monkeypatch))
+
+
+def assert_that_an_activation_in_place_may_follow(layer, x):
     x.requires_grad_()
     y = convolve(x, layer, layer.forward).tanh_()
     gradients = torch.autograd.grad(y.square().sum(), (x, layer.weight))
@@ -244,20 +252,26 @@ WIDE = {
     "no padding, rows left over": (lambda: nn.Conv2d(6, 5, (3, 2), (3, 2), bias=False), (2, 6, 8, 7)),
     "kernels wider than images": (lambda: nn.Conv2d(6, 5, (11, 7), 1, 3, bias=False), (2, 6, 5, 3)),
     "one position": (lambda: nn.ConvTranspose2d(6, 5, 5, 3, 2, bias=False), (2, 6, 1, 1)),
+    "to one position, with padding": (lambda: nn.Conv2d(6, 5, 4, 2, 1, bias=False), (2, 6, 2, 2)),
 }
 
 
 def make_wide(name, monkeypatch):
     """(layer, x), where every weight is a wide one."""
     monkeypatch.setattr(cpu_convolution, "_WIDE_ELEMENTS", 1)
+    monkeypatch.setattr(cpu_products, "_MANY_CHANNELS", 5)
     torch.manual_seed(0)
     layer, shape = WIDE[name]
     return layer().to(memory_format=torch.channels_last), torch.randn(shape).to(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("taps_at_once", [1, 1500])  # one image, all of them or some
 @pytest.mark.parametrize("name", WIDE)
-def test_wide_weight_gradients(name, monkeypatch, poisoned):
+def test_wide_layers(name, taps_at_once, layout, monkeypatch, poisoned):
     layer, x = make_wide(name, monkeypatch)
+    x = x.contiguous(memory_format=LAYOUTS[layout])
+    monkeypatch.setattr(cpu_products, "_TAPS_AT_ONCE", taps_at_once)
     exact = copy.deepcopy(layer).double()
     dout = torch.randn_like(layer(x))
     ours = run(layer, x, dout, lambda x: convolve(x, layer, layer.forward))
@@ -268,26 +282,39 @@ def test_wide_weight_gradients(name, monkeypatch, poisoned):
         assert_as_accurate_as_stock(f"{name}: {what}", *results)
 
 
-def test_gradients_of_wide_weight_gradients(monkeypatch):
-    layer, x = make_wide("4x4", monkeypatch)
+@pytest.mark.parametrize("name, stock_calls", [("4x4", 0), ("transposed 4x4", 0), ("transposed, other sizes", 1)])
+def test_wide_layers_are_products(name, stock_calls, monkeypatch):
+    layer, x = make_wide(name, monkeypatch)
+    calls = []
+    monkeypatch.setattr(cpu_convolution, "_convolution", lambda *args: calls.append(args) or layer(args[0]))
+    with torch.no_grad():
+        torch.testing.assert_close(convolve(x, layer, None), layer(x))
+    assert len(calls) == stock_calls
+
+
+@pytest.mark.parametrize("of", ["x", "weight"])
+@pytest.mark.parametrize("name", ["4x4", "transposed 4x4"])
+def test_gradients_of_wide_gradients(name, of, monkeypatch):
+    layer, x = make_wide(name, monkeypatch)
+    monkeypatch.setattr(cpu_products, "_TAPS_AT_ONCE", 1500)
+    learning = {"x": x.requires_grad_(), "weight": layer.weight}
 
     def penalty(forward):
         y = forward(x)
-        (dweight,) = torch.autograd.grad(y.square().sum(), layer.weight, create_graph=True)
-        return torch.autograd.grad(dweight.square().sum(), layer.weight)
+        (gradient,) = torch.autograd.grad(y.square().sum(), learning[of], create_graph=True)
+        return torch.autograd.grad(gradient.square().sum(), tuple(learning.values()))
 
     ours, stock = penalty(lambda x: convolve(x, layer, layer.forward)), penalty(layer)
-    torch.testing.assert_close(ours, stock, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(ours, stock, rtol=1e-3, atol=1e-3)
 
 
 def test_wide_layers_that_stay_stock(monkeypatch):
     layer, x = make_wide("4x4", monkeypatch)
     assert not is_stock(layer, x)
-    assert is_stock(layer, x.contiguous())
-    assert is_stock(layer, torch.randn(3, 6, 10, 10).to(memory_format=torch.channels_last))  # 25 positions
+    assert is_stock(copy.deepcopy(layer).to(memory_format=torch.contiguous_format), x)
+    assert is_stock(layer, torch.randn(3, 6, 10, 10))  # 25 positions
+    assert is_stock(nn.Conv2d(6, 5, 1, bias=False), x[..., :4, :4])  # one tap: a layout as any other
     assert is_stock(copy.deepcopy(layer).double(), x.double())
-    with torch.no_grad():
-        assert is_stock(layer, x)
     with products_in_less_than_float32():
         assert is_stock(layer, x)
     monkeypatch.setattr(cpu_convolution, "_WIDE_ELEMENTS", layer.weight.numel() + 1)

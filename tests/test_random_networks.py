@@ -1,6 +1,7 @@
 """fuse on random networks: whatever they consist of, a step shows what stock shows, with the operators and without."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -56,9 +57,9 @@ def test_fused_equals_stock(source):
     try:
         expected = steps(stock, inputs)
     except RuntimeError as error:
-        if "inplace" not in str(error):
+        if not re.search("in-?place", str(error)):
             raise
-        reject()  # stock itself cannot: something that backward needs is changed in place
+        reject()  # stock itself cannot: what backward needs, or the input itself, is changed in place
 
     fastgan.fuse(model)
     forwards = [vars(module).get("forward") for module in model.modules()]

@@ -1,0 +1,152 @@
+"""Convolutions and their gradients as matrix products, for CPUs; `fastgan/cpu_convolution.py` says where they gain.
+
+"Low" and "high" are the sides with fewer and with more positions: (result, x) of a convolution, (x, result) of a
+transposed one. Weights are (low channels, high channels, kh, kw), without dilation or groups.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from fastgan.layout import suggests_channels_last
+
+_MANY_CHANNELS = 16  # on a high side: enough to fill vectors along them
+# So many numbers of taps at once: of 32 images of 4×4 positions by 256 channels of 4×4 taps. More leave the caches,
+# which takes up to a quarter longer; with half as many the products are the slower ones.
+_TAPS_AT_ONCE = 2**21
+
+
+def from_one_position(x, weight):
+    """conv_transpose2d of (N, in_channels, 1, 1) without padding: one product, in the layout of the weight."""
+    in_channels, out_channels, *kernel_size = weight.shape
+    if suggests_channels_last(weight):
+        y = torch.mm(x.flatten(1), weight.permute(0, 2, 3, 1).reshape(in_channels, -1))
+        return y.view(-1, *kernel_size, out_channels).permute(0, 3, 1, 2)
+    return torch.mm(x.flatten(1), weight.reshape(in_channels, -1)).view(-1, out_channels, *kernel_size)
+
+
+def to_one_position(x, weight):
+    """conv2d of images as large as the kernel, without padding."""
+    if suggests_channels_last(weight):
+        x, weight = x.permute(0, 2, 3, 1), weight.permute(0, 2, 3, 1)
+    return F.linear(x.flatten(1), weight.flatten(1))[:, :, None, None]
+
+
+def to_high(low, weight, stride, padding):
+    """conv_transpose2d to sides `stride` times as large, with so large a kernel that each position there gets a tap.
+
+    Low sides in half precision are added up in float32.
+    """
+    layout = torch.channels_last if any(map(suggests_channels_last, (low, weight))) else torch.contiguous_format
+    size, channels = low.shape[2:], weight.shape[1]
+    high_size = [positions * step for positions, step in zip(size, stride, strict=True)]
+    # A tensor of its own, not a view: an activation in place comes next.
+    high = torch.empty(len(low), channels, *high_size, dtype=weight.dtype, device=low.device, memory_format=layout)
+    taps_of = _taps_first if channels < _MANY_CHANNELS else _taps_last
+    weight = weight.to(torch.promote_types(low.dtype, torch.float32))
+    images = _images_at_once(weight[0].numel() * size.numel())
+    for start in range(0, len(low), images):
+        part = slice(start, start + images)  # split() makes views that autograd lets nobody change
+        taps = taps_of(low[part].to(weight.dtype), weight)
+        for axis in range(2):
+            taps = _added_up(taps, axis, stride[axis], padding[axis])
+        by_phase = high[part].view(-1, channels, size[0], stride[0], size[1], stride[1])
+        by_phase.copy_(taps.permute(3, 0, 4, 1, 5, 2))
+    return high
+
+
+def _images_at_once(taps_an_image):
+    return max(1, _TAPS_AT_ONCE // taps_an_image)
+
+
+def _taps_first(low, weight):
+    """What each tap adds to the high side, (high channels, kh, kw, N, height of the low side, its width), for few
+    channels: as rows, whose positions lie side by side."""
+    (n, low_channels, *size), kernel_size = low.shape, weight.shape[2:]
+    by_tap = weight.flatten(1).t()
+    if low.is_contiguous(memory_format=torch.channels_last):
+        rows = low.permute(0, 2, 3, 1).reshape(-1, low_channels)
+        return torch.mm(by_tap, rows.t()).view(-1, *kernel_size, n, *size)
+    return torch.bmm(by_tap.expand(n, -1, -1), low.flatten(2)).view(n, -1, *kernel_size, *size).movedim(0, 3)
+
+
+def _taps_last(low, weight):
+    """The same for many channels, which lie side by side, and a channels_last weight."""
+    (_, low_channels, *size), (_, channels, *kernel_size) = low.shape, weight.shape
+    taps = torch.mm(low.permute(0, 2, 3, 1).reshape(-1, low_channels), _rows(weight))
+    return taps.view(-1, *size, *kernel_size, channels).permute(5, 3, 4, 0, 1, 2)
+
+
+def _added_up(taps, axis, stride, padding):
+    """What the taps come to along one axis of the high side, in place.
+
+    Args:
+        taps: (channels, taps along one axis, along the other, N, height of the low side, its width).
+    Returns:
+        The same with only the taps that stay where they are: those to the `stride` positions of the high side that
+        lie at each one of the low side. The others were moved there and added.
+    """
+    size, high = taps.shape[4 + axis], taps.narrow(1 + axis, padding, stride)
+    for tap in range(taps.shape[1 + axis]):
+        shift, phase = divmod(tap - padding, stride)
+        length = size - abs(shift)
+        if shift != 0 and length > 0:
+            moved = taps.select(1 + axis, tap).narrow(3 + axis, max(-shift, 0), length)
+            high.select(1 + axis, phase).narrow(3 + axis, max(shift, 0), length).add_(moved)
+    return high
+
+
+def to_low(high, weight, stride, padding):
+    """conv2d, with a channels_last weight and to a result like it."""
+    patches, rows = _patches(high, weight.shape[2:], stride, padding), _rows(weight)
+    n, *size = patches.shape[:3]
+    low = torch.empty(n, len(weight), *size, dtype=high.dtype, device=high.device, memory_format=torch.channels_last)
+    images = _images_at_once(patches[0].numel())
+    for start in range(0, n, images):
+        part = slice(start, start + images)
+        # The weight first: of up to 48 positions the other way round takes MKL up to three times as long.
+        product = torch.mm(rows, patches[part].reshape(-1, rows.shape[1]).t())
+        low[part].copy_(product.view(-1, len(low[part]), *size).transpose(0, 1))
+    return low
+
+
+def _rows(weight):
+    """(low channels, kh × kw × high channels), of which a channels_last weight is a view."""
+    return weight.permute(0, 2, 3, 1).reshape(len(weight), -1)
+
+
+def _patches(high, kernel_size, stride, padding):
+    """(N, height of the low side, its width, kh, kw, high channels): what each position there is computed from."""
+    high = F.pad(high.permute(0, 2, 3, 1), (0, 0, padding[1], padding[1], padding[0], padding[0]))
+    return high.unfold(1, kernel_size[0], stride[0]).unfold(2, kernel_size[1], stride[1]).permute(0, 1, 2, 4, 5, 3)
+
+
+def weight_grad_of_all_taps(low, high, weight_shape, stride, padding):
+    low_channels, high_channels, *kernel_size = weight_shape
+    patches = _patches(high, kernel_size, stride, padding).flatten(3).flatten(0, 2)
+    product = low.permute(0, 2, 3, 1).reshape(-1, low_channels).t() @ patches
+    return product.view(low_channels, *kernel_size, high_channels).permute(0, 3, 1, 2)
+
+
+def weight_grad_tap_by_tap(low, high, weight_shape, stride, padding):
+    """Each tap of those positions only that have one there: of a 4×4 kernel on a side of 4×4, of 9 to 16 of them."""
+    low_channels, high_channels, *kernel_size = weight_shape
+    dweight = low.new_empty(low_channels, *kernel_size, high_channels)
+    low, high = low.permute(2, 3, 0, 1), high.permute(2, 3, 0, 1)  # (height, width, N, channels)
+    rows, columns = (
+        [_meeting(tap, low.shape[axis], high.shape[axis], stride[axis], padding[axis]) for tap in range(taps)]
+        for axis, taps in enumerate(kernel_size)
+    )
+    for i, (low_rows, high_rows) in enumerate(rows):
+        for j, (low_columns, high_columns) in enumerate(columns):
+            a = low[low_rows, low_columns].reshape(-1, low_channels)
+            b = high[high_rows, high_columns].reshape(-1, high_channels)
+            torch.mm(a.t(), b, out=dweight[:, i, j])
+    return dweight.permute(0, 3, 1, 2)
+
+
+def _meeting(tap, low, high, stride, padding):
+    """(slice of low, slice of high) along one axis: the positions that meet at a tap of the kernel, pair by pair."""
+    offset = tap - padding
+    first = max(0, -(offset // stride))
+    last = min(low - 1, (high - 1 - offset) // stride)
+    return slice(first, last + 1), slice(first * stride + offset, max(0, last * stride + offset + 1), stride)
