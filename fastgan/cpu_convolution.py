@@ -24,6 +24,7 @@ from fastgan.cpu_products import (
 from fastgan.layout import suggests_channels_last
 from fastgan.ops.geometry import out_size
 from fastgan.patterns import unfit_setting
+from fastgan.wanted import is_wanted
 
 # Half precisions, and what multiplies them: Intel's tiles (AMX) and vectors (AVX-512), as torch.cpu.get_capabilities
 # calls them.
@@ -220,13 +221,14 @@ class Convolution(torch.autograd.Function):
         transposed, stride, padding, output_padding = ctx.where
         low, high = (x, dout) if transposed else (dout, x)
         dx = dweight = weight_grad = None
-        if ctx.needs_input_grad[0]:
+        wanted = is_wanted(ctx, 0), is_wanted(ctx, 1)
+        if wanted[0]:
             dx = _by_products(dout, weight, not transposed, x.shape[2:], stride, padding)
-        if ctx.needs_input_grad[1]:
+        if wanted[1]:
             weight_grad = _weight_grad_for(len(low), low.shape[2:], weight, x.dtype)
         if weight_grad is weight_grad_tap_by_tap and torch.is_grad_enabled():
             weight_grad = None  # whose steps autograd cannot follow
-        left = (ctx.needs_input_grad[0] and dx is None, ctx.needs_input_grad[1] and weight_grad is None, False)
+        left = (wanted[0] and dx is None, wanted[1] and weight_grad is None, False)
         if any(left):
             where = (stride, padding, (1, 1), transposed, output_padding, 1)
             of_stock = torch.ops.aten.convolution_backward(dout, x, weight, None, *where, left)

@@ -228,6 +228,20 @@ def test_gradients_by_products(name):
         torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.parametrize("name", BY_CONVOLUTION)
+def test_only_what_is_asked_for_is_computed(name, monkeypatch):
+    layer, x = make(name)
+    layer, x = layer.bfloat16(), x.bfloat16().requires_grad_()
+    calls = []
+    for part in ("_by_products", "_weight_grad_for"):
+        monkeypatch.setattr(cpu_convolution, part, lambda *args, part=part: calls.append(part))
+    y = Convolution.apply(x, layer.weight, layer.transposed, layer.stride, layer.padding, layer.output_padding)
+    for asked, expected in ((x, "_by_products"), (layer.weight, "_weight_grad_for")):
+        calls.clear()
+        torch.autograd.grad(y.sum(), asked, retain_graph=True)
+        assert calls == [expected]
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("high_channels", [1, 2])
 def test_gradients_of_gradients(transposed, high_channels, monkeypatch):

@@ -29,6 +29,7 @@ from fastgan.ops.implementations import (
 )
 from fastgan.ops.operators import as_operator, operator
 from fastgan.ops.way_back import conv_activation_grad, conv_batch_norm_grad
+from fastgan.wanted import is_wanted
 
 
 def plain_conv(x, weight, weight_copy, transposed, stride, padding, output_padding, form=as_operator):
@@ -211,9 +212,9 @@ def _weight_grad_backward(ctx, grad):
     low, high = ctx.saved_tensors
     stride, padding = ctx.stride, ctx.padding
     low_grad = high_grad = None
-    if ctx.needs_input_grad[0]:
+    if is_wanted(ctx, 0):
         low_grad = plain_conv(high, grad, None, False, stride, padding, [0, 0])
-    if ctx.needs_input_grad[1]:
+    if is_wanted(ctx, 1):
         extra = missing_rows(high.shape[2:], low.shape[2:], grad.shape[2:], stride, padding)
         high_grad = plain_conv(low, grad, None, True, stride, padding, extra)
     return low_grad, high_grad, None, None, None
@@ -266,9 +267,9 @@ def _backward(ctx, x, weight, weight_copy, out, x_normalized, dout):
         dz = activation_grad(dout, out, ctx.activation, ctx.slope)
     transposed, stride, padding = ctx.transposed, ctx.stride, ctx.padding
     dx = dweight = sums = None
-    if ctx.needs_input_grad[1]:  # first, so that dx need not wait in memory, or outside of the cache
+    if is_wanted(ctx, 1):  # first, so that dx need not wait in memory, or outside of the cache
         dweight = weight_grad_beside(x, dz, weight, transposed, stride, padding)
-    if ctx.needs_input_grad[0]:
+    if is_wanted(ctx, 0):
         where = way_back(x.shape[2:], weight.shape[2:], transposed, stride, padding)
         if x_normalized:
             y, mean, invstd, _, *vectors = x_normalized

@@ -11,6 +11,7 @@ from fastgan.ops.geometry import way_back
 from fastgan.ops.operators import as_function, as_operator, is_watched
 from fastgan.ops.replay import Replayed
 from fastgan.ops.running import update_running
+from fastgan.wanted import is_wanted
 
 _ALONE = ([], None, 0.0)  # the input of `conv_statistics` is not the result of a linked layer
 
@@ -51,7 +52,7 @@ class ConvBatchNormAct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout):
         *inputs, y, mean, invstd = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[: len(inputs)]
+        wanted = (is_wanted(ctx, 0), is_wanted(ctx, 1), *ctx.needs_input_grad[2 : len(inputs)])
         if torch.is_grad_enabled():  # create_graph=True
             grads = _differentiable_grads(dout, inputs, wanted, ctx.layer)
         elif is_watched([dout]):  # compiled autograd, for one

@@ -1,5 +1,6 @@
 """The operators inside of what PyTorch can put around them: no_grad, checkpointing, loss scaling, torch.func."""
 
+import functools
 from contextlib import nullcontext
 
 import pytest
@@ -11,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastgan import backend
 from fastgan import functional as fused
+from fastgan.ops import convolution
 from tests.accuracy import assert_as_accurate_as_stock
 from tests.kernels.comparison import PLAIN, draw, gradient_of_norms, leaves, ours, stock
 
@@ -62,6 +64,34 @@ def test_gradient_penalty_through_a_checkpoint(device):
         _, norms = gradient_of_norms(out, learning[0])
         found.append(torch.autograd.grad(norms.sum(), learning[:2]))
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+
+
+ASKED = {"x": (0,), "weight": (1,), "both": (0, 1), "bias": (2,)}
+
+
+@pytest.mark.parametrize("create_graph", (False, True))
+@pytest.mark.parametrize("asked", ASKED)
+@pytest.mark.parametrize("mode", ("train", "eval", "no BatchNorm"))
+def test_only_what_is_asked_for_is_computed(mode, asked, create_graph, device, monkeypatch):
+    """As stock does: the gradient penalty of a critic has no use for the gradients of its weights."""
+    case = SMALL._replace(activation="tanh", training=mode == "train", batch_norm=mode != "no BatchNorm")
+    calls = []
+    for name in ("run_conv", "run_weight_grad"):
+        counted = functools.partial(_counted, calls, name, getattr(convolution, name))
+        monkeypatch.setattr(convolution, name, counted)
+    *leaf, mean, var = leaves(draw(case, 3, device))
+    for learning in (leaf, [None if t is None else 2 * t for t in leaf]):
+        out = ours(case, [*learning, mean, var], "tanh")
+        calls.clear()
+        torch.autograd.grad(out.sum(), [learning[i] for i in ASKED[asked]], create_graph=create_graph)
+        assert ("run_weight_grad" in calls) == (asked in ("weight", "both"))
+        if not create_graph:  # with it forward runs again
+            assert ("run_conv" in calls) == (asked in ("x", "both"))
+
+
+def _counted(calls, name, function, *args, **options):
+    calls.append(name)
+    return function(*args, **options)
 
 
 class _Critic:
