@@ -48,8 +48,9 @@ def convolve(x, conv, forward):
     """The result of `forward`, which is that of the Conv2d or ConvTranspose2d `conv`, for x on any device."""
     if not x.is_cpu or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return forward(x)
-    weight = conv._parameters.get("weight")  # none of a parametrized layer, for which it would be computed
-    if weight is None or conv.bias is not None or x.dim() != 4 or unfit_setting(conv):
+    parameters = conv._parameters  # without those of a parametrized layer, which would be computed
+    weight, bias = parameters.get("weight"), parameters.get("bias")
+    if weight is None or "bias" not in parameters or x.dim() != 4 or unfit_setting(conv):
         return forward(x)
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     trains = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
@@ -62,10 +63,11 @@ def convolve(x, conv, forward):
             return forward(x)
         compute = Convolution.apply if by_products else _convolution
         where = (conv.transposed, conv.stride, conv.padding, conv.output_padding)
-    if not (_is_plain(x, weight, conv) and _are_cast(x, weight, dtype) and _multiplies_in(working)):
+    if not (_is_plain(x, weight, bias, conv) and _are_cast(dtype, x, weight, bias) and _multiplies_in(working)):
         return forward(x)
     with _without_autocast():
-        return compute(x.to(working), weight.to(working), *where).to(dtype)
+        y = compute(x.to(working), weight.to(working), *where)
+        return (y if bias is None else y + bias.to(working)[:, None, None]).to(dtype)
 
 
 @contextmanager
@@ -98,20 +100,22 @@ def _gains_in_float32(dtype, trains):
     return not has.get(vectors) or (trains and "Intel" in has.get("cpu_name", ""))
 
 
-def _is_plain(x, weight, conv):
+def _is_plain(x, weight, bias, conv):
     """Whether nothing but numbers depends on how the result comes about; stock refuses what does not fit."""
+    in_channels, out_channels = weight.shape[:2] if conv.transposed else weight.shape[1::-1]
     return (
         type(x) in (torch.Tensor, torch.nn.Parameter)
         and x.numel() > 0
-        and x.shape[1] == weight.shape[0 if conv.transposed else 1]
+        and x.shape[1] == in_channels
+        and (bias is None or bias.shape == (out_channels,))
         and not backend.transformed()
     )
 
 
-def _are_cast(x, weight, dtype):
+def _are_cast(dtype, *tensors):
     """Whether stock computes them in `dtype`; under autocast it casts no float64."""
     castable = {torch.float32, *_HALF_INSTRUCTIONS} if torch.is_autocast_enabled("cpu") else {dtype}
-    return {x.dtype, weight.dtype} <= castable
+    return all([tensor is None or tensor.dtype in castable for tensor in tensors])
 
 
 def _multiplies_in(dtype):

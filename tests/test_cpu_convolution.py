@@ -69,10 +69,10 @@ def is_ours(name, y, layout="channels_last"):
 
 
 def run(layer, x, dout, forward):
-    """(result, gradients for x and the weight)."""
-    x, weight = x.clone(memory_format=torch.preserve_format).requires_grad_(), layer.weight
+    """(result, gradients for x, the weight and the bias, if there is one)."""
+    x = x.clone(memory_format=torch.preserve_format).requires_grad_()
     y = forward(x)
-    return (y, *torch.autograd.grad(y, (x, weight), dout.to(y.dtype)))
+    return (y, *torch.autograd.grad(y, (x, *layer.parameters()), dout.to(y.dtype)))
 
 
 def is_stock(layer, x):
@@ -111,6 +111,23 @@ def test_as_accurate_as_stock(name, layout, dtype, poisoned):
     stock = run(low, x, dout, low)
     reference = run(exact, x.double(), dout.double(), exact)
     for what, *results in zip(("y", "dx", "dweight"), ours, stock, reference, strict=True):
+        assert results[0].dtype == DTYPES[dtype] and layouts(results[0]) == layouts(results[1])
+        assert_as_accurate_as_stock(f"{name}: {what}", *results)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("by_way_of_float32", [False, True])
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_with_a_bias(name, layout, by_way_of_float32, dtype, poisoned, monkeypatch):
+    monkeypatch.setattr(cpu_convolution, "_gains_in_float32", lambda dtype, trains: by_way_of_float32)
+    layer, x = make(name, layout)
+    layer.bias = nn.Parameter(torch.randn(layer.out_channels))
+    layer, exact, x = layer.to(DTYPES[dtype]), copy.deepcopy(layer).double(), x.to(DTYPES[dtype])
+    dout = torch.randn_like(layer(x))
+    ours = run(layer, x, dout, lambda x: convolve(x, layer, layer.forward))
+    stock, reference = run(layer, x, dout, layer), run(exact, x.double(), dout.double(), exact)
+    for what, *results in zip(("y", "dx", "dweight", "dbias"), ours, stock, reference, strict=True):
         assert results[0].dtype == DTYPES[dtype] and layouts(results[0]) == layouts(results[1])
         assert_as_accurate_as_stock(f"{name}: {what}", *results)
 
@@ -343,7 +360,14 @@ def test_what_stays_stock(monkeypatch):
     assert is_stock(layer, x[:, 1:])  # which then refuses it
     assert is_stock(layer, x.float())  # and this
     assert is_stock(layer.double(), x.double())
-    assert is_stock(nn.ConvTranspose2d(7, 5, 4).bfloat16(), x)  # a bias
+    biased = nn.ConvTranspose2d(7, 5, 4).bfloat16()
+    assert not is_stock(biased, x)
+    biased.bias = nn.Parameter(torch.randn(1).bfloat16())
+    assert is_stock(biased, x)  # which refuses it
+    biased.bias = nn.Parameter(torch.randn(5))
+    assert is_stock(biased, x)  # and this
+    torch.nn.utils.parametrize.register_parametrization(biased, "bias", nn.Identity())
+    assert is_stock(biased, x)
     assert is_stock(nn.ConvTranspose2d(7, 5, 4, padding=1, bias=False).bfloat16(), x)
     computed = nn.utils.parametrizations.weight_norm(nn.ConvTranspose2d(7, 5, 4, bias=False)).bfloat16()
     assert is_stock(computed, x)
