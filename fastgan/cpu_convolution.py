@@ -22,7 +22,7 @@ from fastgan.cpu_products import (
     weight_grad_tap_by_tap,
 )
 from fastgan.layout import suggests_channels_last
-from fastgan.ops.geometry import out_size
+from fastgan.ops.geometry import out_size, way_back
 from fastgan.patterns import unfit_setting
 from fastgan.wanted import is_wanted
 
@@ -224,19 +224,20 @@ class Convolution(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         transposed, stride, padding, output_padding = ctx.where
         low, high = (x, dout) if transposed else (dout, x)
-        dx = dweight = weight_grad = None
-        wanted = is_wanted(ctx, 0), is_wanted(ctx, 1)
-        if wanted[0]:
-            dx = _by_products(dout, weight, not transposed, x.shape[2:], stride, padding)
-        if wanted[1]:
-            weight_grad = _weight_grad_for(len(low), low.shape[2:], weight, x.dtype)
-        if weight_grad is weight_grad_tap_by_tap and torch.is_grad_enabled():
-            weight_grad = None  # whose steps autograd cannot follow
-        left = (wanted[0] and dx is None, wanted[1] and weight_grad is None, False)
+        wants_x, wants_weight = is_wanted(ctx, 0), is_wanted(ctx, 1)
+        dx = weight_grad = None
+        if torch.is_grad_enabled():  # create_graph=True: autograd follows what gives the gradients
+            if wants_x:
+                dx = Convolution.apply(dout, weight, *way_back(x.shape[2:], weight.shape[2:], *ctx.where[:3]))
+        else:
+            if wants_x:
+                dx = _by_products(dout, weight, not transposed, x.shape[2:], stride, padding)
+            if wants_weight:
+                weight_grad = _weight_grad_for(len(low), low.shape[2:], weight, x.dtype)
+        dweight = None if weight_grad is None else weight_grad(low, high, weight.shape, stride, padding)
+        left = (wants_x and dx is None, wants_weight and dweight is None, False)
         if any(left):
             where = (stride, padding, (1, 1), transposed, output_padding, 1)
-            of_stock = torch.ops.aten.convolution_backward(dout, x, weight, None, *where, left)
-            dx, dweight = (of_stock[0] if left[0] else dx), of_stock[1]
-        if weight_grad is not None:
-            dweight = weight_grad(low, high, weight.shape, stride, padding)
+            found = torch.ops.aten.convolution_backward(dout, x, weight, None, *where, left)
+            dx, dweight = (found[0] if left[0] else dx), (found[1] if left[1] else dweight)
         return dx, dweight, None, None, None, None

@@ -44,12 +44,11 @@ def to_high(low, weight, stride, padding):
     taps_of = _taps_first if channels < _MANY_CHANNELS else _taps_last
     weight = weight.to(torch.promote_types(low.dtype, torch.float32))
     images = _images_at_once(weight[0].numel() * size.numel())
-    for start in range(0, len(low), images):
-        part = slice(start, start + images)  # split() makes views that autograd lets nobody change
-        taps = taps_of(low[part].to(weight.dtype), weight)
+    for low_part, high_part in zip(low.split(images), high.split(images), strict=True):
+        taps = taps_of(low_part.to(weight.dtype), weight)
         for axis in range(2):
             taps = _added_up(taps, axis, stride[axis], padding[axis])
-        by_phase = high[part].view(-1, channels, size[0], stride[0], size[1], stride[1])
+        by_phase = high_part.view(-1, channels, size[0], stride[0], size[1], stride[1])
         by_phase.copy_(taps.permute(3, 0, 4, 1, 5, 2))
     return high
 
@@ -101,11 +100,10 @@ def to_low(high, weight, stride, padding):
     n, *size = patches.shape[:3]
     low = torch.empty(n, len(weight), *size, dtype=high.dtype, device=high.device, memory_format=torch.channels_last)
     images = _images_at_once(patches[0].numel())
-    for start in range(0, n, images):
-        part = slice(start, start + images)
+    for low_part, part in zip(low.split(images), patches.split(images), strict=True):
         # The weight first: of up to 48 positions the other way round takes MKL up to three times as long.
-        product = torch.mm(rows, patches[part].reshape(-1, rows.shape[1]).t())
-        low[part].copy_(product.view(-1, len(low[part]), *size).transpose(0, 1))
+        product = torch.mm(rows, part.reshape(-1, rows.shape[1]).t())
+        low_part.copy_(product.view(-1, len(part), *size).transpose(0, 1))
     return low
 
 
