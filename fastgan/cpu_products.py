@@ -43,8 +43,8 @@ def to_high(low, weight, stride, padding):
     high = torch.empty(len(low), channels, *high_size, dtype=weight.dtype, device=low.device, memory_format=layout)
     taps_of = _taps_first if channels < _MANY_CHANNELS else _taps_last
     weight = weight.to(torch.promote_types(low.dtype, torch.float32))
-    images = _images_at_once(weight[0].numel() * size.numel())
-    for low_part, high_part in zip(low.split(images), high.split(images), strict=True):
+    parts = _parts(len(low), weight[0].numel() * size.numel())
+    for low_part, high_part in zip(low.chunk(parts), high.chunk(parts), strict=True):
         taps = taps_of(low_part.to(weight.dtype), weight)
         for axis in range(2):
             taps = _added_up(taps, axis, stride[axis], padding[axis])
@@ -53,8 +53,9 @@ def to_high(low, weight, stride, padding):
     return high
 
 
-def _images_at_once(taps_an_image):
-    return max(1, _TAPS_AT_ONCE // taps_an_image)
+def _parts(images, taps_an_image):
+    """In how many parts to take the images."""
+    return -(-images // max(1, _TAPS_AT_ONCE // taps_an_image))
 
 
 def _taps_first(low, weight):
@@ -99,8 +100,8 @@ def to_low(high, weight, stride, padding):
     patches, rows = _patches(high, weight.shape[2:], stride, padding), _rows(weight)
     n, *size = patches.shape[:3]
     low = torch.empty(n, len(weight), *size, dtype=high.dtype, device=high.device, memory_format=torch.channels_last)
-    images = _images_at_once(patches[0].numel())
-    for low_part, part in zip(low.split(images), patches.split(images), strict=True):
+    parts = _parts(n, patches[0].numel())
+    for low_part, part in zip(low.chunk(parts), patches.chunk(parts), strict=True):
         # The weight first: of up to 48 positions the other way round takes MKL up to three times as long.
         product = torch.mm(rows, part.reshape(-1, rows.shape[1]).t())
         low_part.copy_(product.view(-1, len(part), *size).transpose(0, 1))

@@ -1,11 +1,16 @@
 """Adam for the networks of a training step, whose weights are channels_last."""
 
+import functools
+
 import torch
+from torch.optim import optimizer as optimizers
 
 from fastgan.backend import select
 
 # With any of these torch's own code computes an update.
 _OPTIONS = ("weight_decay", "amsgrad", "maximize", "differentiable")
+# The dictionaries of the hooks around every optimizer's step.
+_HOOKS_OF_ALL = optimizers._global_optimizer_pre_hooks, optimizers._global_optimizer_post_hooks
 
 
 class ContiguousAdam(torch.optim.Adam):
@@ -23,6 +28,19 @@ class ContiguousAdam(torch.optim.Adam):
         for group in self.param_groups:
             for param in group["params"]:
                 param.grad = None
+
+    @staticmethod
+    def profile_hook_step(step):
+        """torch's decorator of every optimizer's step, for the profiler and for hooks, where there are any of them."""
+        noted = torch.optim.Adam.profile_hook_step(step)
+
+        @functools.wraps(step)
+        def wrapper(self, *args, **kwargs):
+            heard = torch.autograd._profiler_enabled() or self._optimizer_step_pre_hooks
+            heard = heard or self._optimizer_step_post_hooks or any(_HOOKS_OF_ALL)
+            return (noted if heard else step)(self, *args, **kwargs)
+
+        return wrapper
 
     def step(self, closure=None):
         """torch's: one update; returns what `closure`, if any, returns."""

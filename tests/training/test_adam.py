@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from torch.optim import optimizer as optimizers
 
-from fastgan.training.adam import ContiguousAdam
+from fastgan.training.adam import ContiguousAdam, KernelAdam
 
 SHAPES = [(8, 5, 3, 3), (6, 1, 4, 4), (1, 6, 4, 4), (7, 9, 1, 1), (4, 3, 2, 3, 2), (5, 3), (11,), ()]
 
@@ -89,6 +90,34 @@ def test_hooks_and_schedulers_work():
         scheduler.step()
         after = parameter.detach().clone()
     assert len(called) == 2 and (after.abs() < 1e-6).all()  # one step of 1.0, then one of 0.0
+
+
+@pytest.mark.parametrize("adam", [ContiguousAdam, KernelAdam])
+@pytest.mark.parametrize("when", ["pre", "post"])
+@pytest.mark.parametrize("of_all", [False, True])
+def test_each_hook_is_called_once(of_all, when, adam):
+    parameter, called = torch.ones(3, requires_grad=True), []
+    optimizer = adam([parameter], lr=1.0, fused=True)
+    parameter.grad = torch.ones(3)
+    optimizer.step()
+    register = getattr(optimizers, f"register_optimizer_step_{when}_hook")
+    if not of_all:
+        register = getattr(optimizer, f"register_step_{when}_hook")
+    with register(lambda *_: called.append(True)):
+        optimizer.step()
+    optimizer.step()
+    assert called == [True]
+
+
+def test_a_profile_shows_each_step():
+    parameter = torch.ones(3, requires_grad=True)
+    optimizer = ContiguousAdam([parameter], lr=1.0, fused=True)
+    parameter.grad = torch.ones(3)
+    optimizer.step()
+    with torch.profiler.profile() as profile:
+        optimizer.step()
+    counts = {event.key: event.count for event in profile.key_averages()}
+    assert counts["Optimizer.step#ContiguousAdam.step"] == 1
 
 
 def test_what_is_left_to_torch(monkeypatch):
