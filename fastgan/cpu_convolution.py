@@ -36,7 +36,8 @@ _LEAST_CHANNELS = 16  # a narrow product leaves the CPU's vectors half empty
 # In float32 PyTorch's wait for copies of large weights, from 256×512 channels of 4×4 taps on, where a low side of few
 # positions makes their arithmetic small. With cold caches, as in a step, weight gradients take 1.2 times as long as
 # products, for 512×1024 channels 2.1 to 2.4 times (two threads of an AMD EPYC); convolutions from the low side 1.3 to
-# 1.4 times, to it 1.1 to 1.3 times, for 512×512 channels down to two positions a side and fewer 2 times (of a Xeon).
+# 1.4 times, to it 1.1 to 1.3 times, for 512×512 channels down to two positions a side and fewer 2 times (of an Intel
+# Xeon; an EPYC's wait less, and as products they were not measured there).
 _WIDE_ELEMENTS, _FEW_POSITIONS = 2**21, 16
 # PyTorch computes eight channels of an image, whatever it has. Up to so many of them the product is ahead (1.3 to 5
 # times as fast in float32), if the low side has so many numbers for each; with fewer it is in a loop of nothing else,
@@ -97,7 +98,12 @@ def _gains_in_float32(dtype, trains):
     matrices, vectors = _HALF_INSTRUCTIONS[dtype]
     if has.get("architecture") != "x86_64" or has.get(matrices):
         return False
-    return not has.get(vectors) or (trains and "Intel" in has.get("cpu_name", ""))
+    return not has.get(vectors) or (trains and _is_intel())
+
+
+@functools.cache
+def _is_intel():
+    return "Intel" in torch.cpu.get_capabilities().get("cpu_name", "")
 
 
 def _is_plain(x, weight, bias, conv):
@@ -136,27 +142,27 @@ def _one_position(x, weight, conv):
 def _gains(x, weight, conv, dtype):
     """Whether anything of a convolution runs another way as a `Convolution`, forward or backward."""
     grows = torch.is_grad_enabled()
+    learns = grows and weight.requires_grad
     to_image = weight.shape[1] <= _IMAGE_CHANNELS and (conv.transposed or (grows and x.requires_grad))
-    wide = dtype == torch.float32 and weight.numel() >= _WIDE_ELEMENTS
-    learns = dtype != torch.float32 and grows and weight.requires_grad
-    if not (to_image or wide or learns):
+    if dtype == torch.float32:
+        large = weight.numel() >= _WIDE_ELEMENTS and (learns or _is_intel())
+    else:
+        large = learns
+    if not (to_image or large):
         return False
     size = out_size(x, weight, conv.transposed, conv.stride, conv.padding, conv.output_padding)
     low, high = (x.shape[2:], size) if conv.transposed else (size, x.shape[2:])
-    if _is_wide(low, weight, dtype):
+    to_image = to_image and _is_to_image(len(x), low, weight.shape, dtype)
+    if to_image and _fit(low, high, weight, conv.stride, conv.padding):
         return True
-    if (
-        to_image
-        and _is_to_image(len(x), low, weight.shape, dtype)
-        and _fit(low, high, weight, conv.stride, conv.padding)
-    ):
-        return True
+    if not large or dtype == torch.float32:
+        return large and _is_wide(low, weight, dtype)
     in_order = all(tensor.is_contiguous(memory_format=torch.channels_last) for tensor in (x, weight))
-    return learns and in_order and _weight_grad_for(len(x), low, weight, dtype) is not None
+    return in_order and _weight_grad_for(len(x), low, weight, dtype) is not None
 
 
 def _is_wide(low_size, weight, dtype):
-    """Whether all that is computed with such a weight is faster as products, in either direction and for gradients."""
+    """Whether a weight's gradient is faster as products and, on an Intel CPU, whatever else is computed with it."""
     positions = low_size[0] * low_size[1]
     large = dtype == torch.float32 and weight.numel() >= _WIDE_ELEMENTS
     if not large or positions > _FEW_POSITIONS:
@@ -196,10 +202,11 @@ def _convolution(x, weight, transposed, stride, padding, output_padding):
 
 def _by_products(x, weight, upwards, size, stride, padding):
     """`x` brought to the other side, of that size, by products; None where those gain nothing."""
+    low = x.shape[2:] if upwards else size
+    gains = _is_intel() and _is_wide(low, weight, x.dtype)
     if not upwards:
-        return to_low(x, weight, stride, padding) if _is_wide(size, weight, x.dtype) else None
-    low = x.shape[2:]
-    gains = _is_wide(low, weight, x.dtype) or _is_to_image(len(x), low, weight.shape, x.dtype)
+        return to_low(x, weight, stride, padding) if gains else None
+    gains = gains or _is_to_image(len(x), low, weight.shape, x.dtype)
     return to_high(x, weight, stride, padding) if gains and _fit(low, size, weight, stride, padding) else None
 
 

@@ -15,6 +15,7 @@ from tests.accuracy import assert_as_accurate_as_stock
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 GAINS_IN_FLOAT32 = cpu_convolution._gains_in_float32.__wrapped__  # without its cache
+IS_INTEL = cpu_convolution._is_intel.__wrapped__
 OURS, OF_STOCK = "ConvolutionBackward", "ConvolutionBackward0"
 # name → (layer, shape of its input, name of what autograd remembers of the formula)
 LAYERS = {
@@ -50,7 +51,8 @@ BY_CONVOLUTION = [name for name in LAYERS if LAYERS[name][2] == OURS]
 
 @pytest.fixture(autouse=True)
 def cpu(monkeypatch):
-    """A CPU that has instructions for half precision, and takes layers as small as these."""
+    """An Intel CPU that has instructions for half precision, and takes layers as small as these."""
+    monkeypatch.setattr(cpu_convolution, "_is_intel", lambda: True)
     monkeypatch.setattr(cpu_convolution, "_gains_in_float32", lambda dtype, trains: False)
     monkeypatch.setattr(cpu_convolution, "_LEAST_LOW", 1)
     monkeypatch.setattr(cpu_convolution, "_LEAST_CHANNELS", 6)
@@ -227,6 +229,7 @@ CPUS = {
 def test_which_cpus_gain_in_float32(name, monkeypatch):
     capabilities, *expected = CPUS[name]
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    monkeypatch.setattr(cpu_convolution, "_is_intel", IS_INTEL)
     for dtype, gains in zip(HALVES.values(), expected, strict=True):
         assert tuple(GAINS_IN_FLOAT32(dtype, trains) for trains in (True, False)) == gains
     assert not GAINS_IN_FLOAT32(torch.float32, True) and not GAINS_IN_FLOAT32(torch.float64, True)
@@ -321,6 +324,20 @@ def test_wide_layers_are_products(name, stock_calls, monkeypatch):
     with torch.no_grad():
         torch.testing.assert_close(convolve(x, layer, None), layer(x))
     assert len(calls) == stock_calls
+
+
+def test_wide_layers_of_other_cpus_are_products_for_weight_gradients_only(monkeypatch):
+    layer, x = make_wide("4x4", monkeypatch)
+    monkeypatch.setattr(cpu_convolution, "_is_intel", lambda: False)
+    with torch.no_grad():
+        assert is_stock(layer, x)
+    for name in ("to_low", "to_high"):
+        monkeypatch.setattr(cpu_convolution, name, None)
+    y = convolve(x.requires_grad_(), layer, None)
+    gradients = torch.autograd.grad(y.square().sum(), (x, layer.weight))
+    stock = torch.autograd.grad(layer(x).square().sum(), (x, layer.weight))
+    torch.testing.assert_close(gradients, stock, rtol=1e-4, atol=1e-4)
+    assert y.grad_fn.name() == OURS
 
 
 @pytest.mark.parametrize("of", ["x", "weight"])
