@@ -37,7 +37,8 @@ _LEAST_CHANNELS = 16  # a narrow product leaves the CPU's vectors half empty
 # positions makes their arithmetic small. With cold caches, as in a step, weight gradients take 1.2 times as long as
 # products, for 512×1024 channels 2.1 to 2.4 times (two threads of an AMD EPYC); convolutions from the low side 1.3 to
 # 1.4 times, to it 1.1 to 1.3 times, for 512×512 channels down to two positions a side and fewer 2 times (of an Intel
-# Xeon; an EPYC's wait less, and as products they were not measured there).
+# Xeon, where it is the same for weights that are not channels_last; an EPYC's convolutions wait less, and as products
+# they were not measured there).
 _WIDE_ELEMENTS, _FEW_POSITIONS = 2**21, 16
 # PyTorch computes eight channels of an image, whatever it has. Up to so many of them the product is ahead (1.3 to 5
 # times as fast in float32), if the low side has so many numbers for each; with fewer it is in a loop of nothing else,
@@ -155,8 +156,10 @@ def _gains(x, weight, conv, dtype):
     to_image = to_image and _is_to_image(len(x), low, weight.shape, dtype)
     if to_image and _fit(low, high, weight, conv.stride, conv.padding):
         return True
-    if not large or dtype == torch.float32:
-        return large and _is_wide(low, weight, dtype)
+    if not large:
+        return False
+    if dtype == torch.float32:  # its results lie as the weight does, stock's as x, too
+        return _is_wide(low, weight, dtype) and suggests_channels_last(weight) >= suggests_channels_last(x)
     in_order = all(tensor.is_contiguous(memory_format=torch.channels_last) for tensor in (x, weight))
     return in_order and _weight_grad_for(len(x), low, weight, dtype) is not None
 
@@ -167,7 +170,9 @@ def _is_wide(low_size, weight, dtype):
     large = dtype == torch.float32 and weight.numel() >= _WIDE_ELEMENTS
     if not large or positions > _FEW_POSITIONS:
         return False
-    return weight.is_contiguous(memory_format=torch.channels_last) and suggests_channels_last(weight)  # as its result
+    if suggests_channels_last(weight):
+        return weight.is_contiguous(memory_format=torch.channels_last)
+    return weight.is_contiguous() and _is_intel()
 
 
 def _is_to_image(batch, low_size, weight_shape, dtype):
@@ -190,7 +195,9 @@ def _fit(low_size, high_size, weight, stride, padding):
 def _weight_grad_for(batch, low_size, weight, dtype):
     """The function for a weight gradient of such a low side by products, or None where that gains nothing."""
     if dtype == torch.float32:
-        return weight_grad_tap_by_tap if _is_wide(low_size, weight, dtype) else None
+        if not _is_wide(low_size, weight, dtype):
+            return None
+        return weight_grad_tap_by_tap if suggests_channels_last(weight) else weight_grad_of_all_taps
     few = batch * low_size[0] * low_size[1] <= _POSITIONS_A_CHANNEL * len(weight)
     return weight_grad_of_all_taps if few and min(weight.shape[:2]) >= _LEAST_CHANNELS else None
 
@@ -241,7 +248,7 @@ class Convolution(torch.autograd.Function):
                 dx = _by_products(dout, weight, not transposed, x.shape[2:], stride, padding)
             if wants_weight:
                 weight_grad = _weight_grad_for(len(low), low.shape[2:], weight, x.dtype)
-        dweight = None if weight_grad is None else weight_grad(low, high, weight.shape, stride, padding)
+        dweight = None if weight_grad is None else weight_grad(low, high, weight, stride, padding)
         left = (wants_x and dx is None, wants_weight and dweight is None, False)
         if any(left):
             where = (stride, padding, (1, 1), transposed, output_padding, 1)

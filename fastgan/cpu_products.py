@@ -36,11 +36,8 @@ def to_high(low, weight, stride, padding):
 
     Low sides in half precision are added up in float32.
     """
-    layout = torch.channels_last if any(map(suggests_channels_last, (low, weight))) else torch.contiguous_format
     size, channels = low.shape[2:], weight.shape[1]
-    high_size = [positions * step for positions, step in zip(size, stride, strict=True)]
-    # A tensor of its own, not a view: an activation in place comes next.
-    high = torch.empty(len(low), channels, *high_size, dtype=weight.dtype, device=low.device, memory_format=layout)
+    high = _result(low, weight, channels, [positions * step for positions, step in zip(size, stride, strict=True)])
     taps_of = _taps_first if channels < _MANY_CHANNELS else _taps_last
     weight = weight.to(torch.promote_types(low.dtype, torch.float32))
     parts = _parts(len(low), weight[0].numel() * size.numel())
@@ -51,6 +48,12 @@ def to_high(low, weight, stride, padding):
         by_phase = high_part.view(-1, channels, size[0], stride[0], size[1], stride[1])
         by_phase.copy_(taps.permute(3, 0, 4, 1, 5, 2))
     return high
+
+
+def _result(x, weight, channels, size):
+    """Memory for the result of their convolution: no view, because an activation in place may come next."""
+    layout = torch.channels_last if any(map(suggests_channels_last, (x, weight))) else torch.contiguous_format
+    return torch.empty(len(x), channels, *size, dtype=weight.dtype, device=x.device, memory_format=layout)
 
 
 def _parts(images, taps_an_image):
@@ -70,10 +73,12 @@ def _taps_first(low, weight):
 
 
 def _taps_last(low, weight):
-    """The same for many channels, which lie side by side, and a channels_last weight."""
+    """The same for many channels: in the order of the weight."""
     (_, low_channels, *size), (_, channels, *kernel_size) = low.shape, weight.shape
     taps = torch.mm(low.permute(0, 2, 3, 1).reshape(-1, low_channels), _rows(weight))
-    return taps.view(-1, *size, *kernel_size, channels).permute(5, 3, 4, 0, 1, 2)
+    if suggests_channels_last(weight):
+        return taps.view(-1, *size, *kernel_size, channels).permute(5, 3, 4, 0, 1, 2)
+    return taps.view(-1, *size, channels, *kernel_size).permute(3, 4, 5, 0, 1, 2)
 
 
 def _added_up(taps, axis, stride, padding):
@@ -96,10 +101,10 @@ def _added_up(taps, axis, stride, padding):
 
 
 def to_low(high, weight, stride, padding):
-    """conv2d, with a channels_last weight and to a result like it."""
-    patches, rows = _patches(high, weight.shape[2:], stride, padding), _rows(weight)
+    """conv2d."""
+    patches, rows = _patches(high, weight, stride, padding), _rows(weight)
     n, *size = patches.shape[:3]
-    low = torch.empty(n, len(weight), *size, dtype=high.dtype, device=high.device, memory_format=torch.channels_last)
+    low = _result(high, weight, len(weight), size)
     parts = _parts(n, patches[0].numel())
     for low_part, part in zip(low.chunk(parts), patches.chunk(parts), strict=True):
         # The weight first: of up to 48 positions the other way round takes MKL up to three times as long.
@@ -109,26 +114,31 @@ def to_low(high, weight, stride, padding):
 
 
 def _rows(weight):
-    """(low channels, kh × kw × high channels), of which a channels_last weight is a view."""
-    return weight.permute(0, 2, 3, 1).reshape(len(weight), -1)
+    """(low channels, all that each has), in the order of the weight, which has them side by side: a view."""
+    return (weight.permute(0, 2, 3, 1) if suggests_channels_last(weight) else weight).reshape(len(weight), -1)
 
 
-def _patches(high, kernel_size, stride, padding):
-    """(N, height of the low side, its width, kh, kw, high channels): what each position there is computed from."""
-    high = F.pad(high.permute(0, 2, 3, 1), (0, 0, padding[1], padding[1], padding[0], padding[0]))
-    return high.unfold(1, kernel_size[0], stride[0]).unfold(2, kernel_size[1], stride[1]).permute(0, 1, 2, 4, 5, 3)
+def _patches(high, weight, stride, padding):
+    """(N, height of the low side, its width, *a row of the weight): what each position there is computed from."""
+    high = F.pad(high, (padding[1], padding[1], padding[0], padding[0]))
+    patches = high.unfold(2, weight.shape[2], stride[0]).unfold(3, weight.shape[3], stride[1])
+    # From (N, high channels, height, width, kh, kw).
+    return patches.permute((0, 2, 3, 4, 5, 1) if suggests_channels_last(weight) else (0, 2, 3, 1, 4, 5))
 
 
-def weight_grad_of_all_taps(low, high, weight_shape, stride, padding):
-    low_channels, high_channels, *kernel_size = weight_shape
-    patches = _patches(high, kernel_size, stride, padding).flatten(3).flatten(0, 2)
+def weight_grad_of_all_taps(low, high, weight, stride, padding):
+    low_channels, high_channels, *kernel_size = weight.shape
+    patches = _patches(high, weight, stride, padding).flatten(3).flatten(0, 2)
     product = low.permute(0, 2, 3, 1).reshape(-1, low_channels).t() @ patches
-    return product.view(low_channels, *kernel_size, high_channels).permute(0, 3, 1, 2)
+    if suggests_channels_last(weight):
+        return product.view(low_channels, *kernel_size, high_channels).permute(0, 3, 1, 2)
+    return product.view(weight.shape)
 
 
-def weight_grad_tap_by_tap(low, high, weight_shape, stride, padding):
-    """Each tap of those positions only that have one there: of a 4×4 kernel on a side of 4×4, of 9 to 16 of them."""
-    low_channels, high_channels, *kernel_size = weight_shape
+def weight_grad_tap_by_tap(low, high, weight, stride, padding):
+    """For a channels_last weight: each tap of those positions only that have one there, of a 4×4 kernel on a side of
+    4×4 of 9 to 16 of them."""
+    low_channels, high_channels, *kernel_size = weight.shape
     dweight = low.new_empty(low_channels, *kernel_size, high_channels)
     low, high = low.permute(2, 3, 0, 1), high.permute(2, 3, 0, 1)  # (height, width, N, channels)
     rows, columns = (
