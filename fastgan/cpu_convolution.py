@@ -159,7 +159,8 @@ def _gains(x, weight, conv, dtype):
     if not large:
         return False
     if dtype == torch.float32:  # its results lie as the weight does, stock's as x, too
-        return _is_wide(low, weight, dtype) and suggests_channels_last(weight) >= suggests_channels_last(x)
+        as_stock = suggests_channels_last(weight) or not suggests_channels_last(x)
+        return as_stock and _is_wide(low, weight, dtype)
     in_order = all(tensor.is_contiguous(memory_format=torch.channels_last) for tensor in (x, weight))
     return in_order and _weight_grad_for(len(x), low, weight, dtype) is not None
 

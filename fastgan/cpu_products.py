@@ -17,18 +17,12 @@ _TAPS_AT_ONCE = 2**21
 
 def from_one_position(x, weight):
     """conv_transpose2d of (N, in_channels, 1, 1) without padding: one product, in the layout of the weight."""
-    in_channels, out_channels, *kernel_size = weight.shape
-    if suggests_channels_last(weight):
-        y = torch.mm(x.flatten(1), weight.permute(0, 2, 3, 1).reshape(in_channels, -1))
-        return y.view(-1, *kernel_size, out_channels).permute(0, 3, 1, 2)
-    return torch.mm(x.flatten(1), weight.reshape(in_channels, -1)).view(-1, out_channels, *kernel_size)
+    return _of_rows(torch.mm(x.flatten(1), _rows(weight, weight)), weight)
 
 
 def to_one_position(x, weight):
     """conv2d of images as large as the kernel, without padding."""
-    if suggests_channels_last(weight):
-        x, weight = x.permute(0, 2, 3, 1), weight.permute(0, 2, 3, 1)
-    return F.linear(x.flatten(1), weight.flatten(1))[:, :, None, None]
+    return F.linear(_rows(x, weight), _rows(weight, weight))[:, :, None, None]
 
 
 def to_high(low, weight, stride, padding):
@@ -64,18 +58,17 @@ def _parts(images, taps_an_image):
 def _taps_first(low, weight):
     """What each tap adds to the high side, (high channels, kh, kw, N, height of the low side, its width), for few
     channels: as rows, whose positions lie side by side."""
-    (n, low_channels, *size), kernel_size = low.shape, weight.shape[2:]
+    (n, _, *size), kernel_size = low.shape, weight.shape[2:]
     by_tap = weight.flatten(1).t()
     if low.is_contiguous(memory_format=torch.channels_last):
-        rows = low.permute(0, 2, 3, 1).reshape(-1, low_channels)
-        return torch.mm(by_tap, rows.t()).view(-1, *kernel_size, n, *size)
+        return torch.mm(by_tap, _by_position(low).t()).view(-1, *kernel_size, n, *size)
     return torch.bmm(by_tap.expand(n, -1, -1), low.flatten(2)).view(n, -1, *kernel_size, *size).movedim(0, 3)
 
 
 def _taps_last(low, weight):
     """The same for many channels: in the order of the weight."""
-    (_, low_channels, *size), (_, channels, *kernel_size) = low.shape, weight.shape
-    taps = torch.mm(low.permute(0, 2, 3, 1).reshape(-1, low_channels), _rows(weight))
+    size, (channels, *kernel_size) = low.shape[2:], weight.shape[1:]
+    taps = torch.mm(_by_position(low), _rows(weight, weight))
     if suggests_channels_last(weight):
         return taps.view(-1, *size, *kernel_size, channels).permute(5, 3, 4, 0, 1, 2)
     return taps.view(-1, *size, channels, *kernel_size).permute(3, 4, 5, 0, 1, 2)
@@ -102,7 +95,7 @@ def _added_up(taps, axis, stride, padding):
 
 def to_low(high, weight, stride, padding):
     """conv2d."""
-    patches, rows = _patches(high, weight, stride, padding), _rows(weight)
+    patches, rows = _patches(high, weight, stride, padding), _rows(weight, weight)
     n, *size = patches.shape[:3]
     low = _result(high, weight, len(weight), size)
     parts = _parts(n, patches[0].numel())
@@ -113,9 +106,22 @@ def to_low(high, weight, stride, padding):
     return low
 
 
-def _rows(weight):
-    """(low channels, all that each has), in the order of the weight, which has them side by side: a view."""
-    return (weight.permute(0, 2, 3, 1) if suggests_channels_last(weight) else weight).reshape(len(weight), -1)
+def _by_position(low):
+    """(N × its height × its width, low channels)."""
+    return low.permute(0, 2, 3, 1).reshape(-1, low.shape[1])
+
+
+def _rows(tensor, weight):
+    """(length of a weight or of a batch, all that each has) in the order of the weight: of that a view."""
+    return (tensor.permute(0, 2, 3, 1) if suggests_channels_last(weight) else tensor).reshape(len(tensor), -1)
+
+
+def _of_rows(rows, weight):
+    """`_rows` undone: of rows as long as the weight's, (their number, high channels, kh, kw)."""
+    channels, *kernel_size = weight.shape[1:]
+    if suggests_channels_last(weight):
+        return rows.view(-1, *kernel_size, channels).permute(0, 3, 1, 2)
+    return rows.view(-1, channels, *kernel_size)
 
 
 def _patches(high, weight, stride, padding):
@@ -127,12 +133,8 @@ def _patches(high, weight, stride, padding):
 
 
 def weight_grad_of_all_taps(low, high, weight, stride, padding):
-    low_channels, high_channels, *kernel_size = weight.shape
-    patches = _patches(high, weight, stride, padding).flatten(3).flatten(0, 2)
-    product = low.permute(0, 2, 3, 1).reshape(-1, low_channels).t() @ patches
-    if suggests_channels_last(weight):
-        return product.view(low_channels, *kernel_size, high_channels).permute(0, 3, 1, 2)
-    return product.view(weight.shape)
+    patches = _patches(high, weight, stride, padding).reshape(-1, weight[0].numel())
+    return _of_rows(torch.mm(_by_position(low).t(), patches), weight)
 
 
 def weight_grad_tap_by_tap(low, high, weight, stride, padding):
