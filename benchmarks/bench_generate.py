@@ -45,7 +45,7 @@ def trained_generator(batch):
 
 def build(variant, generator):
     """The generator as `variant` runs it, in the precision that its name says."""
-    generator = copy.deepcopy(generator).to(DTYPES[precision_of(variant)])
+    generator = copy.deepcopy(generator).to(DEVICE, DTYPES[precision_of(variant)])
     if variant == "eager-fp32":
         return generator  # NCHW, as the PyTorch example has it
     generator = generator.to(memory_format=torch.channels_last)
@@ -62,15 +62,16 @@ def test_generate(benchmark, variant, batch):
     describe(benchmark, variant=variant, batch=batch, image_size=64, precision=precision)
     forget()
     exact, latent = trained_generator(batch)
-    expected = exact(latent)
+    expected = exact(latent).cpu()
     latent = latent.to(DTYPES[precision])
-    plain = build(f"eager-{precision}", exact)(latent)
+    plain = build(f"eager-{precision}", exact)(latent).cpu()
+    exact = exact.cpu()  # what the GPU holds from here on is the variant's
     memory = PeakMemory()
     with memory.watching_captures():
         generator = build(variant, exact)
         run = graphed(lambda: generator(latent)) if "graph" in variant else lambda: generator(latent)
         pictures = run()
-    assert_as_accurate_as_stock("wrong: pictures", pictures, plain, expected)
+    assert_as_accurate_as_stock("wrong: pictures", pictures.cpu(), plain, expected)
     beside = not (ON_GPU or variant.startswith("eager"))
     eager = functools.partial(build(f"eager-{precision}", exact), latent) if beside else None
     del exact, expected, plain, pictures

@@ -45,9 +45,10 @@ def summary(trace, *, steps, step_seconds):
     """What a Chrome trace of ``steps`` equal steps says of one.
 
     Returns:
-        dict: ``kernel_us``, name of a kernel → microseconds a step, longest first; ``launches``, kernels and copies a
-        step; ``gpu_busy``, the share of an unprofiled step in which a kernel runs; ``gpu_busy_in_trace``, the same
-        within the trace, whose gaps are longer than they are without the profiler.
+        dict: ``kernel_us``, name of a kernel → microseconds a step, longest first, each kernel from when those before
+        it have ended (it may start earlier, and wait); ``launches``, kernels and copies a step; ``gpu_busy``, the share
+        of an unprofiled step in which a kernel runs; ``gpu_busy_in_trace``, the same within the trace, whose gaps are
+        longer than they are without the profiler.
 
     Raises:
         ValueError: the trace has no GPU work in it.
@@ -55,27 +56,20 @@ def summary(trace, *, steps, step_seconds):
     events = [e for e in trace.get("traceEvents", []) if e.get("ph") == "X" and e.get("cat") in _ON_GPU]
     if not events:
         raise ValueError("the trace has no kernels in it: was the profiler's CUDA activity on?")
-    microseconds = defaultdict(float)
-    for event in events:
-        microseconds[event["name"]] += event["dur"] / steps
+    microseconds, first = defaultdict(float), min(event["ts"] for event in events)
+    ended = first
+    for event in sorted(events, key=lambda event: event["ts"]):
+        end = event["ts"] + event["dur"]
+        microseconds[event["name"]] += max(0.0, end - max(event["ts"], ended)) / steps
+        ended = max(ended, end)
     longest_first = sorted(microseconds.items(), key=lambda item: -item[1])
-    spans = sorted((e["ts"], e["ts"] + e["dur"]) for e in events)
-    busy, wall = _union(spans), max(end for _, end in spans) - spans[0][0]
+    busy, wall = steps * sum(microseconds.values()), ended - first
     return {
         "kernel_us": {name: round(value, 2) for name, value in longest_first},
         "launches": round(len(events) / steps),
         "gpu_busy": round(min(busy / steps / (step_seconds * 1e6), 1.0), 3),
         "gpu_busy_in_trace": round(busy / wall, 3),
     }
-
-
-def _union(spans):
-    """The total length of what sorted (start, end) spans cover."""
-    covered, reached = 0.0, float("-inf")
-    for start, end in spans:
-        covered += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-    return covered
 
 
 def profile_variant(variant, folder):

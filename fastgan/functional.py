@@ -13,7 +13,6 @@ from fastgan import backend
 from fastgan.checks import check_conv_bn_act, pair
 from fastgan.losses import backward_bce, discriminator_bce, generator_bce
 from fastgan.ops import batch_norm, convolution, running, synchronised
-from fastgan.ops.branches import beside
 from fastgan.ops.layer import ConvBatchNormAct, Layer
 from fastgan.ops.operators import is_watched
 
@@ -336,9 +335,7 @@ def _conv_bn_act_fused(
 def _update_running(running_mean, running_var, mean, var, momentum, batches):
     """running ← (1 − momentum)·running + momentum·batch, for each group of the batch; `batches` counts them."""
     if not _updated_by_torch(running_mean, running_var, momentum):
-        mean, var = mean.detach(), var.detach()
-        with beside(mean, var):
-            running.update_running(running_mean, running_var, mean, var, batches, float(momentum))
+        running.update_running(running_mean, running_var, mean.detach(), var.detach(), batches, float(momentum))
         return
     if batches is not None:
         batches.add_(len(mean))

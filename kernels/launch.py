@@ -1,19 +1,12 @@
 """What every launch has in common: the device, the compiler options, and the sizes of tiles."""
 
-import os
+import functools
 import threading
 from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 
-from fastgan.backend import interpreted
-
-# Kernels that follow each other in a stream start while the one before ends, and wait for its end before they touch
-# memory (CUDA's programmatic dependent launch). An experiment: compute capability 9.0, not timed yet (NOTES.md).
-EARLY_START = os.environ.get("FASTGAN_EARLY_START") == "1" and not interpreted()
-# Fused multiply-add is named explicitly because Triton's default for it differs between releases.
-OPTIONS = dict(enable_fp_fusion=True) | (dict(launch_pdl=True) if EARLY_START else {})
 INT32_ELEMENTS = 2**31  # tensors of more elements need 64-bit offsets
 FEWEST_READERS = 1024  # programs that only read: a few for each multiprocessor of a large GPU
 
@@ -24,10 +17,31 @@ stood_in = False  # whether all kernels are started by something else: see `offl
 
 def launch(kernel, grid, *args, device, num_warps=4, num_stages=2, **constexprs):
     """Start `kernel` on the device that holds its tensors, which need not be the current one."""
-    options = dict(num_warps=num_warps, num_stages=num_stages, **OPTIONS, **constexprs)
+    options = dict(num_warps=num_warps, num_stages=num_stages, **compiler_options(_capability(device)), **constexprs)
     with on(device):
         compiled = kernel[grid](*args, **options)
     tell(kernel, compiled, grid, args, options)
+
+
+def compiler_options(capability):
+    """What every kernel is compiled and started with on a GPU of this compute capability, 90 for sm_90.
+
+    From that one on, kernels that follow each other in a stream start while the one before ends, and wait for its end
+    before they touch memory: CUDA's programmatic dependent launch (see `wait_for_previous` in pieces.py).
+    """
+    # Fused multiply-add is named explicitly because Triton's default for it differs between releases.
+    return dict(enable_fp_fusion=True, launch_pdl=capability >= 90)
+
+
+def _capability(device):
+    """10 · major + minor; 0 where Triton interprets."""
+    return _capability_of(device.index) if device.type == "cuda" else 0
+
+
+@functools.cache
+def _capability_of(index):
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
 
 
 def tell(*launched):

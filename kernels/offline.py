@@ -99,4 +99,5 @@ def compile_launch(launch):
     """
     kernel = getattr(importlib.import_module(launch.module), launch.kernel)
     options = {"num_warps": 4, "num_stages": 2, **launch.options}
-    return kernel.warmup(*launch.arguments, grid=(1,), **launching.OPTIONS, **options)
+    compiler = launching.compiler_options(driver.active.get_current_target().arch)
+    return kernel.warmup(*launch.arguments, grid=(1,), **compiler, **options)

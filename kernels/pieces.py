@@ -3,27 +3,26 @@
 import triton
 import triton.language as tl
 
-from fastgan.kernels import launch
+from fastgan.backend import interpreted
 
 NOWHERE = tl.constexpr(-(2**30))  # a position that lies outside of every image, whatever tap is added to it
 
 
 @triton.jit
-def _started_early():
+def _wait_for_previous():
     """Wait for the end of the kernels before; when all programs of this one have come so far, the next may start."""
-    tl.extra.cuda.gdc_wait()
-    tl.extra.cuda.gdc_launch_dependents()
+    if tl.target_info.cuda_capability_geq(9, 0):  # as `launch.compiler_options` has it
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
-def _started_in_turn():
+def _starts_in_turn():
     pass
 
 
-# The first thing in every kernel. Two functions, not one with a condition: where a function reads a global constant,
-# Triton 3.6 gives its callers another key in the cache on disk if it was compiled before them, and what one process
-# compiled another does not find.
-wait_for_previous = _started_early if launch.EARLY_START else _started_in_turn
+# The first thing in every kernel.
+wait_for_previous = _starts_in_turn if interpreted() else _wait_for_previous
 
 
 @triton.jit

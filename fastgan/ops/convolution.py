@@ -16,7 +16,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastgan.ops.branches import beside, join
 from fastgan.ops.choice import choose, conv_problem, weight_grad_problem
 from fastgan.ops.geometry import missing_rows, out_size, way_back
 from fastgan.ops.implementations import (
@@ -39,11 +38,10 @@ def plain_conv(x, weight, weight_copy, transposed, stride, padding, output_paddi
     return form(conv)(x, weight, weight_copy, *nothing, *where, None, 0.0, [], None, 0.0, False)
 
 
-def weight_grad_beside(x, dz, weight, transposed, stride, padding, form=as_operator):
-    """The weight's gradient of a convolution of x, for the gradient dz of its result; `join` comes before its use."""
+def weight_grad_of(x, dz, weight, transposed, stride, padding, form=as_operator):
+    """The weight's gradient of a convolution of x, for the gradient dz of its result."""
     low, high = (x, dz) if transposed else (dz, x)
-    with beside():
-        return form(conv_weight_grad)(low, high, weight, stride, padding)
+    return form(conv_weight_grad)(low, high, weight, stride, padding)
 
 
 @operator("fastgan::conv")
@@ -268,7 +266,7 @@ def _backward(ctx, x, weight, weight_copy, out, x_normalized, dout):
     transposed, stride, padding = ctx.transposed, ctx.stride, ctx.padding
     dx = dweight = sums = None
     if is_wanted(ctx, 1):  # first, so that dx need not wait in memory, or outside of the cache
-        dweight = weight_grad_beside(x, dz, weight, transposed, stride, padding)
+        dweight = weight_grad_of(x, dz, weight, transposed, stride, padding)
     if is_wanted(ctx, 0):
         where = way_back(x.shape[2:], weight.shape[2:], transposed, stride, padding)
         if x_normalized:
@@ -279,7 +277,6 @@ def _backward(ctx, x, weight, weight_copy, out, x_normalized, dout):
             dx = conv_activation_grad(dz, weight, weight_copy, x, *where, ctx.x_activation, ctx.x_slope)
         else:
             dx = plain_conv(dz, weight, weight_copy, *where)
-    join()
     return dx, dweight, dz, [None, None, None, sums, None, None][: len(x_normalized)]
 
 

@@ -5,8 +5,7 @@ from typing import NamedTuple
 import torch
 
 from fastgan.ops.batch_norm import batch_norm_act, batch_norm_act_grad, vector_grads
-from fastgan.ops.branches import beside, join
-from fastgan.ops.convolution import activation_grad, conv_statistics, plain_conv, weight_grad_beside
+from fastgan.ops.convolution import activation_grad, conv_statistics, plain_conv, weight_grad_of
 from fastgan.ops.geometry import way_back
 from fastgan.ops.operators import as_function, as_operator, is_watched
 from fastgan.ops.replay import Replayed
@@ -67,8 +66,7 @@ def _forward(x, weight, weight_copy, bias, gamma, beta, running_mean, running_va
     """(out, y, mean, invstd): the result, and what backward needs."""
     out, y, mean, invstd, var = _layer(as_function, x, weight, weight_copy, bias, gamma, beta, layer)
     if running_mean is not None:
-        with beside(mean, var):
-            update_running.function(running_mean, running_var, mean, var, batches, layer.momentum)
+        update_running.function(running_mean, running_var, mean, var, batches, layer.momentum)
     elif batches is not None:
         batches.add_(layer.groups)
     return out, y, mean, invstd
@@ -99,10 +97,9 @@ def _grads(form, dout, x, weight, weight_copy, bias, gamma, beta, y, mean, invst
         dz = form(activation_grad)(dy, y, before, layer.slope_before)
     dx = dweight = dbias = None
     if wants_weight:  # first, so that dx need not wait in memory, or outside of the cache
-        dweight = weight_grad_beside(x, dz, weight, *where, form)
+        dweight = weight_grad_of(x, dz, weight, *where, form)
     if wants_x:
         dx = plain_conv(dz, weight, weight_copy, *way_back(x.shape[2:], weight.shape[2:], *where), form)
-    join()
     if wants_bias:  # right before BatchNorm it has no part in the result
         dbias = dz.sum((0, 2, 3), dtype=bias.dtype) if before else torch.zeros_like(bias)
     return dx, dweight, None, dbias, *vector_grads(sums, gamma, beta, wants_gamma, wants_beta)

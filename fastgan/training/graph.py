@@ -6,7 +6,6 @@ from contextlib import contextmanager
 import torch
 
 from fastgan.kernels.tables import filled_after_capture
-from fastgan.ops import branches
 
 WARMUP_STEPS = 3  # before the capture: compilation, cuDNN's choice of algorithms, the optimizers' state
 
@@ -95,14 +94,12 @@ class StepGraph:
             # On a stream of this device: torch's own for captures is of the device that captured first. Other threads
             # go on preparing batches meanwhile.
             with (
-                branches.branching(torch.cuda.Stream(self._device) if branches.ENABLED else None),
                 filled_after_capture() as self._tables,
                 torch.cuda.device(self._device),
                 capturing(graph, stream=torch.cuda.Stream(self._device), capture_error_mode="thread_local"),
             ):
                 losses = self._step(self._images)
                 self._losses = torch.stack(list(losses.values()))
-                branches.join()
         except BaseException as error:
             self.forget()  # the tables of this capture were never filled
             if not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError):

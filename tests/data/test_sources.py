@@ -119,7 +119,8 @@ def test_on_demand_the_next_picture_takes_the_place_of_an_unreadable_one(picture
         folder = data.load("folder", root=pictures, image_size=8)
         with pytest.warns(UserWarning) as caught:
             taken = take(folder, count, batch_size=5, workers=workers, **options)
-        return taken[:, :, 0, 0, 0].tolist(), [str(warning.message) for warning in caught]
+        ours = [str(warning.message) for warning in caught if warning.category is UserWarning]  # Python's of forks, too
+        return taken[:, :, 0, 0, 0].tolist(), ours
 
     batches, told = reds(3)
     assert all(sorted(batch) == [20, 20, 20, 30, 40] for batch in batches)

@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 
-import fastgan
 from fastgan.training import TrainStep, graph
 from fastgan.training.step import _fused_convolutions
 from fastgan.weight_copies import WeightCopies
@@ -33,17 +32,15 @@ def train(step):
     return torch.stack([torch.stack(list(step(real).values())) for real in real_batches(STEPS, dtype=torch.float32)])
 
 
-@pytest.mark.parametrize("half, one_pass, branches", ((False, True, True), (True, False, False)))
-def test_replays_equal_plain_steps(half, one_pass, branches, monkeypatch, triton_backend):
+@pytest.mark.parametrize("half, one_pass", ((False, True), (True, False)))
+def test_replays_equal_plain_steps(half, one_pass, monkeypatch, triton_backend):
     plain, graphed = (make_step(half, one_pass=one_pass) for _ in range(2))
     expected = train(plain)
     simulate_graphs(monkeypatch)
     monkeypatch.setattr(graph, "WARMUP_STEPS", 1)
-    monkeypatch.setattr(graph.branches, "ENABLED", branches)
     graphed._graph = graph.StepGraph(graphed._step, torch.device("cpu"))
     losses = train(graphed)
     assert graphed._graph.captured and len(graphed._graph._graph._steps) > 50
-    assert len({stream for stream, *_ in graphed._graph._graph._steps}) == (2 if branches else 1)
     torch.testing.assert_close(losses, expected, rtol=1e-6, atol=1e-6)
     for name in ("generator", "discriminator"):
         ours, theirs = (getattr(step, name).state_dict() for step in (graphed, plain))
@@ -62,13 +59,6 @@ def captured_step(monkeypatch, triton_backend):
     simulate_graphs(monkeypatch)
     monkeypatch.setattr(graph, "WARMUP_STEPS", 1)
     return make
-
-
-def test_branches_of_which_nothing_makes_use(captured_step, monkeypatch):
-    monkeypatch.setattr(graph.branches, "ENABLED", True)
-    step = captured_step(fused=False)
-    train(step)
-    assert step._graph.captured
 
 
 def test_what_is_captured_has_the_shape_of_the_calls_before(captured_step):
@@ -109,17 +99,6 @@ def test_no_replay_writes_to_moments_that_loading_replaced(captured_step):
     with pytest.raises(ValueError, match="parameter group"):
         step.load_state_dict(state)
     assert not step._graph.captured
-
-
-def test_compiled_networks_are_not_compiled_anew_within_branches():
-    torch._dynamo.reset()
-    generator = fastgan.fuse(make_networks(dtype=torch.float32)[0])
-    compiled = torch.compile(generator, fullgraph=True, dynamic=False, backend="eager")
-    latent = torch.randn(4, NZ)
-    compiled(latent)
-    compiled(latent)
-    with torch._dynamo.config.patch(error_on_recompile=True), graph.branches.branching(object()):
-        compiled(latent)
 
 
 def test_memory_is_given_out_again_and_written_over():

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from fastgan.models import Discriminator, Generator
-from fastgan.ops import branches
 from fastgan.training import TrainStep
 from fastgan.training.graph import WARMUP_STEPS
 
@@ -77,14 +76,6 @@ def test_the_dcgan_that_is_in_the_tables():
         rows.append(train(step, batches(WARMUP_STEPS + 3, shape=shape)))
     assert step._graph.captured
     torch.testing.assert_close(*rows, rtol=1e-6, atol=1e-6)
-
-
-def test_branches_change_nothing(monkeypatch, backend):
-    losses = []
-    for enabled in (False, True):
-        monkeypatch.setattr(branches, "ENABLED", enabled)
-        losses.append(train(make_step(precision="bf16", cuda_graph=True), batches()))
-    torch.testing.assert_close(*losses, rtol=0, atol=0)
 
 
 def test_a_graph_that_is_garbage_does_not_disturb_a_capture():
