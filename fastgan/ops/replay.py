@@ -92,6 +92,10 @@ class _Place(int):
     """Where a tensor is among those of a call: its arguments, then what the steps give."""
 
 
+class _Address(int):
+    """The same of a tensor of which a kernel is told the address: of each tensor itself Triton would ask CUDA."""
+
+
 class Recorder(TorchDispatchMode):
     """Notes the steps of one call, between numbered tensors.
 
@@ -165,6 +169,8 @@ class Recorder(TorchDispatchMode):
             # As it takes them, past what chose it by dtypes, alignments and integers: all parameters in their order.
             function = compiled[(*grid, 1, 1)[:3]]
             arguments += [options.get(each.name, each.default) for each in kernel.params[len(arguments) :]]
+            if _is_of_triton(compiled):
+                arguments = [_Address(each) if type(each) is _Place else each for each in arguments]
         self._steps.append((function, arguments, {}, [], True))
 
     def _place(self, tensor):
@@ -182,6 +188,13 @@ class Recorder(TorchDispatchMode):
             self._placed(value) if isinstance(value, list | tuple) else self._places.get(id(value), value)
             for value in values
         ]
+
+
+def _is_of_triton(compiled):
+    """Whether it is Triton that starts it, and not something that stands in for it."""
+    from triton.compiler import CompiledKernel
+
+    return isinstance(compiled, CompiledKernel)
 
 
 def _address(tensor):
@@ -218,7 +231,11 @@ class Plan:
             for function, constants, sources, kwargs, places, ends in self._steps:
                 args = constants.copy()
                 for i, place in sources:
-                    args[i] = tensors[place] if type(place) is _Place else _filled(place, tensors)
+                    kind = type(place)
+                    if kind is _Address:
+                        args[i] = tensors[place].data_ptr()
+                    else:
+                        args[i] = tensors[place] if kind is _Place else _filled(place, tensors)
                 result = function(*args, **_filled(kwargs, tensors)) if kwargs else function(*args)
                 if places:
                     if isinstance(result, Tensor):
@@ -235,7 +252,7 @@ class Plan:
 
 def _places(values):
     for value in values:
-        if type(value) is _Place:
+        if type(value) in (_Place, _Address):
             yield value
         elif isinstance(value, list):
             yield from _places(value)

@@ -12,13 +12,16 @@ from fastgan import backend
 from fastgan.kernels.offline import compiling_for
 from fastgan.ops.replay import Plan, Replayed
 
+LEAST_ADDRESS = 2**32  # more than any number that these launches are given
 given = []
 
 
 def note(grid_x, grid_y, grid_z, stream, function, metadata, launch_metadata, enter_hook, exit_hook, *arguments):
-    """In place of Triton's launcher: notes kernel, grid and arguments; of a tensor what is compiled in."""
+    """In place of Triton's launcher: notes kernel, grid and arguments, of a tensor or an address the alignment."""
     known = [
-        (argument.dtype, argument.data_ptr() % 16) if isinstance(argument, torch.Tensor) else argument
+        ("at", (argument.data_ptr() if isinstance(argument, torch.Tensor) else argument) % 16)
+        if isinstance(argument, torch.Tensor) or (isinstance(argument, int) and argument >= LEAST_ADDRESS)
+        else argument
         for argument in arguments
     ]
     given.append((function, (grid_x, grid_y, grid_z), known))
