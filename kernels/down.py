@@ -26,12 +26,14 @@ from fastgan.kernels.pieces import (
     backward_epilogue,
     column_sums,
     conv_epilogue,
+    grad_again,
     load_block,
     multiply_add,
     new_accumulator,
     normalized_and_grad,
     steps_of,
     store_tile_statistics,
+    vectors_of,
     wait_for_previous,
 )
 from fastgan.kernels.single import down_single
@@ -87,6 +89,7 @@ def down_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    AGAIN: tl.constexpr,  # beside y: the rows at a time that are read again for the sums; 0: all are in registers
     ROWS: tl.constexpr,  # of images with few channels, all that follow: see patches.py
     WIDTH: tl.constexpr,
     TAPS_H: tl.constexpr,
@@ -160,21 +163,50 @@ def down_kernel(
     if y_ptr is not None:
         mean_ptr += group * A
         invstd_ptr += group * A
-        x_hat, acc = normalized_and_grad(
-            acc, y_ptr, cell, ok, mean_ptr, invstd_ptr, gamma_ptr, beta_ptr, column, column_ok, ACTIVATION, SLOPE
-        )
-        # Float32 products leave no registers for sums across warps.
-        sum_dz, sum_dz_x_hat = column_sums(acc, transposed), column_sums(acc * x_hat, transposed)
+        if AGAIN > 0:  # y and what comes of it would not fit in registers beside the tile
+            tl.store(low_ptr + cell, acc.to(low_ptr.dtype.element_ty), mask=ok)
+            tl.debug_barrier()
+            mean, invstd, gamma, beta = vectors_of(mean_ptr, invstd_ptr, gamma_ptr, beta_ptr, column, column_ok)
+            sum_dz = tl.zeros((AGAIN, BLOCK_N), tl.float32)
+            sum_dz_x_hat = tl.zeros((AGAIN, BLOCK_N), tl.float32)
+            for start in tl.range(0, BLOCK_M, AGAIN, num_stages=3):
+                row_again = pid_m * BLOCK_M + start + tl.arange(0, AGAIN)
+                place = group * rows + row_again
+                if INT64:
+                    place = group.to(tl.int64) * rows + row_again
+                dz, dz_x_hat = grad_again(
+                    low_ptr,
+                    y_ptr,
+                    (place * A)[:, None] + column[None, :],
+                    (row_again < rows)[:, None] & column_ok[None, :],
+                    mean,
+                    invstd,
+                    gamma,
+                    beta,
+                    ACTIVATION,
+                    SLOPE,
+                )
+                sum_dz += dz
+                sum_dz_x_hat += dz_x_hat
+            sum_dz, sum_dz_x_hat = column_sums(sum_dz), column_sums(sum_dz_x_hat)
+        else:
+            x_hat, acc = normalized_and_grad(
+                acc, y_ptr, cell, ok, mean_ptr, invstd_ptr, gamma_ptr, beta_ptr, column, column_ok, ACTIVATION, SLOPE
+            )
+            # Float32 products leave no registers for sums across warps.
+            sum_dz, sum_dz_x_hat = column_sums(acc, transposed), column_sums(acc * x_hat, transposed)
+            tl.store(low_ptr + cell, acc.to(low_ptr.dtype.element_ty), mask=ok)
         sums_ptr += (group * 2 * tiles + pid_m) * A
         tl.store(sums_ptr + column, sum_dz, mask=column_ok)
         tl.store(sums_ptr + tiles * A + column, sum_dz_x_hat, mask=column_ok)
-    elif activated_ptr is not None:
-        acc = backward_epilogue(acc, activated_ptr, cell, ok, ACTIVATION, SLOPE)
     else:
-        acc = conv_epilogue(
-            acc, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, column, column_ok, ACTIVATION, SLOPE
-        )
-    tl.store(low_ptr + cell, acc.to(low_ptr.dtype.element_ty), mask=ok)
+        if activated_ptr is not None:
+            acc = backward_epilogue(acc, activated_ptr, cell, ok, ACTIVATION, SLOPE)
+        else:
+            acc = conv_epilogue(
+                acc, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, column, column_ok, ACTIVATION, SLOPE
+            )
+        tl.store(low_ptr + cell, acc.to(low_ptr.dtype.element_ty), mask=ok)
     if count_ptr is not None:
         count = tl.minimum(rows - pid_m * BLOCK_M, BLOCK_M).to(tl.float32)
         tile = group * tiles + pid_m
@@ -242,9 +274,9 @@ def down(
         tile = None  # a tile of patches, which means nothing here
     if tile is None and patches_fit:
         tile = PATCH_TILES[high.dtype.itemsize][0]._replace(block_n=power_of_two(a, 16, 64))
-    tile = tile or matrix_tile(rows, a, kh * kw * b, high.dtype, groups)
-    if y is not None:
-        tile = tile.with_room()
+    if tile is None:
+        tile = matrix_tile(rows, a, kh * kw * b, high.dtype, groups)
+        tile = tile if y is None else tile.with_room()
     patches = NO_BLOCK
     if tile.block_k == ALL:
         patches = block_constants(tile.block_m, out_size, weight, high.shape[3], stride, padding)
@@ -262,6 +294,7 @@ def down(
         SLOPE=slope,
         PRECISION=precision,
         INT64=needs_int64(low, high),
+        AGAIN=0 if y is None or tile.has_room() else tile.rows_again(),
         **patches,
         **geometry(low, weight, high, stride, padding),
         **tile.options(),

@@ -69,9 +69,17 @@ class MatrixTile(NamedTuple):
         """The tile as keyword arguments of a launch."""
         return {key.upper() if key.startswith("block") else key: value for key, value in self._asdict().items()}
 
+    def has_room(self):
+        """Whether threads have 64 outputs at most, for an epilogue that needs as many registers again, and more."""
+        return self.block_m * self.block_n <= 64 * 32 * self.num_warps
+
+    def rows_again(self):
+        """Of a tile without room: the rows that its threads take again at a time, 16 numbers each."""
+        return max(1, 16 * 32 * self.num_warps // self.block_n)
+
     def with_room(self):
-        """The same with 64 outputs a thread at most, for an epilogue that needs as many registers again, and more."""
-        if self.block_m * self.block_n <= 64 * 32 * self.num_warps:
+        """The same, or a smaller one, with room: what nobody has tuned."""
+        if self.has_room():
             return self
         if self.num_warps < 8:
             return self._replace(num_warps=8)

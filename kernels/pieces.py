@@ -205,6 +205,31 @@ def normalized_and_grad(
 
 
 @triton.jit
+def vectors_of(mean_ptr, invstd_ptr, gamma_ptr, beta_ptr, columns, column_ok):
+    """mean, invstd, γ and β of BatchNorm as (1, BLOCK) rows, for a loop that has them outside of it."""
+    mean = channel_vector(mean_ptr, columns, column_ok, 0.0)
+    gamma, beta = tl.full(mean.shape, 1.0, tl.float32), tl.zeros(mean.shape, tl.float32)
+    if gamma_ptr is not None:
+        gamma = channel_vector(gamma_ptr, columns, column_ok, 1.0)
+    if beta_ptr is not None:
+        beta = channel_vector(beta_ptr, columns, column_ok, 0.0)
+    return mean, channel_vector(invstd_ptr, columns, column_ok, 1.0), gamma, beta
+
+
+@triton.jit
+def grad_again(out_ptr, y_ptr, cell, ok, mean, invstd, gamma, beta, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
+    """dz and dz·x̂, as `normalized_and_grad` has them, of rows whose gradients the program itself has stored at `cell`.
+
+    dz takes their place.
+    """
+    grad = tl.load(out_ptr + cell, mask=ok, other=0.0).to(tl.float32)
+    x_hat = (tl.load(y_ptr + cell, mask=ok, other=0.0).to(tl.float32) - mean) * invstd
+    dz = grad * activation_grad(activate(gamma * x_hat + beta, ACTIVATION, SLOPE), ACTIVATION, SLOPE)
+    tl.store(out_ptr + cell, dz.to(out_ptr.dtype.element_ty), mask=ok)
+    return dz, dz * x_hat
+
+
+@triton.jit
 def column_sums(x, ACROSS_WARPS: tl.constexpr = True):
     """The sums of a tile over its rows; ACROSS_WARPS, where they are those of several warps, at a few registers more.
 

@@ -16,15 +16,24 @@ from fastgan.kernels.pieces import (
     backward_epilogue,
     column_sums,
     conv_epilogue,
+    grad_again,
     load_block,
     multiply_add,
     new_accumulator,
     normalized_and_grad,
     steps_of,
     store_tile_statistics,
+    vectors_of,
     wait_for_previous,
 )
 from fastgan.kernels.statistics import TileStatistics
+
+
+@triton.jit
+def _position(row, count_h, count_w, first_h, first_w, SH: tl.constexpr, SW: tl.constexpr):
+    """(image, height, width) in high of a phase's rows; `maximum` keeps the divisions defined where it has none."""
+    per_row, per_image = tl.maximum(count_w, 1), tl.maximum(count_h * count_w, 1)
+    return row // per_image, first_h + (row % per_image) // per_row * SH, first_w + row % per_row * SW
 
 
 @triton.jit
@@ -66,6 +75,7 @@ def up_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    AGAIN: tl.constexpr,  # beside y: the rows at a time that are read again for the sums; 0: all are in registers
 ):
     wait_for_previous()
     # The phases and column tiles of the same rows run side by side, so that they share the rows in L2.
@@ -75,21 +85,19 @@ def up_kernel(
     pid_n = tl.program_id(0) // phases % column_tiles
     pid_m, group = tl.program_id(0) // (phases * column_tiles), tl.program_id(1)
     # The first output position of this phase, and how many positions it has along each axis. A small output can
-    # leave a phase empty: its rows are then all masked, and `maximum` keeps the divisions defined.
+    # leave a phase empty: its rows are then all masked.
     residue_h, residue_w = phase // SW, phase % SW
     first_h, first_w = (residue_h + PH * (SH - 1)) % SH, (residue_w + PW * (SW - 1)) % SW
     count_h, count_w = HO // SH, WO // SW
     if HO % SH != 0 or WO % SW != 0:  # some phases have a position more
         count_h, count_w = (HO - first_h + SH - 1) // SH, (WO - first_w + SW - 1) // SW
     rows = N * count_h * count_w
-    per_row, per_image = tl.maximum(count_w, 1), tl.maximum(count_h * count_w, 1)
 
     row = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     column = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     row_ok, column_ok = row < rows, column < B
-    n = group * N + row // per_image
-    out_h = first_h + (row % per_image) // per_row * SH
-    out_w = first_w + row % per_row * SW
+    n, out_h, out_w = _position(row, count_h, count_w, first_h, first_w, SH, SW)
+    n += group * N
     if INT64:
         n = n.to(tl.int64)
 
@@ -135,21 +143,51 @@ def up_kernel(
     if y_ptr is not None:
         mean_ptr += group * CHANNELS
         invstd_ptr += group * CHANNELS
-        x_hat, acc = normalized_and_grad(
-            acc, y_ptr, cell, ok, mean_ptr, invstd_ptr, gamma_ptr, beta_ptr, vectors, column_ok, ACTIVATION, SLOPE
-        )
-        # Float32 products leave no registers for sums across warps.
-        sum_dz, sum_dz_x_hat = column_sums(acc, transposed), column_sums(acc * x_hat, transposed)
+        if AGAIN > 0:  # y and what comes of it would not fit in registers beside the tile
+            tl.store(high_ptr + cell, acc.to(high_ptr.dtype.element_ty), mask=ok)
+            tl.debug_barrier()
+            mean, invstd, gamma, beta = vectors_of(mean_ptr, invstd_ptr, gamma_ptr, beta_ptr, vectors, column_ok)
+            sum_dz = tl.zeros((AGAIN, BLOCK_N), tl.float32)
+            sum_dz_x_hat = tl.zeros((AGAIN, BLOCK_N), tl.float32)
+            for start in tl.range(0, BLOCK_M, AGAIN, num_stages=3):
+                row_again = pid_m * BLOCK_M + start + tl.arange(0, AGAIN)
+                image, h, w = _position(row_again, count_h, count_w, first_h, first_w, SH, SW)
+                image += group * N
+                if INT64:
+                    image = image.to(tl.int64)
+                dz, dz_x_hat = grad_again(
+                    high_ptr,
+                    y_ptr,
+                    (((image * HO + h) * WO + w) * B)[:, None] + column[None, :],
+                    (row_again < rows)[:, None] & column_ok[None, :],
+                    mean,
+                    invstd,
+                    gamma,
+                    beta,
+                    ACTIVATION,
+                    SLOPE,
+                )
+                sum_dz += dz
+                sum_dz_x_hat += dz_x_hat
+            sum_dz, sum_dz_x_hat = column_sums(sum_dz), column_sums(sum_dz_x_hat)
+        else:
+            x_hat, acc = normalized_and_grad(
+                acc, y_ptr, cell, ok, mean_ptr, invstd_ptr, gamma_ptr, beta_ptr, vectors, column_ok, ACTIVATION, SLOPE
+            )
+            # Float32 products leave no registers for sums across warps.
+            sum_dz, sum_dz_x_hat = column_sums(acc, transposed), column_sums(acc * x_hat, transposed)
+            tl.store(high_ptr + cell, acc.to(high_ptr.dtype.element_ty), mask=ok)
         sums_ptr += (group * 2 * tiles + tile) * B
         tl.store(sums_ptr + column, sum_dz, mask=column_ok)
         tl.store(sums_ptr + tiles * B + column, sum_dz_x_hat, mask=column_ok)
-    elif activated_ptr is not None:
-        acc = backward_epilogue(acc, activated_ptr, cell, ok, ACTIVATION, SLOPE)
     else:
-        acc = conv_epilogue(
-            acc, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, vectors, column_ok, ACTIVATION, SLOPE
-        )
-    tl.store(high_ptr + cell, acc.to(high_ptr.dtype.element_ty), mask=ok)
+        if activated_ptr is not None:
+            acc = backward_epilogue(acc, activated_ptr, cell, ok, ACTIVATION, SLOPE)
+        else:
+            acc = conv_epilogue(
+                acc, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, vectors, column_ok, ACTIVATION, SLOPE
+            )
+        tl.store(high_ptr + cell, acc.to(high_ptr.dtype.element_ty), mask=ok)
     if count_ptr is not None:
         count = tl.minimum(tl.maximum(rows - pid_m * BLOCK_M, 0), BLOCK_M).to(tl.float32)
         tile += group * tiles
@@ -220,9 +258,9 @@ def up(
     columns = weight.shape[1]
     phases = stride[0] * stride[1]
     rows = n // groups * cdiv(high.shape[2], stride[0]) * cdiv(high.shape[3], stride[1])
-    tile = tile or matrix_tile(rows, columns, a, low.dtype, groups * phases)
-    if y is not None:
-        tile = tile.with_room()
+    if tile is None:
+        tile = matrix_tile(rows, columns, a, low.dtype, groups * phases)
+        tile = tile if y is None else tile.with_room()
     row_tiles = cdiv(rows, tile.block_m)
     count = row_tiles * phases * (columns // channels)
     tiles = TileStatistics.empty(groups, count, channels, low.device) if statistics else (None, None, None)
@@ -237,6 +275,7 @@ def up(
         SLOPE=slope,
         PRECISION=precision,
         INT64=needs_int64(low, high),
+        AGAIN=0 if y is None or tile.has_room() else tile.rows_again(),
         **geometry(low, weight, high, stride, padding),
         **tile.options(),
     )

@@ -16,8 +16,8 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16) if HAS_GPU else (torch.float32, torch.float16)
 CASES = [(dtype, tile) for dtype in DTYPES for tile in TILES[dtype.itemsize]]
-if not HAS_GPU:  # warps and stages mean nothing to the interpreter
-    CASES = list({(dtype, tile[:3]): (dtype, tile) for dtype, tile in CASES}.values())
+if not HAS_GPU:  # warps and stages mean nothing else to the interpreter
+    CASES = list({(dtype, tile[:3], tile.has_room()): (dtype, tile) for dtype, tile in CASES}.values())
 # (A, B, low size): whole blocks only, and blocks that end before the tile does. The interpreter takes small ones.
 SIZES = ((512, 256, 8), (256, 64, 16), (72, 200, 9)) if HAS_GPU else ((128, 64, 2), (40, 24, 3))
 
