@@ -99,6 +99,9 @@ TILES = {
         MatrixTile(128, 256, 64, 8, 3),
         MatrixTile(128, 256, 64, 8, 4),
         MatrixTile(256, 64, 64, 4, 3),
+        # Two programs on a multiprocessor, where the one above leaves room for one.
+        MatrixTile(256, 64, 64, 4, 2),
+        MatrixTile(256, 64, 32, 4, 4),
         MatrixTile(256, 64, 64, 8, 3),
         MatrixTile(128, 64, 64, 4, 3),
         MatrixTile(128, 64, 64, 4, 4),
