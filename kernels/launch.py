@@ -64,10 +64,13 @@ class MatrixTile(NamedTuple):
     block_k: int
     num_warps: int
     num_stages: int
+    # Of a weight's gradient, which is cut into parts: how many times 128×128 outputs a multiprocessor gets.
+    share: int = 2
 
     def options(self):
         """The tile as keyword arguments of a launch."""
-        return {key.upper() if key.startswith("block") else key: value for key, value in self._asdict().items()}
+        blocks = dict(BLOCK_M=self.block_m, BLOCK_N=self.block_n, BLOCK_K=self.block_k)
+        return dict(blocks, num_warps=self.num_warps, num_stages=self.num_stages)
 
     def has_room(self):
         """Whether threads have 64 outputs at most, for an epilogue that needs as many registers again, and more."""

@@ -14,8 +14,8 @@ from fastgan.kernels.pieces import NOWHERE, load_block, multiply_add, wait_for_p
 from fastgan.kernels.statistics import sum_rows
 from fastgan.kernels.weight_grad_narrow import narrow_tile, weight_grad_narrow_kernel
 
-# Two programs of 128 × 128 on each multiprocessor of a large GPU: all run at once, and their sums fit its L2 cache.
-WANTED_OUTPUTS = 2 * 132 * 128 * 128
+# A program of 128×128 on each multiprocessor of a large GPU. Two run there at once, and their sums fit the L2 cache.
+WANTED_OUTPUTS = 132 * 128 * 128
 FEWEST_STEPS = 4  # a program with fewer steps than this costs more in partial sums than it gains
 
 
@@ -132,7 +132,8 @@ def weight_grad(low, high, weight, *, stride, padding, precision, tile=None):
         kernel, constants = weight_grad_kernel, dict(BLOCK_N=tile.block_n, BLOCK_K=tile.block_k)
         columns, blocks = tile.block_n, cdiv(n * h * w, tile.block_k)
         tiles *= cdiv(kh * kw * b, columns)
-    splits = max(1, min(WANTED_OUTPUTS // (tiles * tile.block_m * columns), blocks // FEWEST_STEPS))
+    wanted = tile.share * WANTED_OUTPUTS // (tiles * tile.block_m * columns)
+    splits = max(1, min(wanted, blocks // FEWEST_STEPS))
     steps = cdiv(blocks, splits)
     parts = grad if splits == 1 else torch.empty((1, splits, grad.numel()), dtype=torch.float32, device=grad.device)
     launch(

@@ -64,6 +64,23 @@ def test_several_tiles_in_every_direction(transposed, device, monkeypatch):
     check(case, draw(case, 3, device))
 
 
+@pytest.mark.parametrize("share, parts", ((1, 2), (2, 4), (99, 8)))
+def test_a_weight_gradient_in_as_many_parts_as_its_tile_says(share, parts, device, monkeypatch):
+    from fastgan.kernels import launch, weight_grad
+
+    found, sum_rows = [], weight_grad.sum_rows
+    monkeypatch.setattr(weight_grad, "sum_rows", lambda rows, out: found.append(rows.shape[1]) or sum_rows(rows, out))
+    monkeypatch.setattr(weight_grad, "WANTED_OUTPUTS", 2 * 16 * 64)  # of two programs, for all columns at once
+    low, high = torch.randn(8, 8, 8, 8, device=device), torch.randn(8, 4, 16, 16, device=device)
+    low, high = (tensor.to(memory_format=torch.channels_last) for tensor in (low, high))
+    weight, where = torch.empty(8, 4, 4, 4, device=device), dict(stride=(2, 2), padding=(1, 1))
+    tile = launch.MatrixTile(16, 64, 16, 4, 2, share)
+    actual = weight_grad.weight_grad(low, high, weight, precision="ieee", tile=tile, **where)
+    assert found == [parts]  # eight of four steps at the most
+    expected = torch.nn.grad.conv2d_weight(high, weight.shape, low, **where)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-3)
+
+
 def test_stride_that_differs_by_axis(device):
     x, weight = torch.randn(2, 3, 5, 4, device=device), torch.randn(3, 5, 3, 4, device=device)
     expected = F.conv_transpose2d(x, weight, None, (3, 1), (1, 2), (2, 0))

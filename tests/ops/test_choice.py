@@ -181,6 +181,7 @@ MALFORMED = {
     "pair": _table(_row(stride=2)),
     "batch": _table(_row(batch="many")),
     "tile": _table(_row(tile={"block_m": 128})),
+    "share": _table(_row(tile={**TILE, "share": 0})),
     "time": _table(_row(cudnn_us=None)),
     "no time of ours": _table(_row(triton_us=None)),
 }

@@ -36,7 +36,7 @@ class Memory(TorchDispatchMode):
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         if operator is torch.ops.fastgan.conv_weight_grad.default:
-            self.peak = max(self.peak, self.now + 4 * WANTED_OUTPUTS)  # in parts, of float32 whatever comes of them
+            self.peak = max(self.peak, self.now + 2 * 4 * WANTED_OUTPUTS)  # in parts, of float32 whatever comes of them
         results = operator(*args, **(kwargs or {}))
         for tensor in tree_leaves(results):
             if isinstance(tensor, torch.Tensor):

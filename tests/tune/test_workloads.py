@@ -126,7 +126,8 @@ dict = dict  # something that can be called and gives no model
 def test_candidates(dtype):
     for problem in problems_of(["dcgan28", "dcgan64", "dcgan128"], (64, 1024), [dtype]):
         tiles = candidates(problem)
-        assert 1 <= len(tiles) <= 24 and len(set(tiles)) == len(tiles)
+        assert 1 <= len({tile[:5] for tile in tiles}) <= 26 and len(set(tiles)) == len(tiles)
+        assert {tile.share for tile in tiles} == ({1, 2} if problem.operation == "weight_grad" else {2})
         for tile in tiles:
             assert all(block & (block - 1) == 0 for block in tile[:3])
             # One: of a kernel that is no matrix product, or where a program has all columns, or the whole depth.
