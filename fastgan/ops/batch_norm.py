@@ -1,5 +1,7 @@
 """BatchNorm + activation of a tensor whose statistics are already known, and its backward."""
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -173,7 +175,7 @@ def _backward(ctx, dout):
 
 def vector_grads(sums, gamma, beta, wants_gamma, wants_beta):
     """(dγ, dβ) from [Σ dz, Σ dz·x̂] of each group; None where not wanted."""
-    sums = sums.sum(0) if len(sums) > 1 else sums[0]
+    sums = functools.reduce(torch.add, sums)  # one group or two: a sum over them takes twice the time of adding them
     dgamma = sums[1].to(gamma.dtype) if wants_gamma else None
     dbeta = sums[0].to(beta.dtype) if wants_beta else None
     return dgamma, dbeta

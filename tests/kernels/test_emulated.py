@@ -7,12 +7,9 @@ from tests.processes import run_compiling
 
 # Tests that are quick to compile and to emulate: every kernel, wgmma and mma, and several blocks.
 SELECTION = (
-    "tests/kernels/test_tiles.py::test_every_tile"
-    "[float16-MatrixTile(block_m=64,block_n=64,block_k=64,num_warps=4,num_stages=4)]",
-    "tests/kernels/test_tiles.py::test_every_tile"
-    "[float16-MatrixTile(block_m=16,block_n=16,block_k=128,num_warps=4,num_stages=4)]",
-    "tests/kernels/test_tiles.py::test_every_tile"
-    "[float16-MatrixTile(block_m=128,block_n=128,block_k=64,num_warps=4,num_stages=4)]",
+    "tests/kernels/test_tiles.py::test_every_tile[float16-64x64x64x4x4]",
+    "tests/kernels/test_tiles.py::test_every_tile[float16-16x16x128x4x4]",
+    "tests/kernels/test_tiles.py::test_every_tile[float16-128x128x64x4x4]",
     "tests/kernels/test_batch_groups.py::test_tiles_end_with_their_group",
     "tests/kernels/test_convolutions.py::test_several_tiles_in_every_direction",
     "tests/kernels/test_convolutions.py::test_batch_norm_of_activated_values[False-False-triton]",

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from fastgan.kernels.down import down
-from fastgan.kernels.launch import TILES
+from fastgan.kernels.launch import TILES, MatrixTile
 from fastgan.kernels.statistics import merge_statistics
 from fastgan.kernels.up import up
 from fastgan.kernels.weight_grad import weight_grad
@@ -27,7 +27,11 @@ def check(name, actual, compute, tensors, **options):
     assert_as_accurate_as_stock(name, actual, stock, exact, **options)
 
 
-@pytest.mark.parametrize("dtype, tile", CASES, ids=lambda value: str(value).removeprefix("torch.").replace(" ", ""))
+def _name(value):
+    return "x".join(map(str, value[:5])) if isinstance(value, MatrixTile) else str(value).removeprefix("torch.")
+
+
+@pytest.mark.parametrize("dtype, tile", CASES, ids=_name)
 def test_every_tile(dtype, tile, device):
     generator = torch.Generator().manual_seed(0)
 
