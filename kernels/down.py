@@ -26,14 +26,13 @@ from fastgan.kernels.pieces import (
     backward_epilogue,
     column_sums,
     conv_epilogue,
-    grad_again,
+    grad_sums_again,
     load_block,
     multiply_add,
     new_accumulator,
     normalized_and_grad,
     steps_of,
     store_tile_statistics,
-    vectors_of,
     wait_for_previous,
 )
 from fastgan.kernels.single import down_single
@@ -163,32 +162,37 @@ def down_kernel(
     if y_ptr is not None:
         mean_ptr += group * A
         invstd_ptr += group * A
-        if AGAIN > 0:  # y and what comes of it would not fit in registers beside the tile
+        if AGAIN > 0:
             tl.store(low_ptr + cell, acc.to(low_ptr.dtype.element_ty), mask=ok)
-            tl.debug_barrier()
-            mean, invstd, gamma, beta = vectors_of(mean_ptr, invstd_ptr, gamma_ptr, beta_ptr, column, column_ok)
-            sum_dz = tl.zeros((AGAIN, BLOCK_N), tl.float32)
-            sum_dz_x_hat = tl.zeros((AGAIN, BLOCK_N), tl.float32)
-            for start in tl.range(0, BLOCK_M, AGAIN, num_stages=3):
-                row_again = pid_m * BLOCK_M + start + tl.arange(0, AGAIN)
-                place = group * rows + row_again
-                if INT64:
-                    place = group.to(tl.int64) * rows + row_again
-                dz, dz_x_hat = grad_again(
-                    low_ptr,
-                    y_ptr,
-                    (place * A)[:, None] + column[None, :],
-                    (row_again < rows)[:, None] & column_ok[None, :],
-                    mean,
-                    invstd,
-                    gamma,
-                    beta,
-                    ACTIVATION,
-                    SLOPE,
-                )
-                sum_dz += dz
-                sum_dz_x_hat += dz_x_hat
-            sum_dz, sum_dz_x_hat = column_sums(sum_dz), column_sums(sum_dz_x_hat)
+            sum_dz, sum_dz_x_hat = grad_sums_again(
+                low_ptr,
+                y_ptr,
+                mean_ptr,
+                invstd_ptr,
+                gamma_ptr,
+                beta_ptr,
+                column,
+                column,
+                column_ok,
+                group * N,
+                pid_m * BLOCK_M,
+                rows,
+                H,
+                W,
+                0,
+                0,
+                1,
+                1,
+                H,
+                W,
+                A,
+                ACTIVATION,
+                SLOPE,
+                INT64,
+                BLOCK_M,
+                BLOCK_N,
+                AGAIN,
+            )
         else:
             x_hat, acc = normalized_and_grad(
                 acc, y_ptr, cell, ok, mean_ptr, invstd_ptr, gamma_ptr, beta_ptr, column, column_ok, ACTIVATION, SLOPE

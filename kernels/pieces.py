@@ -205,31 +205,6 @@ def normalized_and_grad(
 
 
 @triton.jit
-def vectors_of(mean_ptr, invstd_ptr, gamma_ptr, beta_ptr, columns, column_ok):
-    """mean, invstd, γ and β of BatchNorm as (1, BLOCK) rows, for a loop that has them outside of it."""
-    mean = channel_vector(mean_ptr, columns, column_ok, 0.0)
-    gamma, beta = tl.full(mean.shape, 1.0, tl.float32), tl.zeros(mean.shape, tl.float32)
-    if gamma_ptr is not None:
-        gamma = channel_vector(gamma_ptr, columns, column_ok, 1.0)
-    if beta_ptr is not None:
-        beta = channel_vector(beta_ptr, columns, column_ok, 0.0)
-    return mean, channel_vector(invstd_ptr, columns, column_ok, 1.0), gamma, beta
-
-
-@triton.jit
-def grad_again(out_ptr, y_ptr, cell, ok, mean, invstd, gamma, beta, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
-    """dz and dz·x̂, as `normalized_and_grad` has them, of rows whose gradients the program itself has stored at `cell`.
-
-    dz takes their place.
-    """
-    grad = tl.load(out_ptr + cell, mask=ok, other=0.0).to(tl.float32)
-    x_hat = (tl.load(y_ptr + cell, mask=ok, other=0.0).to(tl.float32) - mean) * invstd
-    dz = grad * activation_grad(activate(gamma * x_hat + beta, ACTIVATION, SLOPE), ACTIVATION, SLOPE)
-    tl.store(out_ptr + cell, dz.to(out_ptr.dtype.element_ty), mask=ok)
-    return dz, dz * x_hat
-
-
-@triton.jit
 def column_sums(x, ACROSS_WARPS: tl.constexpr = True):
     """The sums of a tile over its rows; ACROSS_WARPS, where they are those of several warps, at a few registers more.
 
@@ -244,6 +219,80 @@ def column_sums(x, ACROSS_WARPS: tl.constexpr = True):
         parts = tl.gather(tl.reshape(parts, (PARTS * COLUMNS,)), tl.arange(0, PARTS * COLUMNS), 0)
         x = tl.reshape(parts, (PARTS, COLUMNS))
     return tl.sum(x, 0)
+
+
+@triton.jit
+def position(row, count_h, count_w, first_h, first_w, SH: tl.constexpr, SW: tl.constexpr):
+    """(image, height, width) of rows that are count_h × count_w positions of each image, SH and SW apart.
+
+    `maximum` keeps the divisions defined where an image has none.
+    """
+    per_row, per_image = tl.maximum(count_w, 1), tl.maximum(count_h * count_w, 1)
+    return row // per_image, first_h + (row % per_image) // per_row * SH, first_w + row % per_row * SW
+
+
+@triton.jit
+def grad_sums_again(
+    out_ptr,  # (images, HEIGHT, WIDTH, COLUMNS), as y
+    y_ptr,
+    mean_ptr,
+    invstd_ptr,
+    gamma_ptr,
+    beta_ptr,
+    vectors,
+    column,
+    column_ok,
+    first_image,
+    first_row,
+    rows,
+    count_h,  # as `position` has them
+    count_w,
+    first_h,
+    first_w,
+    SH: tl.constexpr,
+    SW: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    SLOPE: tl.constexpr,
+    INT64: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    AGAIN: tl.constexpr,
+):
+    """Σ dz and Σ dz·x̂, as `normalized_and_grad` has them, of a tile whose gradients its program has stored in out.
+
+    They are read again, AGAIN rows at a time: y and what comes of it would not fit in registers beside the tile. There
+    dz takes their place.
+    """
+    tl.debug_barrier()  # what other threads have stored
+    mean, invstd = (
+        channel_vector(mean_ptr, vectors, column_ok, 0.0),
+        channel_vector(invstd_ptr, vectors, column_ok, 1.0),
+    )
+    gamma, beta = tl.full(mean.shape, 1.0, tl.float32), tl.zeros(mean.shape, tl.float32)
+    if gamma_ptr is not None:
+        gamma = channel_vector(gamma_ptr, vectors, column_ok, 1.0)
+    if beta_ptr is not None:
+        beta = channel_vector(beta_ptr, vectors, column_ok, 0.0)
+    sum_dz = tl.zeros((AGAIN, BLOCK_N), tl.float32)
+    sum_dz_x_hat = tl.zeros((AGAIN, BLOCK_N), tl.float32)
+    for start in tl.range(0, BLOCK_M, AGAIN, num_stages=3):
+        row = first_row + start + tl.arange(0, AGAIN)
+        n, h, w = position(row, count_h, count_w, first_h, first_w, SH, SW)
+        n += first_image
+        if INT64:
+            n = n.to(tl.int64)
+        cell = (((n * HEIGHT + h) * WIDTH + w) * COLUMNS)[:, None] + column[None, :]
+        ok = (row < rows)[:, None] & column_ok[None, :]
+        grad = tl.load(out_ptr + cell, mask=ok, other=0.0).to(tl.float32)
+        x_hat = (tl.load(y_ptr + cell, mask=ok, other=0.0).to(tl.float32) - mean) * invstd
+        dz = grad * activation_grad(activate(gamma * x_hat + beta, ACTIVATION, SLOPE), ACTIVATION, SLOPE)
+        tl.store(out_ptr + cell, dz.to(out_ptr.dtype.element_ty), mask=ok)
+        sum_dz += dz
+        sum_dz_x_hat += dz * x_hat
+    return column_sums(sum_dz), column_sums(sum_dz_x_hat)
 
 
 @triton.jit

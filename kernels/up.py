@@ -16,24 +16,17 @@ from fastgan.kernels.pieces import (
     backward_epilogue,
     column_sums,
     conv_epilogue,
-    grad_again,
+    grad_sums_again,
     load_block,
     multiply_add,
     new_accumulator,
     normalized_and_grad,
+    position,
     steps_of,
     store_tile_statistics,
-    vectors_of,
     wait_for_previous,
 )
 from fastgan.kernels.statistics import TileStatistics
-
-
-@triton.jit
-def _position(row, count_h, count_w, first_h, first_w, SH: tl.constexpr, SW: tl.constexpr):
-    """(image, height, width) in high of a phase's rows; `maximum` keeps the divisions defined where it has none."""
-    per_row, per_image = tl.maximum(count_w, 1), tl.maximum(count_h * count_w, 1)
-    return row // per_image, first_h + (row % per_image) // per_row * SH, first_w + row % per_row * SW
 
 
 @triton.jit
@@ -96,7 +89,7 @@ def up_kernel(
     row = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     column = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     row_ok, column_ok = row < rows, column < B
-    n, out_h, out_w = _position(row, count_h, count_w, first_h, first_w, SH, SW)
+    n, out_h, out_w = position(row, count_h, count_w, first_h, first_w, SH, SW)
     n += group * N
     if INT64:
         n = n.to(tl.int64)
@@ -143,33 +136,37 @@ def up_kernel(
     if y_ptr is not None:
         mean_ptr += group * CHANNELS
         invstd_ptr += group * CHANNELS
-        if AGAIN > 0:  # y and what comes of it would not fit in registers beside the tile
+        if AGAIN > 0:
             tl.store(high_ptr + cell, acc.to(high_ptr.dtype.element_ty), mask=ok)
-            tl.debug_barrier()
-            mean, invstd, gamma, beta = vectors_of(mean_ptr, invstd_ptr, gamma_ptr, beta_ptr, vectors, column_ok)
-            sum_dz = tl.zeros((AGAIN, BLOCK_N), tl.float32)
-            sum_dz_x_hat = tl.zeros((AGAIN, BLOCK_N), tl.float32)
-            for start in tl.range(0, BLOCK_M, AGAIN, num_stages=3):
-                row_again = pid_m * BLOCK_M + start + tl.arange(0, AGAIN)
-                image, h, w = _position(row_again, count_h, count_w, first_h, first_w, SH, SW)
-                image += group * N
-                if INT64:
-                    image = image.to(tl.int64)
-                dz, dz_x_hat = grad_again(
-                    high_ptr,
-                    y_ptr,
-                    (((image * HO + h) * WO + w) * B)[:, None] + column[None, :],
-                    (row_again < rows)[:, None] & column_ok[None, :],
-                    mean,
-                    invstd,
-                    gamma,
-                    beta,
-                    ACTIVATION,
-                    SLOPE,
-                )
-                sum_dz += dz
-                sum_dz_x_hat += dz_x_hat
-            sum_dz, sum_dz_x_hat = column_sums(sum_dz), column_sums(sum_dz_x_hat)
+            sum_dz, sum_dz_x_hat = grad_sums_again(
+                high_ptr,
+                y_ptr,
+                mean_ptr,
+                invstd_ptr,
+                gamma_ptr,
+                beta_ptr,
+                vectors,
+                column,
+                column_ok,
+                group * N,
+                pid_m * BLOCK_M,
+                rows,
+                count_h,
+                count_w,
+                first_h,
+                first_w,
+                SH,
+                SW,
+                HO,
+                WO,
+                B,
+                ACTIVATION,
+                SLOPE,
+                INT64,
+                BLOCK_M,
+                BLOCK_N,
+                AGAIN,
+            )
         else:
             x_hat, acc = normalized_and_grad(
                 acc, y_ptr, cell, ok, mean_ptr, invstd_ptr, gamma_ptr, beta_ptr, vectors, column_ok, ACTIVATION, SLOPE

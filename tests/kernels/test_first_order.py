@@ -11,6 +11,7 @@ from torch.nn import functional as F
 import fastgan
 from fastgan.first_order import first_order, only_first_order
 from fastgan.kernels import batch_norm
+from fastgan.kernels.launch import MatrixTile
 from fastgan.ops import way_back
 from fastgan.ops.choice import Choice
 from fastgan.ops.geometry import out_size
@@ -67,15 +68,23 @@ def test_way_back(implementation, way, activation, dtype, device, monkeypatch):
 
 
 TO_BATCH_NORM = [way for way in WAYS_BACK if way != "to an image"]
+# Of its 128 outputs a thread no sums are made in registers: they are read again.
+LARGE_TILE = MatrixTile(128, 128, 16, 4, 2)
+BY = {
+    "triton": Choice("triton"),
+    "triton, large tile": Choice("triton", LARGE_TILE._asdict()),
+    "cudnn": Choice("cudnn"),
+}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("way, activation", list(zip(TO_BATCH_NORM, [*ACTIVATIONS, None], strict=True)))
-@pytest.mark.parametrize("implementation", ("triton", "cudnn"))
+@pytest.mark.parametrize("by", BY)
 @pytest.mark.parametrize("groups, affine", [(1, True), (2, True), (2, False)])
-def test_way_back_to_batch_norm(groups, affine, implementation, way, activation, dtype, device, monkeypatch):
+def test_way_back_to_batch_norm(groups, affine, by, way, activation, dtype, device, monkeypatch):
     """The sums that BatchNorm's backward needs come with the gradient, each group's apart."""
-    monkeypatch.setattr(way_back, "choose", lambda problem, device: Choice(implementation))
+    monkeypatch.setattr(way_back, "choose", lambda problem, device: BY[by])
+    assert not LARGE_TILE.has_room()
     transposed, a, b, size, kernel, stride, padding, extra = WAYS_BACK[way]
     random = torch.Generator().manual_seed(0)
     dz = torch.randn(4, a, *size, generator=random).to(device, dtype)
