@@ -126,6 +126,7 @@ def weight_grad(low, high, weight, *, stride, padding, precision, tile=None):
     tiles = cdiv(a, tile.block_m)
     if tile.block_n == ALL:
         constants = block_constants(tile.block_k, (h, w), weight, high.shape[3], stride, padding)
+        constants["DENSE"] = grad.stride() == (kh * kw * b, 1, kw * b, b)
         kernel, blocks = weight_grad_narrow_kernel, n * cdiv(h, constants["ROWS"])
         columns = constants["TAPS_H"] * constants["TAPS_W"]
     else:

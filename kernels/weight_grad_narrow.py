@@ -52,6 +52,7 @@ def weight_grad_narrow_kernel(
     SEGMENT: tl.constexpr,
     PRECISION: tl.constexpr,
     INT64: tl.constexpr,
+    DENSE: tl.constexpr,  # whether weight lies as (A, KH, KW, B), which strides at run time do not tell the compiler
     BLOCK_M: tl.constexpr,
 ):
     wait_for_previous()
@@ -85,11 +86,13 @@ def weight_grad_narrow_kernel(
 
     column = tl.arange(0, TAPS_H * TAPS_W)
     tap_h, tap_w = column // TAPS_W, column % TAPS_W
+    if DENSE:
+        offset = (a * (KH * KW * B))[:, None] + (tap_h * (KW * B) + tap_w)[None, :]
+    else:
+        taps_offset = tap_h * stride_wh + tap_w // B * stride_ww + tap_w % B * stride_wb
+        offset = a[:, None] * stride_wa + taps_offset[None, :]
     tl.store(
-        grad_ptr
-        + split * stride_split
-        + a[:, None] * stride_wa
-        + (tap_h * stride_wh + tap_w // B * stride_ww + tap_w % B * stride_wb)[None, :],
+        grad_ptr + split * stride_split + offset,
         acc.to(grad_ptr.dtype.element_ty),
         mask=(a < A)[:, None] & ((tap_h < KH) & (tap_w < KW * B))[None, :],
     )
