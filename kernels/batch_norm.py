@@ -15,11 +15,11 @@ from fastgan.kernels.pieces import (
     channel_vector,
     column_sums,
     normalize,
-    normalized_and_grad,
     scale_and_shift,
     wait_for_previous,
 )
 from fastgan.kernels.statistics import sum_rows
+from fastgan.kernels.way_back import normalized_and_grad
 
 MOST_PROGRAMS = 512  # enough to fill a GPU, and no more than are summed up in one launch
 

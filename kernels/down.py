@@ -23,20 +23,17 @@ from fastgan.kernels.launch import (
 from fastgan.kernels.patches import ALL, NO_BLOCK, block_constants, is_narrow, patch_sources, seen_numbers
 from fastgan.kernels.pieces import (
     NOWHERE,
-    backward_epilogue,
-    column_sums,
     conv_epilogue,
-    grad_sums_again,
     load_block,
     multiply_add,
     new_accumulator,
-    normalized_and_grad,
     steps_of,
     store_tile_statistics,
     wait_for_previous,
 )
 from fastgan.kernels.single import down_single
 from fastgan.kernels.statistics import TileStatistics
+from fastgan.kernels.way_back import backward_epilogue, store_grad_and_sums
 
 # What a tuner may try beside `launch.TILES` where high is an image of few channels.
 PATCH_TILES = {
@@ -160,49 +157,41 @@ def down_kernel(
     ok = row_ok[:, None] & column_ok[None, :]
     tiles = tl.num_programs(0) // column_tiles
     if y_ptr is not None:
-        mean_ptr += group * A
-        invstd_ptr += group * A
-        if AGAIN > 0:
-            tl.store(low_ptr + cell, acc.to(low_ptr.dtype.element_ty), mask=ok)
-            sum_dz, sum_dz_x_hat = grad_sums_again(
-                low_ptr,
-                y_ptr,
-                mean_ptr,
-                invstd_ptr,
-                gamma_ptr,
-                beta_ptr,
-                column,
-                column,
-                column_ok,
-                group * N,
-                pid_m * BLOCK_M,
-                rows,
-                H,
-                W,
-                0,
-                0,
-                1,
-                1,
-                H,
-                W,
-                A,
-                ACTIVATION,
-                SLOPE,
-                INT64,
-                BLOCK_M,
-                BLOCK_N,
-                AGAIN,
-            )
-        else:
-            x_hat, acc = normalized_and_grad(
-                acc, y_ptr, cell, ok, mean_ptr, invstd_ptr, gamma_ptr, beta_ptr, column, column_ok, ACTIVATION, SLOPE
-            )
-            # Float32 products leave no registers for sums across warps.
-            sum_dz, sum_dz_x_hat = column_sums(acc, transposed), column_sums(acc * x_hat, transposed)
-            tl.store(low_ptr + cell, acc.to(low_ptr.dtype.element_ty), mask=ok)
-        sums_ptr += (group * 2 * tiles + pid_m) * A
-        tl.store(sums_ptr + column, sum_dz, mask=column_ok)
-        tl.store(sums_ptr + tiles * A + column, sum_dz_x_hat, mask=column_ok)
+        store_grad_and_sums(
+            acc,
+            low_ptr,
+            y_ptr,
+            mean_ptr + group * A,
+            invstd_ptr + group * A,
+            gamma_ptr,
+            beta_ptr,
+            sums_ptr + (group * 2 * tiles + pid_m) * A,
+            tiles * A,
+            column,
+            column,
+            column_ok,
+            cell,
+            ok,
+            group * N,
+            pid_m * BLOCK_M,
+            rows,
+            H,
+            W,
+            0,
+            0,
+            1,
+            1,
+            H,
+            W,
+            A,
+            ACTIVATION,
+            SLOPE,
+            INT64,
+            BLOCK_M,
+            BLOCK_N,
+            transposed,
+            AGAIN,
+        )
     else:
         if activated_ptr is not None:
             acc = backward_epilogue(acc, activated_ptr, cell, ok, ACTIVATION, SLOPE)

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 
 from fastgan.kernels.launch import MatrixTile, cdiv, geometry, launch, needs_int64, next_power_of_2, power_of_two
-from fastgan.kernels.pieces import backward_epilogue, conv_epilogue, load_block, multiply_add, wait_for_previous
+from fastgan.kernels.pieces import conv_epilogue, load_block, multiply_add, wait_for_previous
+from fastgan.kernels.way_back import backward_epilogue
 
 # What a tuner may try, as `launch.TILES`; block_n is the kernel's own affair.
 TILES = {

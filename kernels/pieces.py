@@ -173,38 +173,6 @@ def conv_epilogue(
 
 
 @triton.jit
-def backward_epilogue(acc, activated_ptr, cell, ok, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
-    """acc · act'(z), where act(z) stands at `cell`: a gradient on its way back through that activation."""
-    activated = tl.load(activated_ptr + cell, mask=ok, other=0.0).to(tl.float32)
-    return acc * activation_grad(activated, ACTIVATION, SLOPE)
-
-
-@triton.jit
-def normalized_and_grad(
-    grad,
-    y_ptr,
-    cell,
-    ok,
-    mean_ptr,
-    invstd_ptr,
-    gamma_ptr,
-    beta_ptr,
-    columns,
-    column_ok,
-    ACTIVATION: tl.constexpr,
-    SLOPE: tl.constexpr,
-):
-    """x̂ and dz = grad · act'(z) of a tile where z = γ·x̂ + β is BatchNorm of y at `cell`, both recomputed from y.
-
-    dz is zero where grad is, as it is outside of the tile.
-    """
-    y = tl.load(y_ptr + cell, mask=ok, other=0.0).to(tl.float32)
-    x_hat = normalize(y, mean_ptr, invstd_ptr, columns, column_ok)
-    z = scale_and_shift(x_hat, gamma_ptr, beta_ptr, columns, column_ok)
-    return x_hat, grad * activation_grad(activate(z, ACTIVATION, SLOPE), ACTIVATION, SLOPE)
-
-
-@triton.jit
 def column_sums(x, ACROSS_WARPS: tl.constexpr = True):
     """The sums of a tile over its rows; ACROSS_WARPS, where they are those of several warps, at a few registers more.
 
@@ -229,70 +197,6 @@ def position(row, count_h, count_w, first_h, first_w, SH: tl.constexpr, SW: tl.c
     """
     per_row, per_image = tl.maximum(count_w, 1), tl.maximum(count_h * count_w, 1)
     return row // per_image, first_h + (row % per_image) // per_row * SH, first_w + row % per_row * SW
-
-
-@triton.jit
-def grad_sums_again(
-    out_ptr,  # (images, HEIGHT, WIDTH, COLUMNS), as y
-    y_ptr,
-    mean_ptr,
-    invstd_ptr,
-    gamma_ptr,
-    beta_ptr,
-    vectors,
-    column,
-    column_ok,
-    first_image,
-    first_row,
-    rows,
-    count_h,  # as `position` has them
-    count_w,
-    first_h,
-    first_w,
-    SH: tl.constexpr,
-    SW: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    SLOPE: tl.constexpr,
-    INT64: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    AGAIN: tl.constexpr,
-):
-    """Σ dz and Σ dz·x̂, as `normalized_and_grad` has them, of a tile whose gradients its program has stored in out.
-
-    They are read again, AGAIN rows at a time: y and what comes of it would not fit in registers beside the tile. There
-    dz takes their place.
-    """
-    tl.debug_barrier()  # what other threads have stored
-    mean, invstd = (
-        channel_vector(mean_ptr, vectors, column_ok, 0.0),
-        channel_vector(invstd_ptr, vectors, column_ok, 1.0),
-    )
-    gamma, beta = tl.full(mean.shape, 1.0, tl.float32), tl.zeros(mean.shape, tl.float32)
-    if gamma_ptr is not None:
-        gamma = channel_vector(gamma_ptr, vectors, column_ok, 1.0)
-    if beta_ptr is not None:
-        beta = channel_vector(beta_ptr, vectors, column_ok, 0.0)
-    sum_dz = tl.zeros((AGAIN, BLOCK_N), tl.float32)
-    sum_dz_x_hat = tl.zeros((AGAIN, BLOCK_N), tl.float32)
-    for start in tl.range(0, BLOCK_M, AGAIN, num_stages=3):
-        row = first_row + start + tl.arange(0, AGAIN)
-        n, h, w = position(row, count_h, count_w, first_h, first_w, SH, SW)
-        n += first_image
-        if INT64:
-            n = n.to(tl.int64)
-        cell = (((n * HEIGHT + h) * WIDTH + w) * COLUMNS)[:, None] + column[None, :]
-        ok = (row < rows)[:, None] & column_ok[None, :]
-        grad = tl.load(out_ptr + cell, mask=ok, other=0.0).to(tl.float32)
-        x_hat = (tl.load(y_ptr + cell, mask=ok, other=0.0).to(tl.float32) - mean) * invstd
-        dz = grad * activation_grad(activate(gamma * x_hat + beta, ACTIVATION, SLOPE), ACTIVATION, SLOPE)
-        tl.store(out_ptr + cell, dz.to(out_ptr.dtype.element_ty), mask=ok)
-        sum_dz += dz
-        sum_dz_x_hat += dz * x_hat
-    return column_sums(sum_dz), column_sums(sum_dz_x_hat)
 
 
 @triton.jit

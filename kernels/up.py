@@ -13,20 +13,17 @@ from fastgan.kernels.launch import cdiv, channels_last, empty_nhwc, geometry, la
 from fastgan.kernels.narrow import is_narrow, up_narrow
 from fastgan.kernels.pieces import (
     NOWHERE,
-    backward_epilogue,
-    column_sums,
     conv_epilogue,
-    grad_sums_again,
     load_block,
     multiply_add,
     new_accumulator,
-    normalized_and_grad,
     position,
     steps_of,
     store_tile_statistics,
     wait_for_previous,
 )
 from fastgan.kernels.statistics import TileStatistics
+from fastgan.kernels.way_back import backward_epilogue, store_grad_and_sums
 
 
 @triton.jit
@@ -134,49 +131,41 @@ def up_kernel(
     row_tiles = tl.num_programs(0) // (phases * column_tiles)
     tile, tiles = phase * row_tiles + pid_m, phases * row_tiles
     if y_ptr is not None:
-        mean_ptr += group * CHANNELS
-        invstd_ptr += group * CHANNELS
-        if AGAIN > 0:
-            tl.store(high_ptr + cell, acc.to(high_ptr.dtype.element_ty), mask=ok)
-            sum_dz, sum_dz_x_hat = grad_sums_again(
-                high_ptr,
-                y_ptr,
-                mean_ptr,
-                invstd_ptr,
-                gamma_ptr,
-                beta_ptr,
-                vectors,
-                column,
-                column_ok,
-                group * N,
-                pid_m * BLOCK_M,
-                rows,
-                count_h,
-                count_w,
-                first_h,
-                first_w,
-                SH,
-                SW,
-                HO,
-                WO,
-                B,
-                ACTIVATION,
-                SLOPE,
-                INT64,
-                BLOCK_M,
-                BLOCK_N,
-                AGAIN,
-            )
-        else:
-            x_hat, acc = normalized_and_grad(
-                acc, y_ptr, cell, ok, mean_ptr, invstd_ptr, gamma_ptr, beta_ptr, vectors, column_ok, ACTIVATION, SLOPE
-            )
-            # Float32 products leave no registers for sums across warps.
-            sum_dz, sum_dz_x_hat = column_sums(acc, transposed), column_sums(acc * x_hat, transposed)
-            tl.store(high_ptr + cell, acc.to(high_ptr.dtype.element_ty), mask=ok)
-        sums_ptr += (group * 2 * tiles + tile) * B
-        tl.store(sums_ptr + column, sum_dz, mask=column_ok)
-        tl.store(sums_ptr + tiles * B + column, sum_dz_x_hat, mask=column_ok)
+        store_grad_and_sums(
+            acc,
+            high_ptr,
+            y_ptr,
+            mean_ptr + group * CHANNELS,
+            invstd_ptr + group * CHANNELS,
+            gamma_ptr,
+            beta_ptr,
+            sums_ptr + (group * 2 * tiles + tile) * B,
+            tiles * B,
+            vectors,
+            column,
+            column_ok,
+            cell,
+            ok,
+            group * N,
+            pid_m * BLOCK_M,
+            rows,
+            count_h,
+            count_w,
+            first_h,
+            first_w,
+            SH,
+            SW,
+            HO,
+            WO,
+            B,
+            ACTIVATION,
+            SLOPE,
+            INT64,
+            BLOCK_M,
+            BLOCK_N,
+            transposed,
+            AGAIN,
+        )
     else:
         if activated_ptr is not None:
             acc = backward_epilogue(acc, activated_ptr, cell, ok, ACTIVATION, SLOPE)
