@@ -55,8 +55,10 @@ def store_grad_and_sums(
     invstd_ptr,
     gamma_ptr,
     beta_ptr,
-    sums_ptr,  # the tile's Σ dz, COLUMNS numbers, and `to_next` numbers further on its Σ dz·x̂
-    to_next,
+    sums_ptr,  # (groups, 2, tiles, COLUMNS)
+    group,
+    tile,
+    tiles,
     vectors,
     column,
     column_ok,
@@ -121,5 +123,6 @@ def store_grad_and_sums(
         # Float32 products leave no registers for sums across warps.
         total_dz, total_dz_x_hat = column_sums(dz, TRANSPOSED), column_sums(dz * x_hat, TRANSPOSED)
         tl.store(out_ptr + cell, dz.to(out_ptr.dtype.element_ty), mask=ok)
+    sums_ptr += (group * 2 * tiles + tile) * COLUMNS
     tl.store(sums_ptr + column, total_dz, mask=column_ok)
-    tl.store(sums_ptr + to_next + column, total_dz_x_hat, mask=column_ok)
+    tl.store(sums_ptr + tiles * COLUMNS + column, total_dz_x_hat, mask=column_ok)
