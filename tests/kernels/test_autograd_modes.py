@@ -217,5 +217,6 @@ def test_torch_func_inside_of_torch_compile(device):
 def test_vmap_over_running_statistics_is_refused(device):
     """By PyTorch, for the in-place update of what is not mapped; on a GPU it cannot map its batch_norm at all."""
     x, *rest = draw(MODES[0], 3, device)
-    with pytest.raises(RuntimeError, match=r"running_mean or running_var|inside of vmap"):
+    message = "inside of vmap" if device.type == "cuda" else "running_mean or running_var"
+    with pytest.raises(RuntimeError, match=message):
         torch.func.vmap(lambda x: ours(MODES[0], [x, *rest], "tanh"))(torch.stack([x, x]))
