@@ -13,7 +13,7 @@ from fastgan import backend
 from fastgan.checks import check_conv_bn_act, pair
 from fastgan.losses import backward_bce, discriminator_bce, generator_bce
 from fastgan.ops import batch_norm, convolution, running, synchronised
-from fastgan.ops.layer import ConvBatchNormAct, Layer
+from fastgan.ops.chain import Layer, run_chain
 from fastgan.ops.operators import is_watched
 
 __all__ = ["backward_bce", "conv2d_bn_act", "conv_transpose2d_bn_act", "discriminator_bce", "generator_bce"]
@@ -192,6 +192,11 @@ def has_kernels_for(x):
     return backend.select(x.device, _compute_dtype(x))[0] == "triton"
 
 
+def in_compute_dtype(x, **layout):
+    """x as a convolution computes with it."""
+    return x.to(_compute_dtype(x), **layout)
+
+
 def _compute_dtype(x):
     """The dtype that a convolution computes in: autocast's where it is on and casts x, which float64 it never does."""
     device_type = x.device.type
@@ -284,7 +289,7 @@ def _conv_bn_act_fused(
     gives_link,
 ):
     # The operators take the weight and the vectors as they are: mixed precision casts no more than it must.
-    x = x.to(_compute_dtype(x))
+    x = in_compute_dtype(x)
     if weight_copy is not None and weight_copy.dtype != x.dtype:
         weight_copy = None
     weights = (weight, weight_copy)
@@ -298,13 +303,19 @@ def _conv_bn_act_fused(
         out = convolution.conv(x, *weights, bias, *no_batch_norm, *where, *act, *of_x, gets_dz)
         return out, Link(*act) if gets_dz else None
     if training:
-        tensors = (x, *weights, bias, gamma, beta, running_mean, running_var, num_batches_tracked)
+        tensors = (weight, bias, gamma, beta, weight_copy, running_mean, running_var, num_batches_tracked)
         linked = gives_link or x_link.activation is not None or x_link.normalized
         alone = not linked and process_group is None and not _updated_by_torch(running_mean, running_var, momentum)
-        if alone and not is_watched([tensor for tensor in tensors if tensor is not None]):
+        if alone and not is_watched([tensor for tensor in (x, *tensors) if tensor is not None]):
             sizes = (tuple(stride), tuple(padding), tuple(output_padding))
-            layer = Layer(float(momentum), eps, transposed, *sizes, *before, *after, batch_groups)
-            return ConvBatchNormAct.apply(*tensors, layer), None
+            layer = Layer(
+                *(transposed, *sizes, activation, negative_slope, activation_first),
+                batch_statistics=True,
+                momentum=float(momentum),
+                eps=eps,
+                groups=batch_groups,
+            )
+            return run_chain(x, tensors, (layer,)), None
         y, mean, invstd, var = convolution.conv_statistics(x, *weights, bias, eps, *where, *before, batch_groups, *of_x)
         if process_group is not None:
             rows = y.numel() // (batch_groups * y.shape[1])

@@ -20,7 +20,7 @@ from fastgan import functional as fused
 from fastgan.batch_groups import current_groups
 from fastgan.first_order import only_first_order
 from fastgan.graph_forward import GraphForward, Plan, is_graph_forward
-from fastgan.group_calls import run_layers, run_operator, why_not_operator
+from fastgan.group_calls import run_groups, run_layers, run_operator, why_not_operator
 from fastgan.layout import in_stock_layout
 from fastgan.patterns import any_has_hooks, match
 
@@ -208,6 +208,9 @@ def _runs_as_operator(group):
 def _run_operators(groups, x):
     """Fused groups in a row, with the result where stock would put it."""
     entry, link, first_order = x, None, only_first_order()
+    result = None if first_order else run_groups(x, groups)
+    if result is not None:
+        return in_stock_layout(result, entry, [group.modules[0] for group in groups])
     for group, after in zip(groups, [*groups[1:], None], strict=True):
         x, link = run_operator(
             x,

@@ -1,4 +1,4 @@
-"""Running a group of layers: as one fused operator on its modules' tensors, or by the layers' own forwards."""
+"""Running groups of layers: as fused operators on their modules' tensors, or by the layers' own forwards."""
 
 import functools
 
@@ -6,12 +6,16 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from fastgan import backend
 from fastgan import functional as fused
 from fastgan.batch_groups import current_groups
 from fastgan.cpu_convolution import convolve
+from fastgan.ops.chain import Layer, run_chain
+from fastgan.ops.operators import is_watched
 from fastgan.patterns import hooks_compute_weight, unfit_number, unfit_setting
 from fastgan.weight_copies import weight_copy
 
+_VECTORS = {"weight", "bias"}  # of a BatchNorm
 _NO_VECTORS = (None,) * 4
 _NO_BATCH_NORM = dict(training=False, momentum=0.0, eps=0.0, batch_groups=1)
 
@@ -80,6 +84,79 @@ def run_operator(x, conv, batch_norm, activation, negative_slope, activation_fir
         )
     except (ValueError, TypeError) as error:
         raise type(error)(f"layer {layer!r}: {error}") from error
+
+
+def run_groups(x, groups):
+    """The result of fused groups in a row as one chain (see `fastgan.ops.chain`), or None where they are not one.
+
+    That is for eager code, and for layers whose tensors are their own Parameters and buffers. It looks at modules as
+    little as it can: what it finds is what a small network waits for.
+    """
+    x = fused.in_compute_dtype(x, memory_format=torch.channels_last)
+    if x.numel() == 0 or torch.compiler.is_compiling():
+        return None
+    tensors, layers, batch_groups = [], [], current_groups()
+    casts = torch.is_autocast_enabled(x.device.type)
+    for group in groups:
+        found = _tensors_and_layer(group, x.dtype, casts, batch_groups)
+        if found is None:
+            return None
+        tensors += found[0]
+        layers.append(found[1])
+    given = [tensor for tensor in tensors if tensor is not None]
+    if is_watched([x, *given]):
+        return None
+    pairs = zip(groups, layers, strict=True)
+    known = any([group.batch_norm is not None and not layer.batch_statistics for group, layer in pairs])
+    if known and torch.is_grad_enabled() and any([tensor.requires_grad for tensor in (x, *given)]):
+        return None  # the operator with known statistics inside has no gradient
+    return run_chain(x, tensors, tuple(layers))
+
+
+def _tensors_and_layer(group, dtype, casts, batch_groups):
+    """(the tensors of `run_chain`, the Layer) of a group as it is now, None where it is none of a chain.
+
+    Args:
+        dtype: that is computed in.
+        casts: whether weights of another one are cast to it.
+    """
+    conv, bn, slope = group.modules[0], group.batch_norm, group.negative_slope
+    own, copy = conv._parameters, weight_copy(conv)
+    weight = own.get("weight")
+    if weight is None or "bias" not in own or conv._forward_pre_hooks or why_not_operator(conv, bn, slope):
+        return None  # a parametrized weight, or a hook's, is computed at each look at it
+    if weight.dtype not in backend.KERNEL_DTYPES or (weight.dtype != dtype and not casts):
+        return None
+    learned = (weight, own["bias"])
+    copy = copy if copy is not None and copy.dtype == dtype else None
+    constants = (conv.transposed, conv.stride, conv.padding, conv.output_padding, group.activation, slope)
+    if bn is None:
+        return (*learned, None, None, copy, None, None, None), Layer(*constants, name=group.names[0])
+    own, buffers, momentum = bn._parameters, bn._buffers, bn.momentum
+    running_mean = running_var = batches = None
+    if bn.track_running_stats or not bn.training:
+        running_mean, running_var = buffers.get("running_mean"), buffers.get("running_var")
+    batch_statistics = bn.training or running_mean is None
+    if not batch_statistics and group.activation_first:
+        return None
+    if batch_statistics and running_mean is not None:
+        if not (running_mean.is_contiguous() and running_var.is_contiguous()):
+            return None
+    if bn.training and bn.track_running_stats:
+        batches = buffers.get("num_batches_tracked")
+        if type(momentum) not in (float, int):
+            return None
+    gamma, beta = own.get("weight"), own.get("bias")
+    if gamma is beta is running_mean is None or not own.keys() >= _VECTORS or isinstance(bn, nn.SyncBatchNorm):
+        return None
+    layer = Layer(
+        *(*constants, group.activation_first, batch_statistics),
+        momentum=float(momentum) if batches is not None else 0.0,
+        eps=bn.eps,
+        groups=batch_groups if batch_statistics else 1,
+        name=group.names[0],
+    )
+    return (*learned, gamma, beta, copy, running_mean, running_var, batches), layer
 
 
 def _batch_norm_arguments(bn, x):

@@ -31,9 +31,14 @@ def in_stock_layout(y, x, convolutions):
     if suggests_channels_last(x):
         return y
     # Of a parametrized weight what it is computed from: to look at itself would compute it.
-    if any([suggests_channels_last(tensor) for conv in convolutions for tensor in conv.parameters()]):
+    if any([suggests_channels_last(tensor) for conv in convolutions for tensor in _weights(conv)]):
         return y
     return contiguous(y)
+
+
+def _weights(conv):
+    weight = conv._parameters.get("weight")
+    return conv.parameters() if weight is None else (weight,)
 
 
 def contiguous(y):

@@ -12,9 +12,18 @@ def is_wanted(ctx, i):
     Args:
         i: the arguments up to this one are all tensors.
     """
-    if not ctx.needs_input_grad[i]:
-        return False
+    return ctx.needs_input_grad[i] and _goes_on(ctx.next_functions[i][0])
+
+
+def are_wanted(ctx, are_tensors):
+    """`is_wanted` of the first arguments, which are tensors where `are_tensors` says so."""
+    following = iter(ctx.next_functions)  # of tensors only
+    needed = zip(ctx.needs_input_grad, [next(following)[0] if each else None for each in are_tensors], strict=False)
+    return [needs and _goes_on(node) for needs, node in needed]
+
+
+def _goes_on(node):
     try:
-        return torch._C._will_engine_execute_node(ctx.next_functions[i][0])
+        return torch._C._will_engine_execute_node(node)
     except (AttributeError, RuntimeError):  # it answers for no leaf that is asked for, and to no compiled autograd
         return True

@@ -50,4 +50,4 @@ class WeightCopies:
 
 def weight_copy(module):
     """The copy of a convolution's weight that is in use, or None."""
-    return getattr(module, _NAME, None)
+    return module.__dict__.get(_NAME)

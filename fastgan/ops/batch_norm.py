@@ -175,10 +175,9 @@ def _backward(ctx, dout):
 
 def vector_grads(sums, gamma, beta, wants_gamma, wants_beta):
     """(dγ, dβ) from [Σ dz, Σ dz·x̂] of each group; None where not wanted."""
-    sums = functools.reduce(torch.add, sums)  # one group or two: a sum over them takes twice the time of adding them
-    dgamma = sums[1].to(gamma.dtype) if wants_gamma else None
-    dbeta = sums[0].to(beta.dtype) if wants_beta else None
-    return dgamma, dbeta
+    # One group or two: a sum over them takes twice the time of adding them.
+    dbeta, dgamma = functools.reduce(torch.add, sums).unbind()
+    return dgamma.to(gamma.dtype) if wants_gamma else None, dbeta.to(beta.dtype) if wants_beta else None
 
 
 batch_norm_act.register_autograd(_backward, setup_context=_save)

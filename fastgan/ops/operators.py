@@ -45,7 +45,8 @@ class Operator:
     def register_autograd(self, backward, *, setup_context):
         """As ``torch.library.custom_op`` has it."""
         self.registered.register_autograd(backward, setup_context=setup_context)
-        self._differentiable = _differentiable(self._name, self._run, backward, setup_context)
+        count = self.function.__code__.co_argcount
+        self._differentiable = _differentiable(self._name, self._run, count, backward, setup_context)
 
     def __call__(self, *arguments):
         tensors, listed = _tensors(arguments)
@@ -85,9 +86,8 @@ def _tensors(arguments):
     return [value for value in arguments if isinstance(value, Tensor)] + listed, listed
 
 
-def _differentiable(name, run, backward, setup_context):
-    """The autograd.Function of an operator: of its arguments and, again, of the tensors that are in lists."""
-    count = run.function.__code__.co_argcount
+def _differentiable(name, run, count, backward, setup_context):
+    """The autograd.Function of an operator: of its `count` arguments and, again, of the tensors that are in lists."""
 
     def forward(ctx, *arguments):
         arguments = arguments[:count]

@@ -9,10 +9,12 @@ It is for code on a GPU that is not captured in a CUDA graph.
 """
 
 import functools
+import weakref
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastgan import backend
 from fastgan.kernels import launch as launching
@@ -35,10 +37,11 @@ class Replayed:
         function: of tensors, lists of tensors and constants, by position, the first a tensor. It starts kernels and
             calls PyTorch's operators, decides by metadata alone, and returns a tensor, None, or a tuple of such. What
             it asks for besides its arguments is in `_surroundings`.
+        consumes: whether it empties the lists, so that what it is done with need not wait in memory for its end.
     """
 
-    def __init__(self, function):
-        self.function = function
+    def __init__(self, function, consumes=False):
+        self._function, self._consumes = function, consumes
         self._plans = {}
 
     def __call__(self, *arguments):
@@ -47,6 +50,10 @@ class Replayed:
             return self.function(*arguments)
         return self.replay(*arguments)
 
+    def function(self, *arguments):
+        """The call as it is."""
+        return _outside_autocast(arguments[0].device.type, self._function, *arguments)
+
     def replay(self, *arguments):
         """The call, recorded or replayed, on any device."""
         key = (*_surroundings(), *_signature(arguments))
@@ -54,7 +61,7 @@ class Replayed:
         if type(plan) is Plan:
             return plan.run(arguments)
         if plan is _SEEN:
-            recorder = Recorder(arguments)
+            recorder = Recorder(arguments, self._consumes)
             result = recorder.record(self.function)
             self._plans[key] = recorder.plan(result) or _NEVER
             return result
@@ -63,6 +70,20 @@ class Replayed:
                 self._plans.clear()
             self._plans[key] = _SEEN
         return self.function(*arguments)
+
+
+def _outside_autocast(device_type, function, *arguments):
+    """function(*arguments), where autocast casts nothing: on a GPU it would cast for the convolutions of a backward.
+
+    What is called here has chosen its dtypes; stock's backward is out of autocast's reach, too.
+    """
+    if not torch.is_autocast_enabled(device_type):
+        return function(*arguments)
+    torch.set_autocast_enabled(device_type, False)
+    try:
+        return function(*arguments)
+    finally:
+        torch.set_autocast_enabled(device_type, True)
 
 
 def _surroundings():
@@ -96,24 +117,29 @@ class _Address(int):
     """The same of a tensor of which a kernel is told the address: of each tensor itself Triton would ask CUDA."""
 
 
+class _Stream:
+    """Where a kernel is told the stream of the call."""
+
+
 class Recorder(TorchDispatchMode):
     """Notes the steps of one call, between numbered tensors.
 
-    A step is (function, arguments, keywords, places of the results, whether it does more than give results): an
-    operator of PyTorch, an allocation, or the start of a kernel, which has no results.
+    A step is (function, arguments, keywords, place of the result or list of places, whether it does more than give
+    results): an operator of PyTorch, an allocation, or the start of a kernel, which has no results.
     """
 
-    def __init__(self, arguments):
+    def __init__(self, arguments, consumes=False):
         super().__init__()
-        self._arguments = arguments
-        self._tensors, self._aliases = [], []  # alive, so that no other takes their addresses
-        self._places, self._by_address = {}, {}
+        self._arguments, self._device = arguments, arguments[0].device
+        # Tensors are not kept alive, or a recorded call would take more memory than others; so ids and addresses of
+        # those that are gone may come again.
+        self._count, self._places, self._by_address = 0, WeakTensorKeyDictionary(), {}
         self._steps = []
-        tensors = list(_tensors(arguments))
-        for tensor in tensors:
-            self._place(tensor)
+        self._pattern, self._given = self._pattern_of(arguments), sum(1 for _ in _tensors(arguments))
+        self._lists = [i for i, value in enumerate(arguments) if consumes and type(value) is list]
+        self._passing = {self._places[tensor] for i in self._lists for tensor in _tensors([arguments[i]])}
         # What is one memory now need not be at the next call.
-        self._possible = len(self._by_address) == len(tensors)
+        self._possible = len(self._by_address) == self._given
 
     def record(self, function):
         """function(*arguments), observed."""
@@ -127,17 +153,18 @@ class Recorder(TorchDispatchMode):
     def plan(self, result):
         """The Plan of what was recorded, or None where it cannot be done again."""
         results = result if isinstance(result, tuple) else (result,)
-        kernels = any(not places and effect for *_, places, effect in self._steps)
+        kernels = any(places == [] and effect for *_, places, effect in self._steps)
         if not (self._possible and kernels and self._knows(results)):
             return None
-        return Plan(self._tensors, self._steps, self._placed(results), self._arguments, isinstance(result, tuple))
+        results = self._placed(results)
+        steps = _needed(self._steps, _places(results), set(range(self._given)) - self._passing)
+        return Plan(self._device, self._pattern, self._lists, steps, results, isinstance(result, tuple))
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if operator is torch.ops.aten.detach.default and self._knows(args):  # without gradients the tensor itself
             result = operator(*args)
-            self._places[id(result)] = self._places[id(args[0])]
-            self._aliases.append(result)
+            self._places[result] = self._places[args[0]]
             return result
         known = self._knows(args) and self._knows(kwargs.values())
         placed = self._placed(args), {name: self._placed([value])[0] for name, value in kwargs.items()}
@@ -152,8 +179,8 @@ class Recorder(TorchDispatchMode):
             like = dict(dtype=result.dtype, device=result.device)
             function = functools.partial(torch.empty_strided, result.shape, result.stride(), **like)
             placed = [], {}
-        # In-place operators return an argument, which keeps its place.
         places = [None if each is None else self._place(each) for each in results]
+        places = places[0] if isinstance(result, Tensor) else places
         self._steps.append((function, *placed, places, operator._schema.is_mutable))
         return result
 
@@ -162,7 +189,8 @@ class Recorder(TorchDispatchMode):
             self._possible = False
             return
         # Of tensors that begin in one place any will do: views need not be made for a kernel.
-        arguments = [self._by_address[_address(each)] if isinstance(each, Tensor) else each for each in arguments]
+        arguments = [self._by_address[_address(each)][0] if isinstance(each, Tensor) else each for each in arguments]
+        keywords = {}
         if compiled is None:  # interpreted
             function = functools.partial(kernel[grid], **options)
         else:
@@ -171,21 +199,39 @@ class Recorder(TorchDispatchMode):
             arguments += [options.get(each.name, each.default) for each in kernel.params[len(arguments) :]]
             if _is_of_triton(compiled):
                 arguments = [_Address(each) if type(each) is _Place else each for each in arguments]
-        self._steps.append((function, arguments, {}, [], True))
+                keywords = dict(stream=_Stream())  # or each launch would ask for device and stream
+        self._steps.append((function, arguments, keywords, [], True))
+
+    def _pattern_of(self, arguments):
+        """Code that takes the tensors out of arguments, which get their places."""
+        names = []
+        for value in arguments:
+            if isinstance(value, Tensor):
+                names.append(f"t{self._place(value)}")
+            else:
+                names.append(self._pattern_of(value) if type(value) is list and value else "_")
+        return f"({', '.join(names)},)"
 
     def _place(self, tensor):
-        if id(tensor) not in self._places:
-            place = self._places[id(tensor)] = _Place(len(self._tensors))
-            self._tensors.append(tensor)
-            self._by_address.setdefault(_address(tensor), place)
-        return self._places[id(tensor)]
+        if tensor in self._places:  # an operator that works in place returns its argument
+            return self._places[tensor]
+        place = self._places[tensor] = _Place(self._count)
+        self._count += 1
+        _, at_address = self._by_address.get(_address(tensor), (None, lambda: None))
+        if at_address() is None:
+            self._by_address[_address(tensor)] = place, weakref.ref(tensor)
+        return place
 
     def _knows(self, values):
-        return all(id(tensor) in self._places for tensor in _tensors(values))
+        return all(tensor in self._places for tensor in _tensors(values))
 
     def _placed(self, values):
         return [
-            self._placed(value) if isinstance(value, list | tuple) else self._places.get(id(value), value)
+            self._placed(value)
+            if isinstance(value, list | tuple)
+            else self._places.get(value, value)
+            if isinstance(value, Tensor)
+            else value
             for value in values
         ]
 
@@ -202,52 +248,77 @@ def _address(tensor):
 
 
 class Plan:
-    """The steps of a call, to do again."""
+    """The steps of a call, to do again: as straight-line code, because a loop over them takes longer than launches.
 
-    def __init__(self, tensors, steps, results, arguments, returns_tuple):
-        self._device = tensors[0].device
-        self._results, self._returns_tuple = results, returns_tuple
-        count = sum(1 for _ in _tensors(arguments))
-        self._given = [i for i, value in enumerate(arguments) if isinstance(value, Tensor)]
-        self._in_lists = len(self._given) < count  # some of them: to look for those takes as long as a launch
-        self._empty = [None] * (len(tensors) - count)
-        wanted = {value for value in results if type(value) is _Place}
-        kept = []
-        for function, args, kwargs, places, effect in reversed(steps):
-            if effect or not wanted.isdisjoint(places):
-                used = set(_places([args, list(kwargs.values())]))
-                # What no later step asks for goes when this one is done.
-                used.update(_places(places))
-                ends = [place for place in used - wanted if place >= count]
-                kept.append((function, *_template(args), kwargs, places, ends))
-                wanted |= used
-        self._steps = kept[::-1]
+    Args:
+        device: where the call's kernels run.
+        pattern: code that takes the tensors out of the arguments.
+        lists: which of the arguments are emptied.
+        steps: see `Recorder` and `_needed`.
+        results: places, or constants.
+    """
+
+    def __init__(self, device, pattern, lists, steps, results, returns_tuple):
+        self._device, self._steps, self._names = device, steps, {}
+        lines = [f"{pattern} = arguments", *(f"arguments[{i}].clear()" for i in lists)]
+        for step in steps:
+            lines += self._lines(*step)
+        results = [self._expression(value) for value in results]
+        lines.append(f"return {', '.join(results)}{',' if returns_tuple else ''}")
+        exec(compile("def replay(arguments, stream):\n " + "\n ".join(lines), "<replay>", "exec"), self._names)
+        self._replay = self._names["replay"]
 
     def run(self, arguments):
         """What the recorded function would return."""
-        given = _tensors(arguments) if self._in_lists else [arguments[i] for i in self._given]
-        tensors = [*given, *self._empty]
         with launching.on(self._device):
-            for function, constants, sources, kwargs, places, ends in self._steps:
-                args = constants.copy()
-                for i, place in sources:
-                    kind = type(place)
-                    if kind is _Address:
-                        args[i] = tensors[place].data_ptr()
-                    else:
-                        args[i] = tensors[place] if kind is _Place else _filled(place, tensors)
-                result = function(*args, **_filled(kwargs, tensors)) if kwargs else function(*args)
-                if places:
-                    if isinstance(result, Tensor):
-                        tensors[places[0]] = result
-                    else:
-                        for place, each in zip(places, result, strict=True):
-                            if place is not None:
-                                tensors[place] = each
-                for place in ends:
-                    tensors[place] = None
-        results = [tensors[value] if type(value) is _Place else value for value in self._results]
-        return tuple(results) if self._returns_tuple else results[0]
+            cuda = self._device.type == "cuda"
+            stream = torch._C._cuda_getCurrentRawStream(self._device.index) if cuda else None
+            return _outside_autocast(self._device.type, self._replay, arguments, stream)
+
+    def _lines(self, function, args, kwargs, places, effect, ends):
+        call = [self._expression(value) for value in args]
+        call += [f"{name}={self._expression(value)}" for name, value in kwargs.items()]
+        call = f"{self._name(function)}({', '.join(call)})"
+        if type(places) is _Place:
+            call = f"t{places} = {call}"
+        elif places:
+            call = f"{', '.join('_' if place is None else f't{place}' for place in places)}, = {call}"
+        return [call, "del " + ", ".join(f"t{place}" for place in ends)] if ends else [call]
+
+    def _expression(self, value):
+        kind = type(value)
+        if kind is _Place:
+            return f"t{value}"
+        if kind is _Address:
+            return f"t{value}.data_ptr()"
+        if kind is _Stream:
+            return "stream"
+        if kind is list:
+            return f"[{', '.join(map(self._expression, value))}]"
+        return repr(value) if kind in (int, bool, str, type(None)) else self._name(value)
+
+    def _name(self, value):
+        """A name for what the code cannot spell."""
+        name = f"c{len(self._names)}"
+        self._names[name] = value
+        return name
+
+
+def _needed(steps, wanted, kept):
+    """The steps with an effect, or with a result that is wanted or that they use, each with the places that end there.
+
+    Args:
+        kept: the places of what somebody else keeps.
+    """
+    wanted, needed = set(wanted), []
+    for function, args, kwargs, places, effect in reversed(steps):
+        made = set(_places([places]))
+        if effect or not wanted.isdisjoint(made):
+            used = made.union(_places([args, list(kwargs.values())]))
+            # What no later step asks for goes when this one is done.
+            needed.append((function, args, kwargs, places, effect, sorted(used - wanted - kept)))
+            wanted |= used
+    return needed[::-1]
 
 
 def _places(values):
@@ -256,18 +327,3 @@ def _places(values):
             yield value
         elif isinstance(value, list):
             yield from _places(value)
-
-
-def _template(args):
-    """(the arguments with gaps, [(i, what to fill gap i with)])."""
-    sources = [(i, value) for i, value in enumerate(args) if next(_places([value]), None) is not None]
-    gaps = {i for i, _ in sources}
-    return [None if i in gaps else value for i, value in enumerate(args)], sources
-
-
-def _filled(value, tensors):
-    if type(value) is _Place:
-        return tensors[value]
-    if isinstance(value, dict):
-        return {name: _filled(each, tensors) for name, each in value.items()}
-    return [_filled(each, tensors) for each in value] if isinstance(value, list) else value

@@ -1,14 +1,19 @@
 """The same layers computed by cuDNN (on a CPU: by aten) with our passes around it, against stock in float64."""
 
+import copy
+
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
+import fastgan
 from fastgan import functional as fused
 from fastgan.kernels import batch_norm, epilogue, launch, statistics
-from fastgan.ops import convolution
+from fastgan.ops import convolution, way_back
 from fastgan.ops.choice import Choice
 from fastgan.ops.convolution import conv, conv_statistics, conv_weight_grad
+from fastgan.ops.replay import Replayed
 from tests.conftest import HAS_GPU
 from tests.kernels.cases import pairwise_cases
 from tests.kernels.comparison import PLAIN, check, draw
@@ -60,6 +65,42 @@ def test_statistics_of_several_tiles_and_blocks(transposed, bias, groups, activa
     torch.testing.assert_close(mean.double(), exact_mean, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(invstd.double(), (exact_var + 1e-3).rsqrt(), rtol=1e-5, atol=0)
     torch.testing.assert_close(var.double(), exact_var * count / (count - 1), rtol=1e-5, atol=0)
+
+
+@pytest.fixture
+def convolutions_are_cast(device):
+    """On a CPU autocast leaves alone what a GPU's casts: the convolution that gives backward an input's gradient."""
+    if device.type == "cuda":
+        yield
+        return
+    autocast = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+
+    def cast(x, weight, *rest):
+        with torch._C._ExcludeDispatchKeyGuard(autocast):
+            dtype = torch.get_autocast_dtype("cpu")
+            return torch.ops.aten.convolution(x.to(dtype), weight.to(dtype), *rest)
+
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("convolution", cast, "AutocastCPU")
+    yield
+    library._destroy()
+
+
+@pytest.mark.parametrize("replays", (False, True))
+def test_backward_within_autocast(replays, device, convolutions_are_cast, monkeypatch):
+    """Autocast is for forward: it casts nothing of a backward, nor of what a later one replays."""
+    monkeypatch.setattr(way_back, "choose", lambda problem, device: Choice("cudnn"))
+    if replays:
+        monkeypatch.setattr(Replayed, "__call__", Replayed.replay)
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 4, 2, 1), nn.LeakyReLU(0.2), nn.Conv2d(8, 8, 4, 2, 1), nn.BatchNorm2d(8), nn.Tanh()]
+    model = fastgan.fuse(nn.Sequential(*layers)).to(device)
+    x = torch.randn(4, 3, 16, 16, device=device, requires_grad=True)
+    expected = torch.autograd.grad(fastgan.unfuse(copy.deepcopy(model))(x).square().sum(), x)
+    for enabled in (True, True, True, False):
+        loss = model(x).square().sum()
+        with torch.autocast(device.type, torch.bfloat16, enabled=enabled):
+            torch.testing.assert_close(torch.autograd.grad(loss, x), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("groups", (1, 2, 3))

@@ -1,0 +1,262 @@
+"""Layers in a row, each convolution + BatchNorm + activation, in eager code: all of them one `autograd.Function`.
+
+Its forward and its backward are each remembered and replayed as a whole (`fastgan.ops.replay`), so that the Python
+around a layer is paid once for a network. And as nobody else sees what goes from layer to layer, the way back through a
+convolution goes on through the activation and to the BatchNorm before it in the same kernel (`fastgan.ops.way_back`).
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch.autograd.graph import increment_version
+
+from fastgan.checks import check_conv_bn_act
+from fastgan.ops.batch_norm import batch_norm_act, batch_norm_act_grad, batch_norm_grad_of_sums, vector_grads
+from fastgan.ops.convolution import activation_grad, conv, conv_statistics, plain_conv, weight_grad_of
+from fastgan.ops.geometry import way_back
+from fastgan.ops.implementations import channels_last
+from fastgan.ops.operators import as_function, as_operator, is_watched
+from fastgan.ops.replay import Replayed
+from fastgan.ops.running import update_running
+from fastgan.ops.way_back import conv_activation_grad, conv_batch_norm_grad
+from fastgan.wanted import are_wanted
+
+_ALONE = ([], None, 0.0)  # what the operators are told of their input: it is not the result of a linked layer
+TENSORS = 8  # of a layer: weight, bias, gamma, beta, weight_copy, running_mean, running_var, num_batches_tracked
+LEARNED = 4  # the first of these
+KEPT = 5  # of each layer for backward: the weight as the kernels read it, y, mean, invstd, result
+
+
+class Layer(NamedTuple):
+    """The constants of a layer: what `conv`, or `conv_statistics` and `batch_norm_act`, take besides tensors."""
+
+    transposed: bool
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    output_padding: tuple[int, int]
+    activation: str | None
+    slope: float
+    activation_first: bool = False  # before BatchNorm
+    batch_statistics: bool = False  # whether its BatchNorm takes the batch's own
+    momentum: float = 0.0
+    eps: float = 0.0
+    groups: int = 1
+    name: str | None = None  # in what is said of bad input, which is looked for where there is a name
+
+    def where(self):
+        return self.transposed, self.stride, self.padding, self.output_padding
+
+    def before(self):
+        """(activation, slope) before BatchNorm."""
+        return (self.activation, self.slope) if self.activation_first else (None, 0.0)
+
+    def after(self):
+        return (None, 0.0) if self.activation_first else (self.activation, self.slope)
+
+    def check(self, *tensors):
+        """Raise for what the operators cannot take, as `functional.conv2d_bn_act` does."""
+        try:
+            check_conv_bn_act(
+                *tensors,
+                training=self.batch_statistics,
+                momentum=self.momentum,
+                eps=self.eps,
+                transposed=self.transposed,
+                stride=self.stride,
+                padding=self.padding,
+                output_padding=self.output_padding,
+                activation=self.activation,
+                negative_slope=self.slope,
+                activation_first=self.activation_first,
+                batch_groups=self.groups,
+                process_group=None,
+            )
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"layer {self.name!r}: {error}") from error
+
+
+def run_chain(x, tensors, layers):
+    """The result of `layers` in a row on x, differentiable in x, weights, biases, gammas and betas, to any order.
+
+    Args:
+        x: in the dtype that is computed in.
+        tensors: TENSORS for each layer, one layer after the other, None where there is none. A BatchNorm has one of
+            gamma, beta and the running statistics at least, and those contiguous.
+        layers: a tuple of Layers. One without `batch_statistics` has no BatchNorm, or takes its running statistics, and
+            then nothing of the chain has a gradient.
+    """
+    if torch.is_grad_enabled() and any([each is not None and each.requires_grad for each in (x, *tensors)]):
+        return _Chain.apply(x, *tensors, layers)
+    result = _forward(x, *tensors, layers, False)
+    _count_updates(tensors, layers)
+    return result
+
+
+def _count_updates(tensors, layers):
+    """Tell autograd of what a forward has written to."""
+    written = []
+    for i, layer in enumerate(layers):
+        if layer.batch_statistics:
+            written += tensors[TENSORS * i + LEARNED + 1 : TENSORS * (i + 1)]
+    increment_version([tensor for tensor in written if tensor is not None])
+
+
+class _Chain(torch.autograd.Function):
+    """apply(x, *tensors, layers): see `run_chain`."""
+
+    @staticmethod
+    def forward(ctx, x, *tensors_and_layers):
+        *tensors, layers = tensors_and_layers
+        result, *kept = _forward(x, *tensors, layers, True)
+        _count_updates(tensors, layers)
+        learned = [each for i in range(0, len(tensors), TENSORS) for each in tensors[i : i + LEARNED]]
+        ctx.layers, ctx.given = layers, [each is not None for each in tensors]
+        if layers[-1].batch_statistics or not layers[-1].activation:
+            kept[-1] = None  # backward has no use for it, and who gets it may change it in place
+        ctx.save_for_backward(x, *learned, *kept)
+        return result
+
+    @staticmethod
+    def backward(ctx, dout):
+        layers, saved = ctx.layers, list(ctx.saved_tensors)
+        ctx.maybe_clear_saved_tensors()
+        every = are_wanted(ctx, [True, *ctx.given])
+        wanted = [every[0]]
+        for i in range(1, len(every), TENSORS):
+            wanted += every[i : i + LEARNED]
+        wanted = tuple(wanted)
+        if torch.is_grad_enabled():  # create_graph=True
+            grads = _differentiable_grads(dout, saved, wanted, layers)
+        elif is_watched([dout]):  # compiled autograd, for one
+            grads = _grads(as_operator, dout, saved, wanted, layers)
+        else:
+            grads = _backward(dout, saved, wanted, layers)
+        padded = [grads[0]]
+        for i in range(1, len(grads), LEARNED):
+            padded += *grads[i : i + LEARNED], *[None] * (TENSORS - LEARNED)
+        return *padded, None
+
+
+@Replayed
+def _forward(x, *rest):
+    """The result, or where backward will come (rest[-1]) that and, for each layer, what backward needs."""
+    *tensors, layers, keeps = rest
+    kept = []
+    for i, layer in enumerate(layers):
+        own = tensors[TENSORS * i : TENSORS * (i + 1)]
+        *learned, copy, running_mean, running_var, batches = own
+        copy = _as_read(learned[0], copy, x.dtype)
+        if layer.name is not None:
+            layer.check(x, learned[0] if copy is None else copy, *learned[1:], running_mean, running_var)
+        x, y, mean, invstd, var = _layer(as_function, x, *learned, copy, running_mean, running_var, layer)
+        if var is not None and running_mean is not None:
+            update_running.function(running_mean, running_var, mean, var, batches, layer.momentum)
+        elif batches is not None:
+            batches.add_(layer.groups)
+        if keeps:
+            kept += copy, y, mean, invstd, x
+    return (x, *kept) if keeps else x
+
+
+def _as_read(weight, copy, dtype):
+    """The weight as kernels read it, made once for forward and backward; None where that is the weight itself."""
+    if copy is None:
+        copy = weight.to(dtype, memory_format=torch.channels_last)
+    return None if copy is weight else copy
+
+
+def _layer(form, x, weight, bias, gamma, beta, weight_copy, running_mean, running_var, layer):
+    """(result, y, mean, invstd, var) by what `form` gives of the operators: `as_function`, or `as_operator`.
+
+    The last four are of a BatchNorm with statistics of the batch.
+    """
+    if not layer.batch_statistics:
+        known = (running_mean, running_var, gamma, beta, layer.eps)
+        act = (layer.activation, layer.slope)
+        result = form(conv)(x, weight, weight_copy, bias, *known, *layer.where(), *act, *_ALONE, False)
+        return result, None, None, None, None
+    y, mean, invstd, var = form(conv_statistics)(
+        x, weight, weight_copy, bias, layer.eps, *layer.where(), *layer.before(), layer.groups, *_ALONE
+    )
+    result = form(batch_norm_act)(y, mean, invstd, gamma, beta, True, *layer.after())
+    return result, y, mean, invstd, var
+
+
+def _grads(form, dout, saved, wanted, layers):
+    """Gradients for x and LEARNED tensors of each layer, None where not wanted. `form`: see `_layer`.
+
+    Args:
+        saved: x, LEARNED tensors of each layer, then KEPT ones of each. The list is emptied.
+        wanted: which of the results.
+    """
+    learned = [saved[i : i + LEARNED] for i in range(1, len(wanted), LEARNED)]
+    kept = [saved[i : i + KEPT] for i in range(len(wanted), len(saved), KEPT)]
+    kept.insert(0, saved[:1])  # before each layer what it got
+    saved.clear()
+    grads = [None] * len(wanted)
+    grad, sums, of_z = channels_last(dout), None, False  # for a result act(z), or for its z, with BatchNorm's sums
+    for i in reversed(range(len(layers))):
+        layer, at = layers[i], 1 + LEARNED * i
+        weight, bias, gamma, beta = learned[i]
+        weight_copy, y, mean, invstd, result = kept.pop()
+        wants_weight, wants_bias, *wants_vectors = wanted[at : at + LEARNED]
+        if layer.batch_statistics:
+            if sums is None:
+                of_batch_norm = (y, mean, invstd, gamma, beta, True, *layer.after())
+                grad, sums = form(batch_norm_act_grad)(grad, *of_batch_norm)
+            else:
+                grad = form(batch_norm_grad_of_sums)(grad, y, mean, invstd, gamma, sums)
+            if any(wants_vectors):
+                grads[at + 2 : at + LEARNED] = vector_grads(sums, gamma, beta, *wants_vectors)
+            if layer.activation_first:
+                grad = form(activation_grad)(grad, y, layer.activation, layer.slope)
+        elif layer.activation and not of_z:
+            grad = form(activation_grad)(grad, result, layer.activation, layer.slope)
+        came = kept[-1][-1]
+        where = (layer.transposed, layer.stride, layer.padding)
+        if wants_weight:  # first, so that the input's need not wait in memory, or outside of the cache
+            grads[at] = weight_grad_of(came, grad, weight, *where, form)
+        if wants_bias:  # right before BatchNorm it has no part in the result
+            alone = layer.batch_statistics and not layer.activation_first
+            grads[at + 1] = torch.zeros_like(bias) if alone else grad.sum((0, 2, 3), dtype=bias.dtype)
+        if not any(wanted[:at]):
+            break
+        back = (weight, weight_copy), way_back(came.shape[2:], weight.shape[2:], *where)
+        if i == 0:
+            grads[0] = _through(form, grad, *back)[0]
+        else:
+            grad, sums, of_z = _through(form, grad, *back, layers[i - 1], learned[i - 1], kept[-1])
+    return tuple(grads)
+
+
+_backward = Replayed(functools.partial(_grads, as_function), consumes=True)
+
+
+def _through(form, grad, weights, where, layer=None, learned=None, kept=None):
+    """(gradient, sums, of_z) on the way back through a convolution and, as far as one kernel goes, the layer before.
+
+    of_z: whether it is the gradient for that layer's z, with the sums of its BatchNorm, and not for its result.
+    """
+    if layer is not None and layer.batch_statistics:
+        *_, gamma, beta = learned
+        if (gamma is None) == (beta is None):
+            normalized = [*kept[1:4], *([] if gamma is None else [gamma, beta])]
+            return *form(conv_batch_norm_grad)(grad, *weights, normalized, *where, *layer.after()), True
+    elif layer is not None and layer.activation:
+        act = (layer.activation, layer.slope)
+        return form(conv_activation_grad)(grad, *weights, kept[-1], *where, *act), None, True
+    return plain_conv(grad, *weights, *where, form), None, False
+
+
+def _differentiable_grads(dout, saved, wanted, layers):
+    """The same as functions of dout and of what was given to forward, which runs again, by the operators."""
+    # On tensors of their own, or what reaches a weight through x as well would count twice.
+    inputs = [None if each is None else each.view_as(each) for each in saved[: len(wanted)]]
+    result = inputs[0]
+    for i, (layer, copy) in enumerate(zip(layers, saved[len(wanted) :: KEPT], strict=True)):
+        learned = inputs[1 + LEARNED * i : 1 + LEARNED * (i + 1)]
+        result, *_ = _layer(as_operator, result, *learned, copy, None, None, layer)
+    asked = [each for each, want in zip(inputs, wanted, strict=True) if want]
+    found = iter(torch.autograd.grad(result, asked, dout, create_graph=True))
+    return [next(found) if want else None for want in wanted]
