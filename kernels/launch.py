@@ -30,12 +30,12 @@ def compiler_options(capability):
     before they touch memory: CUDA's programmatic dependent launch (see `wait_for_previous` in pieces.py).
     """
     # Fused multiply-add is named explicitly because Triton's default for it differs between releases.
-    return dict(enable_fp_fusion=True, launch_pdl=capability >= 90)
+    return dict(enable_fp_fusion=True, **(dict(launch_pdl=True) if capability >= 90 else {}))
 
 
 def _capability(device):
-    """10 · major + minor; 0 where Triton interprets."""
-    return _capability_of(device.index) if device.type == "cuda" else 0
+    """10 · major + minor of a GPU of NVIDIA's; 0 for another, and where Triton interprets."""
+    return _capability_of(device.index) if device.type == "cuda" and torch.version.hip is None else 0
 
 
 @functools.cache

@@ -146,8 +146,12 @@ def report(launch, capability):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
+
+        def told_by(tool, option):
+            tool = Path(triton.__file__).parent / "backends/nvidia/bin" / tool
+            return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+
+        usage, code = told_by("cuobjdump", "--dump-resource-usage"), told_by("nvdisasm", "--print-code")
     registers, stack = (int(re.search(rf"{name}:(\d+)", usage).group(1)) for name in ("REG", "STACK"))
     keys = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
     return dict(
@@ -160,16 +164,18 @@ def report(launch, capability):
         stack_bytes=stack,
         shared_bytes=compiled.metadata.shared,
         cubin_bytes=len(compiled.asm["cubin"]),
-        waits_first=_waits_first(ptx),
+        waits_first=_waits_first(code),
     )
 
 
-def _waits_first(ptx):
-    """Whether the kernel waits for the end of the one before it, in its first block and before it touches memory."""
-    body = ptx[ptx.index(".entry") :]
-    waits, block_ends = body.find("griddepcontrol.wait"), body.find("\n$L__BB")
-    accesses = re.search(r"(ld|st|cp|red|atom|prefetch)\S*\.(global|async|bulk)", body).start()
-    return 0 <= waits < accesses and (waits < block_ends or block_ends < 0)
+def _waits_first(code):
+    """Whether the kernel waits for the end of the one before it, before it branches and before it touches memory.
+
+    Looked for in what the GPU executes: ptxas need not keep the order of PTX.
+    """
+    waits = code.find("ACQBULK")
+    others = re.search(r"\s(LDG|STG|LDGSTS|LD|ST|ATOMG?|REDG?|CCTL|U?BLKCP|UTMA\w*|BRA|EXIT)[.\s;]", code).start()
+    return 0 <= waits < others
 
 
 def main(arguments):
