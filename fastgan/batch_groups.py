@@ -14,7 +14,8 @@ def batch_groups(groups):
 
     The results, the gradients and the running statistics are those of a call for each part, in that order. Only fused
     BatchNorms know of it: whoever uses it makes sure that the model holds no other layer that mixes images. It is for
-    what the thread calls that enters it; compiled code, which knows of no threads, takes it for its own in any.
+    what the thread calls that enters it, and for what its backward runs again (checkpointing), on a GPU in a thread of
+    autograd's; compiled code, which knows of no threads, takes it for its own in any.
     """
     return _groups.holding(groups)
 
@@ -25,4 +26,7 @@ def current_groups():
         return 1
     if torch.compiler.is_compiling():
         return max(_groups.values.values())
-    return _groups.values.get(threading.get_ident(), 1)
+    own = _groups.values.get(threading.get_ident())
+    if own is None:
+        return max(_groups.values.values()) if torch._C._current_graph_task_id() != -1 else 1
+    return own

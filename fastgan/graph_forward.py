@@ -1,16 +1,17 @@
 """The forward of a module with code of its own, run with fused operators where there are groups of layers for them."""
 
+import functools
 import inspect
 import operator
 import threading
 import warnings
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.fx.experimental.symbolic_shapes import guard_scalar
 
 from fastgan import functional as fused
-from fastgan.batch_groups import current_groups
+from fastgan.batch_groups import batch_groups, current_groups
 from fastgan.first_order import only_first_order
 from fastgan.graph_patterns import find_groups
 from fastgan.group_calls import run_operator, run_stock
@@ -70,7 +71,10 @@ class GraphForward:
                 # All is as it was, or the plan would be another; but only here torch.compile sees what it depends on.
                 if not compiling or (guarded is not None and _as_it_was(guarded, parents)):
                     return run(container, *tensors)
-        return type(container).forward(container, *args, **kwargs)
+        forward, groups = functools.partial(type(container).forward, container), current_groups()
+        if groups > 1 and any([isinstance(m, nn.modules.batchnorm._BatchNorm) for m in container.modules()]):
+            return _in_parts(forward, groups, args, kwargs)
+        return forward(*args, **kwargs)
 
     def _wants_graph(self, given, tensors):
         """Whether there are kernels for any of the arguments, and nobody else traces the call to see the layers."""
@@ -135,6 +139,25 @@ class GraphForward:
             text = f"{type(self.container).__name__}.forward({given}) and other new calls run stock from here on: {why}"
             warnings.warn(text, RuntimeWarning, stacklevel=2)
         return Plan.without_groups(why)
+
+
+def _in_parts(forward, groups, args, kwargs):
+    """forward(*args, **kwargs) for each of the parts that a batch has: layers that run by themselves know of none."""
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+    if len({tensor.shape[:1] for tensor in tensors}) != 1 or not tensors[0].dim() or len(tensors[0]) % groups:
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
+        raise RuntimeError(f"no batch to take in {groups} parts: the forward was called with tensors of {shapes}")
+    results = []
+    for i in range(groups):
+        parts = [value.chunk(groups)[i] if isinstance(value, torch.Tensor) else value for value in args]
+        named = {n: v.chunk(groups)[i] if isinstance(v, torch.Tensor) else v for n, v in kwargs.items()}
+        with batch_groups(1):
+            results.append(forward(*parts, **named))
+    if not isinstance(results[0], torch.Tensor):
+        raise RuntimeError(
+            f"no batch to put together of {groups} parts: the forward returned {type(results[0]).__name__}"
+        )
+    return torch.cat(results)
 
 
 def _constant(value):

@@ -9,17 +9,34 @@ import torch
 from torch import nn
 
 from fastgan.batch_groups import batch_groups
+from fastgan.training.weights import wants_default_layout
 
 # Of each kind, to try it on. Pieces of 2, 4 or 8 images, with statistics of their own, then hold both kinds.
 IMAGES = 7
 TOLERANCE = 1e-6
 
 
+def seen_of(discriminator, real_images):
+    """What an answer of `one_pass_obstacle` holds for, as far as one can see without a trial: equal while it does.
+
+    (the number of images to try it with, what the modules are).
+    """
+    modules = [
+        (
+            *(module, type(module), module.training, module.__dict__.get("forward")),
+            *(len(module._forward_hooks), len(module._forward_pre_hooks), getattr(module, "momentum", None)),
+        )
+        for module in discriminator.modules()
+    ]
+    return min(len(real_images), IMAGES), modules
+
+
 def one_pass_obstacle(discriminator, real_images, fake_images):
     """Why one pass over both kinds of images would not equal two passes; None if it does.
 
-    Tries both ways on copies, in float64: their logits and what they leave in the discriminator's buffers (running
-    statistics, say) must agree. So whatever mixes the images of a batch or draws random numbers shows.
+    Tries both ways on copies, in float64: their logits, gradients and what they leave in the discriminator's buffers
+    (running statistics, say) must agree. So whatever mixes the images of a batch or draws random numbers shows, and
+    what backward runs again.
 
     Args:
         discriminator: module from images to logits; it and the global random generators stay as they are.
@@ -31,16 +48,25 @@ def one_pass_obstacle(discriminator, real_images, fake_images):
     real, fake = (images[:IMAGES].detach().double() for images in (real_images, fake_images))
     try:
         together, apart = (copy.deepcopy(discriminator).double() for _ in range(2))
+        for model in (together, apart):
+            model.zero_grad()
     except Exception as error:  # the older weight_norm keeps a weight that torch does not copy; a lock, say
         return f"it cannot be copied to try it ({_in_short(error)})"
     try:
-        with torch.no_grad(), _random_numbers_kept(real.device):
+        with torch.enable_grad(), _random_numbers_kept(real.device):
             with batch_groups(2):
                 logits = together(torch.cat([real, fake]))
-            if len(logits) != len(real) + len(fake):
-                return f"its logits have shape {tuple(logits.shape)}: the first axis is not the images'"
-            expected = torch.cat([apart(real), apart(fake)])
+                if not logits.dim() or len(logits) != len(real) + len(fake):
+                    return f"its logits have shape {tuple(logits.shape)}: the first axis is not the images'"
+                grads = _grads(logits, together)
+            expected, expected_grads = [], []
+            for images in (real, fake):
+                expected.append(apart(images))
+                expected_grads = _grads(expected[-1], apart)
+            logits, expected = logits.detach(), torch.cat(expected).detach()
     except Exception as error:  # it wants a dtype, or a number of images, of its own
+        if wants_default_layout(error):
+            raise
         return f"it cannot be tried on {len(real)} images of each kind in float64 ({_in_short(error)})"
     names = ", ".join(name or type(module).__name__ for name, module in _stock_batch_norms(discriminator))
     hint = f": BatchNorm runs unfused in {names}" if names else ""
@@ -49,7 +75,20 @@ def one_pass_obstacle(discriminator, real_images, fake_images):
     for name, left in together.named_buffers():
         if not _close(left.double(), apart.get_buffer(name).double()):
             return f"it leaves another {name}" + hint
+    if not _close(grads, expected_grads):
+        return "its gradients depend on which images share a batch, or on chance" + hint
     return None
+
+
+def _grads(logits, model):
+    """The gradients of all parameters for the sum of the logits' squares, added to those that they have, in one tensor.
+
+    So they are compared beside the largest: a bias before BatchNorm has one of rounding errors only.
+    """
+    if logits.requires_grad:
+        logits.square().sum().backward()
+    grads = [parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]
+    return torch.cat([logits.new_zeros(1), *grads]).detach()
 
 
 def _in_short(error):

@@ -1,5 +1,6 @@
 """One whole update of a GAN: the discriminator on real and fake images, then the generator."""
 
+import copy
 import math
 import warnings
 import weakref
@@ -10,12 +11,19 @@ import torch
 from fastgan.backend import held_choice
 from fastgan.batch_groups import batch_groups
 from fastgan.first_order import first_order
+from fastgan.layout import contiguous
 from fastgan.losses import backward_bce, backward_bce_of_torch
 from fastgan.training.adam import ContiguousAdam, KernelAdam
 from fastgan.training.devices import check_precision
 from fastgan.training.graph import StepGraph
-from fastgan.training.one_pass import one_pass_obstacle
-from fastgan.training.weights import keep_compilable, load_weights, to_channels_last
+from fastgan.training.one_pass import one_pass_obstacle, seen_of
+from fastgan.training.weights import (
+    keep_compilable,
+    load_weights,
+    to_channels_last,
+    to_contiguous,
+    wants_default_layout,
+)
 from fastgan.weight_copies import WeightCopies
 
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -47,12 +55,12 @@ class TrainStep:
         one_pass: run the discriminator's update over [real; fake] in one pass in which each half has its own batch
             statistics: the same numbers as two passes with half the launches, but the activations of both halves are
             alive at once. None: with fused layers. The first step tries on copies whether it really gives the same
-            numbers, and where not (a BatchNorm that is not fused, say) goes back to two passes: see
-            ``one_pass_reason``.
+            numbers, as do later ones when layers, hooks or modes have changed, and where not (a BatchNorm that is not
+            fused, say) goes back to two passes: see ``one_pass_reason``.
         source: where ``step()`` without images takes them from: an object whose ``draw()`` returns the next batch.
 
     Attributes: ``generator``, ``discriminator`` (the given modules), ``optimizer_g``, ``optimizer_d``, ``scaler``,
-    ``lr`` (to read and set), ``one_pass`` and ``one_pass_reason`` (why, in words; after the first step both are final).
+    ``lr`` (to read and set), ``one_pass`` and ``one_pass_reason`` (why, in words; known after the first step).
 
     Raises:
         ValueError: an argument that is not allowed, or a precision that the networks' device does not have.
@@ -88,9 +96,10 @@ class TrainStep:
             fuse(discriminator)
         self._backward_bce = backward_bce if fused else backward_bce_of_torch
 
-        # The layout that convolutions are fastest in, on a CPU too (by 15% on 28×28 images).
+        # The layout that convolutions are fastest in, on a CPU too (by 15% on 28×28 images). The first step tries it.
         for network in (generator, discriminator):
             to_channels_last(network)
+        self._layout_tried, self._in_default_layout, self._running = False, [], None
         self.generator, self.discriminator = generator, discriminator
         self._g, self._d = generator, discriminator
         if compile and not fused:
@@ -101,14 +110,11 @@ class TrainStep:
             self._d = torch.compile(discriminator, fullgraph=True, dynamic=False)
 
         on_cuda = self.device.type == "cuda"
-        self._copies_g, self._copies_d = (
-            WeightCopies(_fused_convolutions(network) if on_cuda and self.autocast_dtype else (), self.autocast_dtype)
-            for network in (generator, discriminator)
-        )
+        self._copies_g, self._copies_d = map(self._weight_copies, (generator, discriminator))
         self.one_pass, self.one_pass_reason = one_pass, f"one_pass={one_pass}"
         if one_pass is None:
             self.one_pass, self.one_pass_reason = fused, f"fused={fused}: only fused layers take both halves at once"
-        self._one_pass_tried = False
+        self._tried = {}  # number of images → what the discriminator was when one pass was tried with so many
         self._lr_tensors = [torch.tensor(lr, dtype=torch.float32, device=self.device) for _ in range(2)]
         adam = {"lr": lr, "betas": betas, "fused": True, "capturable": on_cuda}
         optimizer = KernelAdam if fused else ContiguousAdam
@@ -140,14 +146,41 @@ class TrainStep:
                 raise ValueError("real_images are missing, and this TrainStep has no source to draw them from")
         elif not real_images.is_floating_point():
             raise ValueError(f"real_images must be floating point, in [-1, 1]; got {real_images.dtype}")
-        with held_choice(), first_order(), self._copies_g.in_use(), self._copies_d.in_use():
-            return self._run(real_images)
+        return self._run(real_images) if self._layout_tried else self._try_layout(real_images)
+
+    def _try_layout(self, real_images):
+        """The first step, once more where a network does not run in channels_last, with that one in the default layout.
+
+        With the other as it is: compiled code takes it that weights keep their layout.
+        """
+        networks, on_cuda = (self.generator, self.discriminator), self.device.type == "cuda"
+        buffers = [(buffer, buffer.clone()) for network in networks for buffer in network.buffers()]
+        random = torch.get_rng_state(), torch.cuda.get_rng_state(self.device) if on_cuda else None
+        try:
+            losses = self._run(real_images)
+            self._layout_tried = True
+            return losses
+        except RuntimeError as error:
+            if not wants_default_layout(error) or self._running in self._in_default_layout:
+                raise
+        for buffer, before in buffers:
+            buffer.copy_(before)
+        torch.set_rng_state(random[0])
+        if on_cuda:
+            torch.cuda.set_rng_state(random[1], self.device)
+        self._in_default_layout.append(self._running)
+        to_contiguous(self._running)
+        for optimizer in (self.optimizer_g, self.optimizer_d):
+            _follow_layouts(optimizer)
+        self._copies_g, self._copies_d = map(self._weight_copies, networks)
+        return self._try_layout(real_images)
 
     def _run(self, real_images):
-        if self._graph is None:
-            return self._step(real_images)
-        self._keep_lr()
-        return self._graph(real_images)
+        with held_choice(), first_order(), self._copies_g.in_use(), self._copies_d.in_use():
+            if self._graph is None:
+                return self._step(real_images)
+            self._keep_lr()
+            return self._graph(real_images)
 
     def _step(self, real_images):
         for optimizer in (self.optimizer_d, self.optimizer_g):  # both now: the memory is wanted for activations
@@ -159,8 +192,8 @@ class TrainStep:
         self.scaler.step(self.optimizer_d)
         self._copies_d.refresh()
 
-        with _frozen(self.discriminator), self._autocast():
-            fake_logits = self._d(fake_images)
+        with _frozen(self.discriminator):
+            fake_logits = self._judge(fake_images)
         (loss_g,) = self._backward_bce(fake_logits, (1.0,), self.scaler, means=False)
         self.scaler.step(self.optimizer_g)
 
@@ -173,16 +206,14 @@ class TrainStep:
         real_images = self.source.draw() if real_images is None else real_images
         latent = torch.randn(len(real_images), *self.latent_shape, device=self.device, dtype=self.dtype)
         fake_images = self._generate(latent) if self.one_pass else None
-        if self.one_pass and not self._one_pass_tried:
-            self._try_one_pass(real_images, fake_images)
-        if self.one_pass:
+        if self.one_pass and self._takes_both(real_images, fake_images):
             images = _stacked(real_images, fake_images.detach())
             del real_images  # a batch that was drawn here is not needed any more
-            with self._autocast(), batch_groups(2):
-                logits = self._d(images)
-            return fake_images, *self._backward_bce(logits, (1.0, 0.0), self.scaler)
+            with batch_groups(2):  # backward, too, runs parts of forward again where somebody has asked for that
+                logits = self._judge(images)
+                return fake_images, *self._backward_bce(logits, (1.0, 0.0), self.scaler)
         # One after the other, so that the activations of both, and of the generator, are never alive together.
-        loss_real, d_real = self._learn_half(real_images.to(memory_format=torch.channels_last), 1.0)
+        loss_real, d_real = self._learn_half(real_images, 1.0)
         del real_images
         if fake_images is None:
             fake_images = self._generate(latent)
@@ -190,20 +221,42 @@ class TrainStep:
         return fake_images, loss_real + loss_fake, d_real, d_fake
 
     def _generate(self, latent):
+        self._running = self.generator
         with self._autocast():
             return self._g(latent)
 
-    def _learn_half(self, images, target):
+    def _judge(self, images):
+        self._running = self.discriminator
         with self._autocast():
-            logits = self._d(images)
-        return self._backward_bce(logits, (target,), self.scaler)
+            return self._d(contiguous(images) if self.discriminator in self._in_default_layout else images)
 
-    def _try_one_pass(self, real_images, fake_images):
-        self._one_pass_tried = True
+    def _learn_half(self, images, target):
+        if images.dim() == 4:
+            images = images.to(memory_format=torch.channels_last)
+        return self._backward_bce(self._judge(images), (target,), self.scaler)
+
+    def _weight_copies(self, network):
+        wanted = self.device.type == "cuda" and self.autocast_dtype is not None
+        return WeightCopies(_fused_convolutions(network) if wanted else (), self.autocast_dtype)
+
+    def _takes_both(self, real_images, fake_images):
+        """Whether one pass does for these images; tries it, if that is not known."""
+        if real_images.shape[1:] != fake_images.shape[1:]:
+            return False
+        images, seen = seen_of(self.discriminator, real_images)
+        if self._tried.get(images) == seen:
+            return True
+        if images == 1 and self._tried:
+            return False  # a last batch of one image tells little
+        self._tried[images] = seen
+        self._running = self.discriminator
+        if self.discriminator in self._in_default_layout:
+            real_images, fake_images = contiguous(real_images), contiguous(fake_images)
         obstacle = one_pass_obstacle(self.discriminator, real_images, fake_images)
         if obstacle is not None:
             self.one_pass, self.one_pass_reason = False, obstacle
             warnings.warn(f"the discriminator takes real and fake images in two passes: {obstacle}", stacklevel=2)
+        return self.one_pass
 
     def _autocast(self):
         if self.autocast_dtype is None and not torch.is_autocast_enabled(self.device.type):
@@ -250,6 +303,7 @@ class TrainStep:
             ValueError: the state is of other networks, or is no state of a TrainStep.
         """
         self.forget_graph()
+        before = [copy.deepcopy(network.state_dict()) for network in (self.generator, self.discriminator)]
         try:
             load_weights(self.generator, state["generator"])
             load_weights(self.discriminator, state["discriminator"])
@@ -257,7 +311,11 @@ class TrainStep:
             _load_adam(self.optimizer_d, state["optimizer_d"])
             if self.scaler.is_enabled():
                 self.scaler.load_state_dict(state["scaler"])
-        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+            for network, kept in zip((self.generator, self.discriminator), before, strict=True):
+                network.load_state_dict(kept)
+            if isinstance(error, ValueError):
+                raise
             raise ValueError(f"this is no state of a TrainStep for these networks: {error!r}") from error
 
     _STATEFUL = ("generator", "discriminator", "optimizer_g", "optimizer_d", "scaler")
@@ -292,7 +350,8 @@ def _latent_shape(latent_dim):
 def _stacked(real_images, fake_images):
     """[real; fake] in channels_last and in the dtype of the fake ones, each read and written once."""
     size = (len(real_images) + len(fake_images), *fake_images.shape[1:])
-    images = torch.empty(size, dtype=fake_images.dtype, device=fake_images.device, memory_format=torch.channels_last)
+    layout = torch.channels_last if len(size) == 4 else torch.contiguous_format
+    images = torch.empty(size, dtype=fake_images.dtype, device=fake_images.device, memory_format=layout)
     images[: len(real_images)] = real_images
     images[len(real_images) :] = fake_images
     return images
@@ -316,7 +375,11 @@ def _load_adam(optimizer, state):
     own = {name: optimizer.param_groups[0][name] for name in ("fused", "capturable", "foreach")}
     groups = [{**group, **own} for group in state["param_groups"]]
     optimizer.load_state_dict({**state, "param_groups": groups})
-    # Fused Adam goes through all of them in the order of their memory, which must be the parameter's.
+    _follow_layouts(optimizer)
+
+
+def _follow_layouts(optimizer):
+    """Give Adam's averages the layouts of their parameters: fused Adam goes through them in the order of memory."""
     for parameter, moments in optimizer.state.items():
         for name, value in moments.items():
             if value.shape == parameter.shape:

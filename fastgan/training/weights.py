@@ -2,6 +2,9 @@
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fastgan.layout import contiguous
 
 
 def load_weights(module, state):
@@ -15,11 +18,30 @@ def load_weights(module, state):
 
 
 def to_channels_last(module):
-    """``module.to(memory_format=torch.channels_last)``, which refuses modules with tensors of five dimensions."""
+    """``module.to(memory_format=torch.channels_last)``, which refuses modules with tensors of five dimensions.
+
+    Weights that are shared out among processes stay as they are: where their gradients go is settled.
+    """
+    shared_out = any(isinstance(part, DistributedDataParallel) for part in module.modules())
+    if shared_out or any(hasattr(parameter, "device_mesh") for parameter in module.parameters()):  # DTensor's
+        return
     if all(tensor.dim() < 5 for tensor in (*module.parameters(), *module.buffers())):
         module.to(memory_format=torch.channels_last)
     else:
         module._apply(lambda tensor: tensor.to(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor)
+
+
+def wants_default_layout(error):
+    """Whether a network failed because of channels_last: a `view` of a feature map, say, wants it contiguous."""
+    said = ("view size is not compatible", "Cannot view a tensor with shape")  # the second when it is compiled
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
+
+
+def to_contiguous(module):
+    """The default layout for all weights, in place."""
+    for parameter in module.parameters():
+        if parameter.dim() == 4:
+            parameter.data = contiguous(parameter.data)
 
 
 def keep_compilable(generator):

@@ -8,7 +8,10 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
+import fastgan
+from fastgan.graph_forward import MOST_PLANS
 from fastgan.training import TrainStep
 from tests.training.small_gan import NZ, make_networks, real_batches
 
@@ -83,7 +86,7 @@ def test_two_passes_where_one_would_not_be_exact(layers, reason):
     step = TrainStep(generator, discriminator, latent_dim=NZ, one_pass=True)
     before = copy.deepcopy(discriminator.state_dict()), torch.get_rng_state()
     with pytest.warns(UserWarning, match=f"two passes.*({reason})") as warned:
-        step._try_one_pass(*(torch.cat(real_batches(2, seed=seed)) for seed in (1, 2)))
+        step._takes_both(*(torch.cat(real_batches(2, seed=seed)) for seed in (1, 2)))
     assert not step.one_pass and str(warned[0].message).endswith(step.one_pass_reason)
     assert set(before[0]) == set(discriminator.state_dict())
     step(real_batches(1)[0])
@@ -95,7 +98,7 @@ def test_two_passes_where_float64_does_not_do():
     step = TrainStep(make_networks(dtype=torch.float32)[0], discriminator, latent_dim=NZ)
     before = random.getstate()
     with pytest.warns(UserWarning, match="cannot be tried on 4 images of each kind in float64"):
-        step._try_one_pass(*real_batches(2, dtype=torch.float32))
+        step._takes_both(*real_batches(2, dtype=torch.float32))
     assert random.getstate() == before and not step.one_pass
     step(real_batches(1, dtype=torch.float32)[0])
 
@@ -142,7 +145,7 @@ def test_one_pass_is_tried_on_copies():
     step = TrainStep(*make_networks(), latent_dim=NZ, one_pass=True)
     before, rng = copy.deepcopy(step.discriminator.state_dict()), torch.get_rng_state()
     real, fake = real_batches(2)
-    step._try_one_pass(real, fake)
+    step._takes_both(real, fake)
     assert step.one_pass and torch.equal(rng, torch.get_rng_state())
     torch.testing.assert_close(before, step.discriminator.state_dict(), rtol=0, atol=0)
 
@@ -180,3 +183,119 @@ def test_two_passes_never_hold_both_at_once():
         step(real_batches(1)[0])
     after_real, before_fake, *_ = alive
     assert after_real > 5 and before_fake == 0
+
+
+class _FadingIn(nn.Module):
+    """A forward that is another one at each step."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.skip = nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(2, 4, 3)
+        self.logits, self.alpha = nn.Sequential(*_logits(784)), 0.0
+
+    def forward(self, x):
+        seen = nn.functional.leaky_relu(self.norm(self.conv(x)), 0.2)
+        return self.logits(self.alpha * seen + (1 - self.alpha) * self.skip(x))
+
+
+class _Checkpointing(nn.Module):
+    def __init__(self, reentrant):
+        super().__init__()
+        self.reentrant, self.logits = reentrant, nn.Sequential(*_logits(784))
+        self.features = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.LeakyReLU(0.2))
+
+    def forward(self, x):
+        x = x if x.requires_grad else x.clone().requires_grad_()
+        return self.logits(checkpoint(self.features, x, use_reentrant=self.reentrant))
+
+
+def _sequential():
+    return nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.LeakyReLU(0.2), *_logits(784))
+
+
+def _followed(make, change, steps, batch_of=lambda i: 4):
+    """Ours after `steps` steps, each after change(discriminator, i); its losses and gradients are stock's each time."""
+    networks = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        networks.append((make_networks()[0], make().double()))
+    ours, stock = (
+        TrainStep(*pair, latent_dim=NZ, fused=fused) for pair, fused in zip(networks, (True, False), strict=True)
+    )
+    for i in range(steps):
+        (images,) = real_batches(1, seed=i)
+        images = images.repeat(2, 1, 1, 1)[: batch_of(i)]
+        found = []
+        for step in (ours, stock):
+            change(step.discriminator, i)
+            torch.manual_seed(i)
+            losses = step(images)
+            found.append((losses, [p.grad for p in step.discriminator.parameters()], step.discriminator.state_dict()))
+        torch.testing.assert_close(*found, rtol=1e-6, atol=1e-8)
+    return ours
+
+
+@pytest.mark.parametrize(
+    "change",
+    (
+        lambda model: model[1].register_forward_hook(lambda *_: None),
+        lambda model: model[0].register_forward_pre_hook(lambda *_: None),
+        fastgan.unfuse,
+        lambda model: model.__setitem__(1, type("Own", (nn.BatchNorm2d,), {})(4).double()),
+    ),
+    ids=("hook", "pre-hook", "unfused", "another class"),
+)
+def test_it_is_tried_anew_after_changes(change):
+    with pytest.warns(UserWarning, match="two passes.*unfused in 1"):
+        step = _followed(_sequential, lambda model, i: change(model) if i == 2 else None, steps=4)
+    assert not step.one_pass
+
+
+def test_it_is_tried_anew_in_another_mode():
+    def make():
+        return nn.Sequential(nn.Conv2d(2, 4, 3), nn.Dropout(0.0), nn.BatchNorm2d(4), *_logits(784))
+
+    with pytest.warns(UserWarning, match="two passes.*unfused in 2"):
+        _followed(make, lambda model, i: model.train(i > 0), steps=3)
+
+
+def test_forwards_that_are_not_followed_any_more():
+    with pytest.warns(RuntimeWarning, match="run stock from here on"):
+        step = _followed(_FadingIn, lambda model, i: setattr(model, "alpha", i / 100), steps=MOST_PLANS + 3)
+    assert step.one_pass
+
+
+@pytest.mark.parametrize("reentrant", (False, True))
+def test_checkpointing(reentrant):
+    """A BatchNorm that runs again in backward has its running statistics in another order than in two passes."""
+    with pytest.warns(UserWarning, match="two passes: it leaves another features.1.running_mean"):
+        _followed(lambda: _Checkpointing(reentrant), lambda model, i: None, steps=2)
+
+    def untracked():
+        model = _Checkpointing(reentrant)
+        model.features[1] = nn.BatchNorm2d(4, track_running_stats=False)
+        return model
+
+    assert _followed(untracked, lambda model, i: None, steps=2).one_pass
+
+
+def test_images_of_another_shape_are_two_passes():
+    """As stock takes them, or refuses to."""
+
+    def make():
+        return nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(3), *_logits(36))
+
+    step = _followed(make, lambda model, i: None, steps=1)
+    expected = TrainStep(make_networks()[0], copy.deepcopy(step.discriminator), latent_dim=NZ, fused=False)
+    assert step.one_pass
+    larger = real_batches(1, image_size=18)[0]
+    found = []
+    for each in (step, expected):
+        each.generator.load_state_dict(step.generator.state_dict())
+        torch.manual_seed(0)
+        found.append(each._discriminate(larger)[1:])
+    torch.testing.assert_close(*found)
+    for images in (larger[:, :1], larger[0], larger[:, :, :1, :1]):
+        with pytest.raises((RuntimeError, ValueError)):
+            step(images)
+    assert step.one_pass

@@ -254,9 +254,17 @@ def test_state_of_other_networks_is_refused():
     step = TrainStep(*make_networks(), latent_dim=NZ, fused=False)
     with pytest.raises(ValueError, match="no state of a TrainStep"):
         step.load_state_dict({})
-    other = TrainStep(*make_networks(image_size=8), latent_dim=NZ, fused=False)
+    other = TrainStep(*make_networks(image_size=8), latent_dim=NZ, fused=False).state_dict()
     with pytest.raises(ValueError, match="do not fit the Generator"):
-        step.load_state_dict(other.state_dict())
+        step.load_state_dict(other)
+    # Nor is half of it taken.
+    before = copy.deepcopy(step.generator.state_dict())
+    mixed = TrainStep(*make_networks(seed=1), latent_dim=NZ, fused=False).state_dict() | {
+        "discriminator": other["discriminator"]
+    }
+    with pytest.raises(ValueError, match="do not fit the Discriminator"):
+        step.load_state_dict(mixed)
+    torch.testing.assert_close(step.generator.state_dict(), before, rtol=0, atol=0)
 
 
 class _OneBatch:

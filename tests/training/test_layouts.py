@@ -1,0 +1,122 @@
+"""The layout that a training step gives weights and images: channels_last, where the networks run in it."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fastgan.training import TrainStep
+from tests.training.small_gan import NZ, real_batches
+
+
+class Viewing(nn.Module):
+    """Layers with a `view` of their feature maps in between, as in many a program from elsewhere."""
+
+    def __init__(self, before, shape, after):
+        super().__init__()
+        self.before, self.shape, self.after = before, shape, after
+
+    def forward(self, x):
+        x = self.before(x)
+        return self.after(x.view(x.shape[0], *self.shape))
+
+
+def viewing_generator():
+    before = nn.Sequential(nn.ConvTranspose2d(NZ, 8, 4), nn.BatchNorm2d(8), nn.ReLU())
+    return Viewing(before, (2, 8, 8), nn.Sequential(nn.ConvTranspose2d(2, 2, 4, 2, 1), nn.Tanh()))
+
+
+def plain_generator():
+    return nn.Sequential(nn.ConvTranspose2d(NZ, 4, 8), nn.ReLU(), nn.ConvTranspose2d(4, 2, 4, 2, 1), nn.Tanh())
+
+
+def viewing_discriminator():
+    before = nn.Sequential(nn.Conv2d(2, 4, 4, 2, 1), nn.BatchNorm2d(4), nn.LeakyReLU(0.2))
+    return Viewing(before, (-1,), nn.Linear(4 * 8 * 8, 1))
+
+
+def plain_discriminator():
+    return nn.Sequential(nn.Conv2d(2, 4, 4, 2, 1), nn.LeakyReLU(0.2), nn.Flatten(), nn.Linear(4 * 8 * 8, 1))
+
+
+def networks(*makers):
+    torch.manual_seed(0)
+    return [make().double() for make in makers]
+
+
+def step_of(pair, **options):
+    return TrainStep(*pair, latent_dim=(NZ, 1, 1), lr=1e-2, **options)
+
+
+@pytest.mark.parametrize("fused", (False, True))
+@pytest.mark.parametrize("compile", (False, True))
+@pytest.mark.parametrize(
+    "makers",
+    [
+        (viewing_generator, plain_discriminator),
+        (plain_generator, viewing_discriminator),
+        (viewing_generator, viewing_discriminator),
+    ],
+    ids=("generator", "discriminator", "both"),
+)
+def test_views_of_feature_maps(makers, compile, fused, recwarn):
+    """The example's numbers, as if the first attempt had never been."""
+    torch._dynamo.reset()
+    ours, stock = networks(*makers), networks(*makers)
+    step, batches = step_of(ours, fused=fused, compile=compile), real_batches(3)
+    loss = nn.functional.binary_cross_entropy_with_logits
+    adams = [torch.optim.Adam(network.parameters(), 1e-2, (0.5, 0.999)) for network in stock]
+    torch.manual_seed(1)
+    found = [step(images) for images in batches]
+    torch.manual_seed(1)
+    for images, losses in zip(batches, found, strict=True):
+        generator, discriminator = stock
+        generator.zero_grad(), discriminator.zero_grad()
+        fake = generator(torch.randn(len(images), NZ, 1, 1, dtype=torch.float64))
+        logits = discriminator(images), discriminator(fake.detach())
+        expected = sum(loss(each, torch.full_like(each, target)) for each, target in zip(logits, (1, 0), strict=True))
+        expected.backward()
+        adams[1].step()
+        loss(discriminator(fake), torch.ones(len(images), 1, dtype=torch.float64)).backward()
+        adams[0].step()
+        torch.testing.assert_close(losses["loss_d"], expected.detach(), rtol=1e-8, atol=0)
+    for mine, theirs in zip(ours, stock, strict=True):
+        torch.testing.assert_close(mine.state_dict(), theirs.state_dict(), rtol=1e-6, atol=1e-8)
+    assert step.one_pass == fused and not [w for w in recwarn if "two passes" in str(w.message)]
+
+
+def test_a_state_from_before_the_first_step():
+    """Adam's averages have the layout that the weights end up in."""
+    makers = (viewing_generator, viewing_discriminator)
+    first, batches = step_of(networks(*makers)), real_batches(4)
+    torch.manual_seed(1)
+    for images in batches[:2]:
+        first(images)
+    state = copy.deepcopy(first.state_dict())
+    second, found = step_of(networks(*makers)), []
+    second.load_state_dict(state)
+    for step in (first, second):
+        torch.manual_seed(2)
+        found.append([step(images) for images in batches[2:]])
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+def test_other_errors_are_what_they_are():
+    step = step_of(networks(plain_generator, plain_discriminator))
+    with pytest.raises(RuntimeError, match="channels"):
+        step(real_batches(1)[0][:, :1])
+
+
+def test_weights_that_are_shared_out_keep_theirs(tmp_path):
+    """DistributedDataParallel has laid out their gradients, and would add up others than these."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/processes", rank=0, world_size=1)
+    try:
+        pair = [DistributedDataParallel(network) for network in networks(plain_generator, plain_discriminator)]
+        before = [parameter.stride() for network in pair for parameter in network.parameters()]
+        step = step_of(pair)
+        step(real_batches(1)[0])
+        assert before == [parameter.stride() for network in pair for parameter in network.parameters()]
+    finally:
+        torch.distributed.destroy_process_group()
