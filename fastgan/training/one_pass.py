@@ -21,14 +21,13 @@ def seen_of(discriminator, real_images):
 
     (the number of images to try it with, what the modules are).
     """
-    modules = [
-        (
-            *(module, type(module), module.training, module.__dict__.get("forward")),
-            *(len(module._forward_hooks), len(module._forward_pre_hooks), getattr(module, "momentum", None)),
-        )
-        for module in discriminator.modules()
-    ]
-    return min(len(real_images), IMAGES), modules
+    seen, modules = [], [discriminator]
+    for module in modules:  # and, as they come, what they hold: it is asked at each step, so by the shortest way
+        modules += [each for each in module._modules.values() if each is not None]
+        own = module.__dict__
+        hooks = len(own["_forward_hooks"]), len(own["_forward_pre_hooks"])
+        seen.append((module, type(module), own["training"], own.get("forward"), own.get("momentum"), hooks))
+    return min(len(real_images), IMAGES), seen
 
 
 def one_pass_obstacle(discriminator, real_images, fake_images):
