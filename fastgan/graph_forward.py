@@ -193,8 +193,12 @@ def plan_call(container, arguments):
             plan.watch.key(vars(module), name)
     for path in called:
         plan.watch.path(container, path)
-    plan.watch.start()
     runs = find_groups(graph, container)
+    for run in runs:
+        for path in run.passed():  # none of these may get a BatchNorm of the run's
+            for module in container.get_submodule(path).modules():
+                plan.watch.children(module)
+    plan.watch.start()
     plan.groups = [run.group for run in runs]
     if any(group.fused for group in plan.groups):
         plan.run = _compile(graph, [run for run in runs if run.group.fused], type(container).__name__)
