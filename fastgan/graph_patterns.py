@@ -92,6 +92,17 @@ def _is_told_to(node):
     return place < len(node.args) and bool(node.args[place])
 
 
+def may_be_views(tensors, last, new):
+    """`tensors`, and the nodes before `last` that come from them and may be views, as the results of `new` are not."""
+    views, new = set(tensors), set(new)
+    for node in last.graph.nodes:
+        if node is last:
+            break
+        if node not in new and not views.isdisjoint(node.all_input_nodes):
+            views.add(node)
+    return views
+
+
 def stays_stock(user):
     """What to say of a function that follows and is an activation, but none of the operators'; "" of any other."""
     name = getattr(user, "target", None)
@@ -148,18 +159,12 @@ def _why_not_earlier(norm, conv, container):
     if conv.next is norm:
         return ""
     own = _tensors_of(container.get_submodule(norm.target))
-    between = set(_between(conv, norm))
-    holding = set()  # the nodes that are tensors of it, or come from them and so may be views
-    for node in conv.graph.nodes:
-        if node is norm:
-            break
-        if node.op == "get_attr" and id(operator.attrgetter(node.target)(container)) in own:
-            holding.add(node)
-        elif node is not conv and not holding.isdisjoint(node.all_input_nodes):
-            holding.add(node)
-            if node in between:
-                return f"{node.name} uses tensors of {norm.target} in between"
-        if node in between and node.op == "call_module" and own & _tensors_of(container.get_submodule(node.target)):
+    given = [n for n in conv.graph.nodes if n.op == "get_attr" and id(operator.attrgetter(n.target)(container)) in own]
+    views = may_be_views(given, norm, [conv])
+    for node in _between(conv, norm):
+        if not views.isdisjoint(node.all_input_nodes):
+            return f"{node.name} uses tensors of {norm.target} in between"
+        if node.op == "call_module" and own & _tensors_of(container.get_submodule(node.target)):
             whose = "" if node.target == norm.target else f", and has tensors of {norm.target}"
             return f"{node.target} is called in between{whose}"
     return ""
