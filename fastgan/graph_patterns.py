@@ -28,6 +28,7 @@ _MODULES = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "tanh": nn.Tanh, "sigmo
 _ACTIVATION_OF = {function: name for name, functions in _FUNCTIONS.items() for function in functions}
 _STATEMENTS = IN_PLACE | {getattr(operator, function.__name__) for function in IN_PLACE} | {operator.setitem}
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
+_OPTIONS = {"negative_slope", "inplace"}  # what an activation that is called on a tensor may be given by name
 _LEAKY_RELU = inspect.signature(lambda input, negative_slope=0.01, inplace=False: None)
 
 
@@ -47,6 +48,8 @@ class Run:
 def activation_of(node):
     """(name, negative slope) of a node that calls an activation as a function or method; None for any other."""
     if node.op not in ("call_function", "call_method"):
+        return None
+    if not node.kwargs.keys() <= _OPTIONS:  # `out`, say
         return None
     name = _ACTIVATION_OF.get(node.target)
     if name != "leaky_relu":
@@ -105,9 +108,10 @@ def may_be_views(tensors, last, new):
 
 def stays_stock(user):
     """What to say of a function that follows and is an activation, but none of the operators'; "" of any other."""
-    name = getattr(user, "target", None)
-    name = name if isinstance(name, str) else getattr(name, "__name__", "")
-    return f"{name} after it stays stock" if name.replace("_", "") in _ACTIVATIONS else ""
+    target = getattr(user, "target", None)
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    known = target in _ACTIVATION_OF or name.replace("_", "") in _ACTIVATIONS
+    return f"{name} after it stays stock" if known else ""
 
 
 def is_written_to(node, container=None):

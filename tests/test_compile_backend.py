@@ -137,6 +137,13 @@ def view_of_statistics(self, x):
     return F.relu(y) + z
 
 
+def with_out(self, x):
+    result = torch.empty_like(self.conv1.bias).expand(x.shape[0], 8, 8, 4).clone().permute(0, 3, 1, 2)
+    with torch.no_grad():
+        torch.tanh(self.conv1(x), out=result)
+    return x.mean() * result
+
+
 def below_0(self, x):
     return F.leaky_relu(self.bn1(self.conv1(x)), -0.5)
 
@@ -167,6 +174,7 @@ CASES = {
     input_written_to: ("conv2d", ""),
     written_after_leaky_relu: ("conv2d", "changes its result in place"),
     view_of_statistics: ("conv2d + batch_norm", "uses the running statistics in between"),
+    with_out: ("conv2d", "tanh after it stays stock"),
     below_0: ("conv2d + batch_norm", "negative_slope=-0.5"),
     as_argument: ("conv2d", "is an argument of"),
     functional_layers: ("conv2d + batch_norm", ""),
