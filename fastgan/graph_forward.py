@@ -3,6 +3,7 @@
 import inspect
 import operator
 import threading
+import types
 import warnings
 
 import torch
@@ -45,6 +46,11 @@ class GraphForward:
         self._plans, self._count, self._warned = {}, 0, False
         # A constant to torch.compile, which cannot trace a trace; what comes of it is an attribute that it can guard.
         self._find = torch.compiler.assume_constant_result(lambda key: self._find_plan(key))
+        # What torch.export, torch.jit.trace and others ask a forward for is as it is of the container's own.
+        own = types.MethodType(self._forward, self.container)
+        self.__signature__, self.__name__ = inspect.signature(own), "forward"
+        if hasattr(own, "__code__"):
+            self.__code__ = own.__code__
 
     def __getstate__(self):
         return {"container": self.container}  # copies and pickles trace anew
