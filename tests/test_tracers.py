@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import fastgan
 from tests.forwards import Layers
-from tests.pairs import assert_close, make_pair
+from tests.pairs import assert_close, block, make_pair
 
 
 @pytest.fixture(autouse=True)
@@ -70,9 +70,29 @@ def test_draft_export():
     assert_close(exported.module()(x), model(x))
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
 def test_jit_trace_by_name():
     stock, model = make_pair(Plain)
     x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
     traced = torch.jit.trace(fastgan.fuse(model).eval(), example_kwarg_inputs={"x": x})
     assert_close(traced(x=x * 2), stock.eval()(x * 2))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("make", [Plain, block], ids=["own", "sequential"])
+def test_jit_trace_with_kernels(make, device, triton_backend):
+    """It is checked by a second trace, without gradients; and one that is made so may be run with them."""
+    torch.manual_seed(0)
+    stock = make().to(device).eval()
+    model = fastgan.fuse(copy.deepcopy(stock))
+    x = torch.randn(2, 3, 8, 8, device=device)
+    traced = torch.jit.trace(model, (x,))
+    assert "fastgan::conv" in str(traced.inlined_graph)
+    torch.testing.assert_close(traced(x * 2), stock(x * 2), rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        traced = torch.jit.trace(model, (x,))
+    for network in (traced, stock):
+        network(x).square().sum().backward()
+    for ours, theirs in zip(model.parameters(), stock.parameters(), strict=True):
+        if theirs.grad is not None:
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-4)
