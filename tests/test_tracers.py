@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional as F
 
 import fastgan
@@ -96,3 +97,20 @@ def test_jit_trace_with_kernels(make, device, triton_backend):
     for ours, theirs in zip(model.parameters(), stock.parameters(), strict=True):
         if theirs.grad is not None:
             torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_fake_tensors_at_the_first_call(training, device, triton_backend):
+    """The trace of the forward is made without them."""
+    torch.manual_seed(0)
+    stock = Net().to(device).train(training)
+    model = fastgan.fuse(copy.deepcopy(stock))
+    x = torch.randn(2, 3, 8, 8, device=device)
+    state = torch.get_rng_state()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        y = model(mode.from_tensor(x), scale=2.0)
+        y.sum().backward()
+    assert isinstance(y, FakeTensor) and y.shape == x.shape
+    assert torch.equal(torch.get_rng_state(), state)
+    model.load_state_dict(stock.state_dict())
+    torch.testing.assert_close(model(x, scale=2.0), stock(x, scale=2.0), rtol=1e-4, atol=1e-5)
