@@ -1,6 +1,7 @@
 """Convolution → BatchNorm → activation in a torch.fx graph, where each result may go anywhere.
 
-Two layers are joined only where nothing else uses what passes between them. This file knows the graphs of
+Two layers are joined only where nothing else uses what passes between them, and a BatchNorm only where nothing that the
+forward does in between has to do with its tensors. This file knows the graphs of
 `fastgan.tracing`, in which modules are nodes; what it knows of activations as functions serves
 `fastgan.compile_backend` too.
 """

@@ -26,7 +26,6 @@ def _old_setting():
 
 class Net(Layers):
     def forward(self, x, scale: float = 1.0, *, flip=False):
-        """Of the class."""
         x = F.leaky_relu(self.bn1(self.conv1(x)), 0.2) * scale
         return self.conv2(x.flip(2) if flip else x)
 
