@@ -14,7 +14,7 @@ from torch import fx
 from torch.nn import functional as F
 
 from fastgan import functional as fused
-from fastgan.graph_patterns import activation_of, changes_in_place, is_written_to, sole_user, stays_stock
+from fastgan.graph_patterns import activation_of, changes_in_place, is_written_to, may_be_views, sole_user, stays_stock
 from fastgan.group_calls import gamma_of_ones
 from fastgan.layout import contiguous, suggests_channels_last
 from fastgan.patterns import WRITTEN_TO
@@ -191,6 +191,8 @@ def _join(match, node):
 def _why_not_together(nodes, last, batch_norm):
     """Whether the group can run where its last node stands: what stands between must not care for that."""
     statistics = {batch_norm.get("running_mean"), batch_norm.get("running_var")} - {None}
+    layers = [node for node in last.graph.nodes if node.target is F.batch_norm or node.target in _CONVOLUTIONS]
+    statistics = may_be_views(statistics, last, layers) if statistics else statistics
     inputs = {argument for node in (*nodes, last) for argument in node.all_input_nodes}
     node = nodes[0].next
     while node is not last:

@@ -331,7 +331,8 @@ def _conv_bn_act_fused(
             vectors = () if gamma is None else (gamma, beta)
             return out, Link(*after, (y, mean, invstd, carrier, *vectors))
         return batch_norm.batch_norm_act(y, mean, invstd, gamma, beta, True, *after), None
-    needs_grad = torch.is_grad_enabled() and any(
+    # A trace of torch.jit's is made without gradients once more, to compare, and may be run with them.
+    needs_grad = (torch.is_grad_enabled() or torch.jit.is_tracing()) and any(
         tensor is not None and tensor.requires_grad for tensor in (x, *weights, bias, gamma, beta)
     )
     if needs_grad or activation_first:

@@ -4,6 +4,7 @@ import functools
 import inspect
 import operator
 import threading
+import types
 import warnings
 
 import torch
@@ -46,6 +47,11 @@ class GraphForward:
         self._plans, self._count, self._warned = {}, 0, False
         # A constant to torch.compile, which cannot trace a trace; what comes of it is an attribute that it can guard.
         self._find = torch.compiler.assume_constant_result(lambda key: self._find_plan(key))
+        # What torch.export, torch.jit.trace and others ask a forward for is as it is of the container's own.
+        own = types.MethodType(self._forward, self.container)
+        self.__signature__, self.__name__ = inspect.signature(own), "forward"
+        if hasattr(own, "__code__"):
+            self.__code__ = own.__code__
 
     def __getstate__(self):
         return {"container": self.container}  # copies and pickles trace anew
@@ -216,8 +222,12 @@ def plan_call(container, arguments):
             plan.watch.key(vars(module), name)
     for path in called:
         plan.watch.path(container, path)
-    plan.watch.start()
     runs = find_groups(graph, container)
+    for run in runs:
+        for path in run.passed():  # none of these may get a BatchNorm of the run's
+            for module in container.get_submodule(path).modules():
+                plan.watch.children(module)
+    plan.watch.start()
     plan.groups = [run.group for run in runs]
     if any(group.fused for group in plan.groups):
         plan.run = _compile(graph, [run for run in runs if run.group.fused], type(container).__name__)

@@ -1,6 +1,7 @@
 """Convolution → BatchNorm → activation in a torch.fx graph, where each result may go anywhere.
 
-Two layers are joined only where nothing else uses what passes between them. This file knows the graphs of
+Two layers are joined only where nothing else uses what passes between them, and a BatchNorm only where nothing that the
+forward does in between has to do with its tensors. This file knows the graphs of
 `fastgan.tracing`, in which modules are nodes; what it knows of activations as functions serves
 `fastgan.compile_backend` too.
 """
@@ -8,7 +9,6 @@ Two layers are joined only where nothing else uses what passes between them. Thi
 import inspect
 import operator
 import types
-from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +28,8 @@ _ACTIVATIONS = {name.lower() for name in nn.modules.activation.__all__}
 _MODULES = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid}
 _ACTIVATION_OF = {function: name for name, functions in _FUNCTIONS.items() for function in functions}
 _STATEMENTS = IN_PLACE | {getattr(operator, function.__name__) for function in IN_PLACE} | {operator.setitem}
+_BATCH_NORM = nn.modules.batchnorm._BatchNorm
+_OPTIONS = {"negative_slope", "inplace"}  # what an activation that is called on a tensor may be given by name
 _LEAKY_RELU = inspect.signature(lambda input, negative_slope=0.01, inplace=False: None)
 
 
@@ -38,10 +40,17 @@ class Run:
     nodes: list[fx.Node]
     group: Group
 
+    def passed(self):
+        """Paths of the modules that it now runs before: its BatchNorm does so where the convolution stands."""
+        between = _between(self.nodes[0], self.nodes[-1]) if self.group.batch_norm is not None else []
+        return [node.target for node in between if node.op == "call_module" and node not in self.nodes]
+
 
 def activation_of(node):
     """(name, negative slope) of a node that calls an activation as a function or method; None for any other."""
     if node.op not in ("call_function", "call_method"):
+        return None
+    if not node.kwargs.keys() <= _OPTIONS:  # `out`, say
         return None
     name = _ACTIVATION_OF.get(node.target)
     if name != "leaky_relu":
@@ -87,11 +96,23 @@ def _is_told_to(node):
     return place < len(node.args) and bool(node.args[place])
 
 
+def may_be_views(tensors, last, new):
+    """`tensors`, and the nodes before `last` that come from them and may be views, as the results of `new` are not."""
+    views, new = set(tensors), set(new)
+    for node in last.graph.nodes:
+        if node is last:
+            break
+        if node not in new and not views.isdisjoint(node.all_input_nodes):
+            views.add(node)
+    return views
+
+
 def stays_stock(user):
     """What to say of a function that follows and is an activation, but none of the operators'; "" of any other."""
-    name = getattr(user, "target", None)
-    name = name if isinstance(name, str) else getattr(name, "__name__", "")
-    return f"{name} after it stays stock" if name.replace("_", "") in _ACTIVATIONS else ""
+    target = getattr(user, "target", None)
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    known = target in _ACTIVATION_OF or name.replace("_", "") in _ACTIVATIONS
+    return f"{name} after it stays stock" if known else ""
 
 
 def is_written_to(node, container=None):
@@ -104,17 +125,16 @@ def is_written_to(node, container=None):
 
 def find_groups(graph, container):
     """The groups of a graph of `fastgan.tracing.trace`: a Run for each convolution among its nodes, fused or not."""
-    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
     return [
-        _follow(node, container, calls)
+        _follow(node, container)
         for node in graph.nodes
         if node.op == "call_module" and isinstance(container.get_submodule(node.target), nn.modules.conv._ConvNd)
     ]
 
 
-def _follow(node, container, calls):
+def _follow(node, container):
     """The Run that begins at a convolution."""
-    nodes, modules, why = [node], [container.get_submodule(node.target)], ""
+    nodes, modules, why, in_between = [node], [container.get_submodule(node.target)], "", ""
     if len(node.args) != 1 or node.kwargs:
         return Run(nodes, Group([node.target], modules, reason="it is called with more than its input"))
     while len(nodes) < 4:  # one more than a pattern has: what follows it counts too
@@ -123,20 +143,50 @@ def _follow(node, container, calls):
         if module is None:
             why = why or stays_stock(user)
             break
-        again = isinstance(module, nn.modules.batchnorm._BatchNorm) and calls[user.target] > 1
-        if again and user is not nodes[-1].next:  # the group runs where the convolution stands: earlier than that call
-            why = f"{user.target} is called in between"
+        if isinstance(module, _BATCH_NORM) and not any(isinstance(m, _BATCH_NORM) for m in modules):
+            in_between = _why_not_earlier(user, node, container)
+        if in_between:
             break
         nodes.append(user)
         modules.append(module)
     group = match_first([n.target if n.op == "call_module" else n.name for n in nodes], modules)
-    if group.fused and group.activation is None and len(group.modules) == len(modules):
-        group.reason = group.reason or why
+    if group.fused and len(group.modules) == len(modules):
+        group.reason = group.reason or in_between or (why if group.activation is None else "")
     if group.fused and group.activation == "leaky_relu" and group.batch_norm is None:
         if is_written_to(nodes[1], container):
             group = match_first(group.names[:1], modules[:1])
             group.reason = WRITTEN_TO
     return Run(nodes[: len(group.modules)], group)
+
+
+def _why_not_earlier(norm, conv, container):
+    """Why a BatchNorm cannot run where the convolution stands: what stands between has to do with its tensors."""
+    if conv.next is norm:
+        return ""
+    own = _tensors_of(container.get_submodule(norm.target))
+    given = [n for n in conv.graph.nodes if n.op == "get_attr" and id(operator.attrgetter(n.target)(container)) in own]
+    views = may_be_views(given, norm, [conv])
+    for node in _between(conv, norm):
+        if not views.isdisjoint(node.all_input_nodes):
+            return f"{node.name} uses tensors of {norm.target} in between"
+        if node.op == "call_module" and own & _tensors_of(container.get_submodule(node.target)):
+            whose = "" if node.target == norm.target else f", and has tensors of {norm.target}"
+            return f"{node.target} is called in between{whose}"
+    return ""
+
+
+def _between(first, last):
+    """The nodes of a graph that come after one and before another."""
+    nodes, node = [], first.next
+    while first is not last and node is not last:
+        nodes.append(node)
+        node = node.next
+    return nodes
+
+
+def _tensors_of(module):
+    """The ids of its parameters and buffers, and of those below it."""
+    return {id(tensor) for tensors in (module.parameters(), module.buffers()) for tensor in tensors}
 
 
 def _as_module(node, container):

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from torch import fx, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fastgan.forward_code import RANDOM, CodeCheck, Untraceable, returns_something
 from fastgan.forward_reads import Reads
@@ -42,7 +43,7 @@ def trace(container, arguments, watch=None):
     watch.attribute(cls, "forward")
     code.type(cls)
     code.function(cls.forward, cls, called_first=True)
-    with _random_numbers_unused():
+    with _disable_current_modes(), _random_numbers_unused():  # fake tensors, say: a mode of theirs has no numbers
         on, off = (_trace_once(container, arguments, code, watch, switch) for switch in (True, False))
     if on.python_code("self").src != off.python_code("self").src:
         raise Untraceable("it asks whether gradients or autocast are on")

@@ -130,6 +130,20 @@ def written_after_leaky_relu(self, x):
     return y
 
 
+def view_of_statistics(self, x):
+    mean = self.bn1.running_mean.view(1, -1, 1, 1)
+    y = self.bn1(self.conv1(x))
+    z = mean * x.mean()
+    return F.relu(y) + z
+
+
+def with_out(self, x):
+    result = torch.empty_like(self.conv1.bias).expand(x.shape[0], 8, 8, 4).clone().permute(0, 3, 1, 2)
+    with torch.no_grad():
+        torch.tanh(self.conv1(x), out=result)
+    return x.mean() * result
+
+
 def below_0(self, x):
     return F.leaky_relu(self.bn1(self.conv1(x)), -0.5)
 
@@ -159,6 +173,8 @@ CASES = {
     statistics_before_the_activation: ("conv2d + batch_norm", "uses the running statistics in between"),
     input_written_to: ("conv2d", ""),
     written_after_leaky_relu: ("conv2d", "changes its result in place"),
+    view_of_statistics: ("conv2d + batch_norm", "uses the running statistics in between"),
+    with_out: ("conv2d", "tanh after it stays stock"),
     below_0: ("conv2d + batch_norm", "negative_slope=-0.5"),
     as_argument: ("conv2d", "is an argument of"),
     functional_layers: ("conv2d + batch_norm", ""),

@@ -121,6 +121,31 @@ def test_reasons():
     assert rows[residual]["conv1"] == "FASTGAN_BACKEND=reference"  # all of it is in the operator: nothing to explain
 
 
+@pytest.mark.parametrize("function", [torch.tanh, torch.sigmoid, torch.special.expit], ids=lambda f: f.__name__)
+def test_results_with_a_place_of_their_own(function, monkeypatch):
+    """An operator would not write them there."""
+
+    class Out(Layers):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("result", torch.zeros(2, 4, 8, 8))
+
+        def forward(self, x):
+            function(self.conv1(x), out=self.result)
+            return self.conv2(self.result)
+
+    stock, model = make_pair(Out)
+    calls = count_operator_calls(monkeypatch)
+    fastgan.fuse(model)
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    with torch.no_grad():
+        assert_close(model(x), stock(x))
+    assert_close(model.state_dict(), stock.state_dict())
+    assert [options["activation"] for options in calls] == [None, None]
+    reasons = {row.path: row.reason for row in fastgan.explain(model)}
+    assert f"{function.__name__} after it stays stock" in reasons["conv1"]
+
+
 @pytest.mark.parametrize("function", REFUSED, ids=lambda f: f.__name__)
 def test_refused(function, monkeypatch, capsys):
     torch.manual_seed(0), random.seed(0), np.random.seed(0)
