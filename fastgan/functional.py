@@ -293,6 +293,10 @@ def _conv_bn_act_fused(
     if weight_copy is not None and weight_copy.dtype != x.dtype:
         weight_copy = None
     weights = (weight, weight_copy)
+    # The kernels read these as if each lay in memory by itself. They write running statistics, which are not copied.
+    bias, gamma, beta = map(_contiguous, (bias, gamma, beta))
+    if not training:
+        running_mean, running_var = map(_contiguous, (running_mean, running_var))
     where = (transposed, stride, padding, output_padding)
     act, no_act, no_batch_norm = (activation, negative_slope), (None, 0.0), (None, None, None, None, 0.0)
     of_x = (list(x_link.normalized), x_link.activation, x_link.slope)
@@ -341,6 +345,10 @@ def _conv_bn_act_fused(
         return batch_norm.batch_norm_act(y, mean, invstd, gamma, beta, False, *after), None
     known = (running_mean, running_var, gamma, beta, eps)
     return convolution.conv(x, *weights, bias, *known, *where, *act, *of_x, False), None
+
+
+def _contiguous(vector):
+    return None if vector is None else vector.contiguous()
 
 
 def _update_running(running_mean, running_var, mean, var, momentum, batches):

@@ -127,7 +127,10 @@ def _tensors_and_layer(group, dtype, casts, batch_groups):
         return None  # a parametrized weight, or a hook's, is computed at each look at it
     if weight.dtype not in backend.KERNEL_DTYPES or (weight.dtype != dtype and not casts):
         return None
-    learned = (weight, own["bias"])
+    bias = own["bias"]
+    if bias is not None and not bias.is_contiguous():
+        return None
+    learned = (weight, bias)
     copy = copy if copy is not None and copy.dtype == dtype else None
     constants = (conv.transposed, conv.stride, conv.padding, conv.output_padding, group.activation, slope)
     if bn is None:
@@ -139,9 +142,6 @@ def _tensors_and_layer(group, dtype, casts, batch_groups):
     batch_statistics = bn.training or running_mean is None
     if not batch_statistics and group.activation_first:
         return None
-    if batch_statistics and running_mean is not None:
-        if not (running_mean.is_contiguous() and running_var.is_contiguous()):
-            return None
     if bn.training and bn.track_running_stats:
         batches = buffers.get("num_batches_tracked")
         if type(momentum) not in (float, int):
@@ -149,6 +149,9 @@ def _tensors_and_layer(group, dtype, casts, batch_groups):
     gamma, beta = own.get("weight"), own.get("bias")
     if gamma is beta is running_mean is None or not own.keys() >= _VECTORS or isinstance(bn, nn.SyncBatchNorm):
         return None
+    for vector in (gamma, beta, running_mean, running_var):
+        if vector is not None and not vector.is_contiguous():
+            return None
     layer = Layer(
         *(*constants, group.activation_first, batch_statistics),
         momentum=float(momentum) if batches is not None else 0.0,
