@@ -52,7 +52,7 @@ def convolve(x, conv, forward):
         return forward(x)
     parameters = conv._parameters  # without those of a parametrized layer, which would be computed
     weight, bias = parameters.get("weight"), parameters.get("bias")
-    if weight is None or "bias" not in parameters or x.dim() != 4 or unfit_setting(conv):
+    if weight is None or "bias" not in parameters or x.dim() != 4 or unfit_setting(conv) or _has_own_code(conv):
         return forward(x)
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     trains = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
@@ -70,6 +70,11 @@ def convolve(x, conv, forward):
     with _without_autocast():
         y = compute(x.to(working), weight.to(working), *where)
         return (y if bias is None else y + bias.to(working)[:, None, None]).to(dtype)
+
+
+def _has_own_code(conv):
+    own = conv.__dict__
+    return "_conv_forward" in own or "forward" in own
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import threading
 import warnings
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.fx.experimental.symbolic_shapes import guard_scalar
 
 from fastgan import functional as fused
@@ -191,6 +191,8 @@ def plan_call(container, arguments):
     for module in modules:
         for name in _DECISIVE & vars(module).keys():
             plan.watch.key(vars(module), name)
+        if isinstance(module, nn.modules.conv._ConvNd):
+            plan.watch.key(vars(module), "_conv_forward")  # who replaces it gives the layer code of its own
     for path in called:
         plan.watch.path(container, path)
     plan.watch.start()
