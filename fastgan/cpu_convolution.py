@@ -116,7 +116,7 @@ def _is_plain(x, weight, bias, conv):
     """Whether nothing but numbers depends on how the result comes about; stock refuses what does not fit."""
     in_channels, out_channels = weight.shape[:2] if conv.transposed else weight.shape[1::-1]
     return (
-        type(x) in (torch.Tensor, torch.nn.Parameter)
+        all([tensor is None or type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in (x, weight, bias)])
         and x.numel() > 0
         and x.shape[1] == in_channels
         and (bias is None or bias.shape == (out_channels,))

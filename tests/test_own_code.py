@@ -81,6 +81,26 @@ def test_products_know_of_it():
     assert convolve(x, conv, lambda x: None) is None
 
 
+class Signs(torch.Tensor):
+    """Only the signs of weights count, as a quantizer of them may have it."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is F.conv_transpose2d:
+            x, weight, *rest = args
+            args = (x, weight.as_subclass(torch.Tensor).sign(), *rest)
+        return super().__torch_function__(function, types, args, kwargs)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_products_leave_tensors_of_other_classes_to_stock(name):
+    conv = nn.ConvTranspose2d(3, 4, 4)
+    x = torch.randn(2, 3, 1, 1)
+    assert convolve(x, conv, lambda x: None) is not None
+    setattr(conv, name, nn.Parameter(getattr(conv, name).detach().as_subclass(Signs)))
+    assert convolve(x, conv, lambda x: None) is None
+
+
 def doubled(method):
     return lambda self, *args, **options: 2 * method(self, *args, **options)
 
