@@ -246,7 +246,9 @@ class Convolution(torch.autograd.Function):
         low, high = (x, dout) if transposed else (dout, x)
         wants_x, wants_weight = is_wanted(ctx, 0), is_wanted(ctx, 1)
         dx = weight_grad = None
-        if torch.is_grad_enabled():  # create_graph=True: autograd follows what gives the gradients
+        if backend.is_batched(dout):
+            pass  # it maps what PyTorch has for both of them
+        elif torch.is_grad_enabled():  # create_graph=True: autograd follows what gives the gradients
             if wants_x:
                 dx = Convolution.apply(dout, weight, *way_back(x.shape[2:], weight.shape[2:], *ctx.where[:3]))
         else:

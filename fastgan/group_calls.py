@@ -12,6 +12,7 @@ from fastgan.batch_groups import current_groups
 from fastgan.cpu_convolution import convolve
 from fastgan.ops.chain import Layer, run_chain
 from fastgan.ops.operators import is_watched
+from fastgan.ops.reference import activate_
 from fastgan.patterns import hooks_compute_weight, unfit_number, unfit_setting
 from fastgan.weight_copies import weight_copy
 
@@ -39,7 +40,7 @@ def run_layers(x, conv, forwards, batch_norm):
 
 def run_stock(x, conv, batch_norm, activation, negative_slope, activation_first):
     """`run_layers` of a group of which the activation is known by its name."""
-    act = functools.partial(fused.activate_, activation=activation, negative_slope=negative_slope)
+    act = functools.partial(activate_, activation=activation, negative_slope=negative_slope)
     norm = [] if batch_norm is None else [batch_norm]
     return run_layers(x, conv, [conv, act, *norm] if activation_first else [conv, *norm, act], batch_norm)
 

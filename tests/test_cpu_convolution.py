@@ -446,6 +446,31 @@ def test_transforms_and_compilation_see_stock_layers():
     torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), expected)
 
 
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("name", LAYERS)
+def test_batches_of_gradients(name, create_graph):
+    """Several gradients in one backward, which then runs under vmap though forward did not."""
+    layer, x = make(name)
+    y = convolve(x.requires_grad_(), layer, layer.forward)
+    douts = torch.randn(3, *y.shape)
+    inputs, options = (x, layer.weight), dict(retain_graph=True, create_graph=create_graph)
+    each = [torch.autograd.grad(y, inputs, dout, **options) for dout in douts]
+    batched = torch.autograd.grad(y, inputs, douts, is_grads_batched=True, **options)
+    torch.testing.assert_close(batched, tuple(map(torch.stack, zip(*each, strict=True))), rtol=1e-4, atol=1e-4)
+    assert batched[0].requires_grad == create_graph
+
+
+@pytest.mark.parametrize("name", BY_CONVOLUTION)
+def test_hessians_in_one_backward(name):
+    layer, x = make(name)
+
+    def score(scale):
+        return convolve(x * scale[0], layer, layer.forward).mul(scale[1]).tanh().pow(2).mean()
+
+    expected = torch.autograd.functional.hessian(score, torch.ones(2))
+    torch.testing.assert_close(torch.autograd.functional.hessian(score, torch.ones(2), vectorize=True), expected)
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*", "error::torch.jit.TracerWarning")
 @pytest.mark.parametrize("name", LAYERS)
 def test_traces_are_those_of_stock_layers(name):

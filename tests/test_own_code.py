@@ -99,6 +99,7 @@ def test_products_leave_tensors_of_other_classes_to_stock(name):
     assert convolve(x, conv, lambda x: None) is not None
     setattr(conv, name, nn.Parameter(getattr(conv, name).detach().as_subclass(Signs)))
     assert convolve(x, conv, lambda x: None) is None
+    assert torch.equal(convolve(x, conv, conv.forward), conv(x))
 
 
 def doubled(method):
