@@ -120,6 +120,15 @@ def check_loss(**arguments):
             raise ValueError(f"{name} must be between 0 and 1; got {arguments[name]!r}")
 
 
+def check_loss_of_parts(logits, targets):
+    """`check_loss` of logits that consist of one part or two equal ones, each with its target."""
+    if not isinstance(targets, list | tuple) or len(targets) not in (1, 2):
+        raise ValueError(f"targets must be one or two numbers in a tuple; got {targets!r}")
+    check_loss(logits=logits, **{f"targets[{i}]": target for i, target in enumerate(targets)})
+    if len(targets) == 2 and (logits.dim() == 0 or len(logits) % 2):
+        raise ValueError(f"logits must have two equal parts for two targets; got shape {tuple(logits.shape)}")
+
+
 def _check_tensors(**named):
     for name, value in named.items():
         if not isinstance(value, torch.Tensor):
