@@ -7,8 +7,8 @@ ACTIVATIONS = ("relu", "leaky_relu", "tanh", "sigmoid", None)
 
 def pair(name, value):
     """An int or a pair of ints as a list of two."""
-    values = [value, value] if isinstance(value, int) else value
-    if not isinstance(values, list | tuple) or len(values) != 2 or not all(isinstance(v, int) for v in values):
+    values = value if isinstance(value, list | tuple) else [value, value]
+    if len(values) != 2 or not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
         raise ValueError(f"{name} must be an int or a pair of ints; got {value!r}")
     least = 1 if name == "stride" else 0
     if min(values) < least:

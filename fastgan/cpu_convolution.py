@@ -48,7 +48,7 @@ _IMAGE_CHANNELS, _IMAGE_CHANNELS_IN_HALF, _LEAST_LOW = 3, 1, 2**17
 
 def convolve(x, conv, forward):
     """The result of `forward`, which is that of the Conv2d or ConvTranspose2d `conv`, for x on any device."""
-    if not x.is_cpu or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if not isinstance(x, torch.Tensor) or not x.is_cpu or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return forward(x)
     parameters = conv._parameters  # without those of a parametrized layer, which would be computed
     weight, bias = parameters.get("weight"), parameters.get("bias")

@@ -183,9 +183,10 @@ def linked_conv_bn_act(
 def has_kernels_for(x):
     """Whether `conv_bn_act` of `x` runs our kernels for layers of a module.
 
-    Not while hooks on all modules are registered: they are for the calls of the layers.
+    Not while hooks on all modules are registered: they are for the calls of the layers. And what is no tensor is for
+    the layers to refuse.
     """
-    if not (x.is_cuda or backend.forces_triton()):
+    if not isinstance(x, torch.Tensor) or not (x.is_cuda or backend.forces_triton()):
         return False  # for nothing else: a CPU step of a small network feels every question
     if x.dim() != 4 or any(backend.HOOKS_OF_ALL):
         return False
