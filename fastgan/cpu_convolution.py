@@ -46,8 +46,13 @@ _WIDE_ELEMENTS, _FEW_POSITIONS = 2**21, 16
 _IMAGE_CHANNELS, _IMAGE_CHANNELS_IN_HALF, _LEAST_LOW = 3, 1, 2**17
 
 
-def convolve(x, conv, forward):
-    """The result of `forward`, which is that of the Conv2d or ConvTranspose2d `conv`, for x on any device."""
+def convolve(x, conv, forward, alone=False):
+    """The result of `forward`, which is that of the Conv2d or ConvTranspose2d `conv`, for x on any device.
+
+    Args:
+        alone: nothing of its group follows. Then one position has stock's strides, too, by which the next layer chooses
+            its layout; with an activation after it, stock makes them the default ones, as a product does.
+    """
     if not isinstance(x, torch.Tensor) or not x.is_cpu or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return forward(x)
     parameters = conv._parameters  # without those of a parametrized layer, which would be computed
@@ -69,7 +74,10 @@ def convolve(x, conv, forward):
         return forward(x)
     with _without_autocast():
         y = compute(x.to(working), weight.to(working), *where)
-        return (y if bias is None else y + bias.to(working)[:, None, None]).to(dtype)
+        y = (y if bias is None else y + bias.to(working)[:, None, None]).to(dtype)
+    if alone and compute is to_one_position and (suggests_channels_last(weight) or suggests_channels_last(x)):
+        return y.flatten(1)[:, None, None].permute(0, 3, 1, 2)
+    return y
 
 
 def _has_own_code(conv):

@@ -27,7 +27,7 @@ def run_layers(x, conv, forwards, batch_norm):
     Among `forwards` the module `batch_norm`, if any, stands for its own.
     """
     groups = current_groups()
-    x = convolve(x, conv, forwards[0])
+    x = convolve(x, conv, forwards[0], alone=len(forwards) == 1)
     for forward in forwards[1:]:
         if forward is not batch_norm:
             x = forward(x)
@@ -41,8 +41,8 @@ def run_layers(x, conv, forwards, batch_norm):
 def run_stock(x, conv, batch_norm, activation, negative_slope, activation_first):
     """`run_layers` of a group of which the activation is known by its name."""
     act = functools.partial(activate_, activation=activation, negative_slope=negative_slope)
-    norm = [] if batch_norm is None else [batch_norm]
-    return run_layers(x, conv, [conv, act, *norm] if activation_first else [conv, *norm, act], batch_norm)
+    acts, norms = [act] if activation else [], [] if batch_norm is None else [batch_norm]
+    return run_layers(x, conv, [conv, *acts, *norms] if activation_first else [conv, *norms, *acts], batch_norm)
 
 
 def why_not_operator(conv, batch_norm, negative_slope):

@@ -134,6 +134,28 @@ def test_with_a_bias(name, layout, by_way_of_float32, dtype, poisoned, monkeypat
         assert_as_accurate_as_stock(f"{name}: {what}", *results)
 
 
+ENDS = {
+    "alone": lambda: [nn.Conv2d(64, 7, 4)],
+    "activated": lambda: [nn.Conv2d(64, 7, 4), nn.ReLU()],
+    "leaky": lambda: [nn.Conv2d(64, 7, 4), nn.LeakyReLU(0.2)],
+    "in a row": lambda: [nn.Conv2d(64, 7, 4), nn.ReLU(), nn.Conv2d(7, 5, 1)],
+    "pooled": lambda: [nn.AdaptiveAvgPool2d(1), nn.Conv2d(64, 7, 1), nn.ReLU()],
+}
+
+
+@pytest.mark.parametrize("x_layout", LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ENDS)
+def test_strides_of_one_position(name, layout, x_layout):
+    """The layers that follow tell their layout from them."""
+    torch.manual_seed(0)
+    stock = nn.Sequential(*ENDS[name](), nn.Upsample(scale_factor=2)).to(memory_format=LAYOUTS[layout])
+    x = torch.randn(5, 64, 4, 4).to(memory_format=LAYOUTS[x_layout])
+    y, expected = fastgan.fuse(copy.deepcopy(stock))(x), stock(x)
+    assert y.stride() == expected.stride()
+    torch.testing.assert_close(y, expected)
+
+
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_an_activation_in_place_may_follow(name, layout):
