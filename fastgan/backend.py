@@ -70,6 +70,17 @@ def transformed():
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def is_batched(*tensors):
+    """Whether a backward computes with one of many gradients at once, or within a transform, though forward did not.
+
+    That is ``torch.autograd.grad(..., is_grads_batched=True)``, and ``jacobian`` and ``hessian`` with
+    ``vectorize=True``. It maps operators of PyTorch, and neither ours nor questions for a memory format.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return transformed() or any([torch._C._functorch.is_legacy_batchedtensor(tensor) for tensor in tensors])
+
+
 def select(device, dtype):
     """(name, reason): "triton" or "reference" for tensors of this device and dtype, and why.
 

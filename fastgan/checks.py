@@ -7,8 +7,8 @@ ACTIVATIONS = ("relu", "leaky_relu", "tanh", "sigmoid", None)
 
 def pair(name, value):
     """An int or a pair of ints as a list of two."""
-    values = [value, value] if isinstance(value, int) else value
-    if not isinstance(values, list | tuple) or len(values) != 2 or not all(isinstance(v, int) for v in values):
+    values = value if isinstance(value, list | tuple) else [value, value]
+    if len(values) != 2 or not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
         raise ValueError(f"{name} must be an int or a pair of ints; got {value!r}")
     least = 1 if name == "stride" else 0
     if min(values) < least:
@@ -118,6 +118,15 @@ def check_loss(**arguments):
     for name in arguments.keys() - tensors.keys():
         if not 0.0 <= arguments[name] <= 1.0:
             raise ValueError(f"{name} must be between 0 and 1; got {arguments[name]!r}")
+
+
+def check_loss_of_parts(logits, targets):
+    """`check_loss` of logits that consist of one part or two equal ones, each with its target."""
+    if not isinstance(targets, list | tuple) or len(targets) not in (1, 2):
+        raise ValueError(f"targets must be one or two numbers in a tuple; got {targets!r}")
+    check_loss(logits=logits, **{f"targets[{i}]": target for i, target in enumerate(targets)})
+    if len(targets) == 2 and (logits.dim() == 0 or len(logits) % 2):
+        raise ValueError(f"logits must have two equal parts for two targets; got shape {tuple(logits.shape)}")
 
 
 def _check_tensors(**named):

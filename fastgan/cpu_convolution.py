@@ -46,13 +46,18 @@ _WIDE_ELEMENTS, _FEW_POSITIONS = 2**21, 16
 _IMAGE_CHANNELS, _IMAGE_CHANNELS_IN_HALF, _LEAST_LOW = 3, 1, 2**17
 
 
-def convolve(x, conv, forward):
-    """The result of `forward`, which is that of the Conv2d or ConvTranspose2d `conv`, for x on any device."""
-    if not x.is_cpu or torch.compiler.is_compiling() or torch.jit.is_tracing():
+def convolve(x, conv, forward, alone=False):
+    """The result of `forward`, which is that of the Conv2d or ConvTranspose2d `conv`, for x on any device.
+
+    Args:
+        alone: nothing of its group follows. Then one position has stock's strides, too, by which the next layer chooses
+            its layout; with an activation after it, stock makes them the default ones, as a product does.
+    """
+    if not isinstance(x, torch.Tensor) or not x.is_cpu or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return forward(x)
     parameters = conv._parameters  # without those of a parametrized layer, which would be computed
     weight, bias = parameters.get("weight"), parameters.get("bias")
-    if weight is None or "bias" not in parameters or x.dim() != 4 or unfit_setting(conv):
+    if weight is None or "bias" not in parameters or x.dim() != 4 or unfit_setting(conv) or _has_own_code(conv):
         return forward(x)
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     trains = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
@@ -69,7 +74,15 @@ def convolve(x, conv, forward):
         return forward(x)
     with _without_autocast():
         y = compute(x.to(working), weight.to(working), *where)
-        return (y if bias is None else y + bias.to(working)[:, None, None]).to(dtype)
+        y = (y if bias is None else y + bias.to(working)[:, None, None]).to(dtype)
+    if alone and compute is to_one_position and (suggests_channels_last(weight) or suggests_channels_last(x)):
+        return y.flatten(1)[:, None, None].permute(0, 3, 1, 2)
+    return y
+
+
+def _has_own_code(conv):
+    own = conv.__dict__
+    return "_conv_forward" in own or "forward" in own
 
 
 @contextmanager
@@ -111,7 +124,7 @@ def _is_plain(x, weight, bias, conv):
     """Whether nothing but numbers depends on how the result comes about; stock refuses what does not fit."""
     in_channels, out_channels = weight.shape[:2] if conv.transposed else weight.shape[1::-1]
     return (
-        type(x) in (torch.Tensor, torch.nn.Parameter)
+        all([tensor is None or type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in (x, weight, bias)])
         and x.numel() > 0
         and x.shape[1] == in_channels
         and (bias is None or bias.shape == (out_channels,))
@@ -241,7 +254,9 @@ class Convolution(torch.autograd.Function):
         low, high = (x, dout) if transposed else (dout, x)
         wants_x, wants_weight = is_wanted(ctx, 0), is_wanted(ctx, 1)
         dx = weight_grad = None
-        if torch.is_grad_enabled():  # create_graph=True: autograd follows what gives the gradients
+        if backend.is_batched(dout):
+            pass  # it maps what PyTorch has for both of them
+        elif torch.is_grad_enabled():  # create_graph=True: autograd follows what gives the gradients
             if wants_x:
                 dx = Convolution.apply(dout, weight, *way_back(x.shape[2:], weight.shape[2:], *ctx.where[:3]))
         else:

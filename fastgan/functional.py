@@ -7,7 +7,6 @@ variable FASTGAN_BACKEND (auto, triton or reference) forces one. See `fastgan.ba
 from typing import NamedTuple
 
 import torch
-from torch.nn import functional as F
 
 from fastgan import backend
 from fastgan.checks import check_conv_bn_act, pair
@@ -15,6 +14,7 @@ from fastgan.losses import backward_bce, discriminator_bce, generator_bce
 from fastgan.ops import batch_norm, convolution, running, synchronised
 from fastgan.ops.chain import Layer, run_chain
 from fastgan.ops.operators import is_watched
+from fastgan.ops.reference import conv_bn_act_reference
 
 __all__ = ["backward_bce", "conv2d_bn_act", "conv_transpose2d_bn_act", "discriminator_bce", "generator_bce"]
 
@@ -174,7 +174,7 @@ def linked_conv_bn_act(
     if implementation == "reference" or x.numel() == 0 or weight.dtype not in backend.KERNEL_DTYPES:
         if num_batches_tracked is not None:
             num_batches_tracked.add_(options["batch_groups"])
-        return _conv_bn_act_reference(x, weight, *tensors, **options), None
+        return conv_bn_act_reference(x, weight, *tensors, **options), None
     more = dict(weight_copy=weight_copy, num_batches_tracked=num_batches_tracked)
     more |= dict(x_link=x_link or Link(None, 0.0), gives_link=gives_link)
     return _conv_bn_act_fused(x, weight, *tensors, **more, **options)
@@ -183,9 +183,10 @@ def linked_conv_bn_act(
 def has_kernels_for(x):
     """Whether `conv_bn_act` of `x` runs our kernels for layers of a module.
 
-    Not while hooks on all modules are registered: they are for the calls of the layers.
+    Not while hooks on all modules are registered: they are for the calls of the layers. And what is no tensor is for
+    the layers to refuse.
     """
-    if not (x.is_cuda or backend.forces_triton()):
+    if not isinstance(x, torch.Tensor) or not (x.is_cuda or backend.forces_triton()):
         return False  # for nothing else: a CPU step of a small network feels every question
     if x.dim() != 4 or any(backend.HOOKS_OF_ALL):
         return False
@@ -203,63 +204,6 @@ def _compute_dtype(x):
     if x.dtype not in backend.KERNEL_DTYPES or x.is_meta or not torch.is_autocast_enabled(device_type):
         return x.dtype
     return torch.get_autocast_dtype(device_type)
-
-
-def _conv_bn_act_reference(
-    x,
-    weight,
-    bias,
-    gamma,
-    beta,
-    running_mean,
-    running_var,
-    *,
-    training,
-    momentum,
-    eps,
-    transposed,
-    stride,
-    padding,
-    output_padding,
-    activation,
-    negative_slope,
-    activation_first,
-    batch_groups,
-    process_group,
-):
-    """The same in plain torch: what the kernels are tested against, and what runs without them."""
-    if transposed:
-        y = F.conv_transpose2d(x, weight, bias, stride, padding, output_padding)
-    else:
-        y = F.conv2d(x, weight, bias, stride, padding)
-    if activation_first:
-        y = activate_(y, activation, negative_slope)
-        activation = None
-    if not (gamma is None and beta is None and running_mean is None and running_var is None):
-        if training and process_group is not None:
-            y, mean, var = synchronised.batch_norm_reference(y, gamma, beta, eps, batch_groups, process_group)
-            if running_mean is not None:
-                _lerp_running(running_mean, running_var, mean, var, momentum)
-            return activate_(y, activation, negative_slope)
-        parts = y.chunk(batch_groups) if training else (y,)
-        # In order, because each part updates the running statistics.
-        parts = [F.batch_norm(p, running_mean, running_var, gamma, beta, training, float(momentum), eps) for p in parts]
-        y = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return activate_(y, activation, negative_slope)
-
-
-def activate_(y, activation, negative_slope):
-    """The activation, in place: nothing else needs the result of a convolution or a BatchNorm.
-
-    Not leaky_relu: backward would then need the result, which others may change in place, as they may stock's. And not
-    within torch.func's transforms: linearize takes the result for a constant.
-    """
-    if activation == "leaky_relu":
-        return F.leaky_relu(y, negative_slope)
-    if activation is None:
-        return y
-    in_place = "" if backend.transformed() else "_"
-    return getattr(torch, activation + in_place)(y)
 
 
 def _conv_bn_act_fused(
@@ -293,6 +237,10 @@ def _conv_bn_act_fused(
     if weight_copy is not None and weight_copy.dtype != x.dtype:
         weight_copy = None
     weights = (weight, weight_copy)
+    # The kernels read these as if each lay in memory by itself. They write running statistics, which are not copied.
+    bias, gamma, beta = map(_contiguous, (bias, gamma, beta))
+    if not training:
+        running_mean, running_var = map(_contiguous, (running_mean, running_var))
     where = (transposed, stride, padding, output_padding)
     act, no_act, no_batch_norm = (activation, negative_slope), (None, 0.0), (None, None, None, None, 0.0)
     of_x = (list(x_link.normalized), x_link.activation, x_link.slope)
@@ -344,6 +292,10 @@ def _conv_bn_act_fused(
     return convolution.conv(x, *weights, bias, *known, *where, *act, *of_x, False), None
 
 
+def _contiguous(vector):
+    return None if vector is None else vector.contiguous()
+
+
 def _update_running(running_mean, running_var, mean, var, momentum, batches):
     """running ← (1 − momentum)·running + momentum·batch, for each group of the batch; `batches` counts them."""
     if not _updated_by_torch(running_mean, running_var, momentum):
@@ -351,7 +303,7 @@ def _update_running(running_mean, running_var, mean, var, momentum, batches):
         return
     if batches is not None:
         batches.add_(len(mean))
-    _lerp_running(running_mean, running_var, mean, var, momentum)
+    running.lerp_running(running_mean, running_var, mean, var, momentum)
 
 
 def _updated_by_torch(running_mean, running_var, momentum):
@@ -359,11 +311,3 @@ def _updated_by_torch(running_mean, running_var, momentum):
     if isinstance(momentum, torch.Tensor):
         return True
     return running_mean is not None and not (running_mean.is_contiguous() and running_var.is_contiguous())
-
-
-@torch.no_grad()
-def _lerp_running(running_mean, running_var, mean, var, momentum):
-    for statistic, batch in ((running_mean, mean), (running_var, var)):
-        for part in batch.to(statistic.dtype):  # lerp_ takes no other
-            weight = momentum.to(statistic.dtype) if isinstance(momentum, torch.Tensor) else momentum
-            statistic.lerp_(part, weight)

@@ -220,6 +220,8 @@ def plan_call(container, arguments):
     for module in modules:
         for name in _DECISIVE & vars(module).keys():
             plan.watch.key(vars(module), name)
+        if isinstance(module, nn.modules.conv._ConvNd):
+            plan.watch.key(vars(module), "_conv_forward")  # who replaces it gives the layer code of its own
     for path in called:
         plan.watch.path(container, path)
     runs = find_groups(graph, container)

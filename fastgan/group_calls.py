@@ -12,6 +12,7 @@ from fastgan.batch_groups import current_groups
 from fastgan.cpu_convolution import convolve
 from fastgan.ops.chain import Layer, run_chain
 from fastgan.ops.operators import is_watched
+from fastgan.ops.reference import activate_
 from fastgan.patterns import hooks_compute_weight, unfit_number, unfit_setting
 from fastgan.weight_copies import weight_copy
 
@@ -26,7 +27,7 @@ def run_layers(x, conv, forwards, batch_norm):
     Among `forwards` the module `batch_norm`, if any, stands for its own.
     """
     groups = current_groups()
-    x = convolve(x, conv, forwards[0])
+    x = convolve(x, conv, forwards[0], alone=len(forwards) == 1)
     for forward in forwards[1:]:
         if forward is not batch_norm:
             x = forward(x)
@@ -39,9 +40,9 @@ def run_layers(x, conv, forwards, batch_norm):
 
 def run_stock(x, conv, batch_norm, activation, negative_slope, activation_first):
     """`run_layers` of a group of which the activation is known by its name."""
-    act = functools.partial(fused.activate_, activation=activation, negative_slope=negative_slope)
-    norm = [] if batch_norm is None else [batch_norm]
-    return run_layers(x, conv, [conv, act, *norm] if activation_first else [conv, *norm, act], batch_norm)
+    act = functools.partial(activate_, activation=activation, negative_slope=negative_slope)
+    acts, norms = [act] if activation else [], [] if batch_norm is None else [batch_norm]
+    return run_layers(x, conv, [conv, *acts, *norms] if activation_first else [conv, *norms, *acts], batch_norm)
 
 
 def why_not_operator(conv, batch_norm, negative_slope):
@@ -127,7 +128,10 @@ def _tensors_and_layer(group, dtype, casts, batch_groups):
         return None  # a parametrized weight, or a hook's, is computed at each look at it
     if weight.dtype not in backend.KERNEL_DTYPES or (weight.dtype != dtype and not casts):
         return None
-    learned = (weight, own["bias"])
+    bias = own["bias"]
+    if bias is not None and not bias.is_contiguous():
+        return None
+    learned = (weight, bias)
     copy = copy if copy is not None and copy.dtype == dtype else None
     constants = (conv.transposed, conv.stride, conv.padding, conv.output_padding, group.activation, slope)
     if bn is None:
@@ -139,9 +143,6 @@ def _tensors_and_layer(group, dtype, casts, batch_groups):
     batch_statistics = bn.training or running_mean is None
     if not batch_statistics and group.activation_first:
         return None
-    if batch_statistics and running_mean is not None:
-        if not (running_mean.is_contiguous() and running_var.is_contiguous()):
-            return None
     if bn.training and bn.track_running_stats:
         batches = buffers.get("num_batches_tracked")
         if type(momentum) not in (float, int):
@@ -149,6 +150,9 @@ def _tensors_and_layer(group, dtype, casts, batch_groups):
     gamma, beta = own.get("weight"), own.get("bias")
     if gamma is beta is running_mean is None or not own.keys() >= _VECTORS or isinstance(bn, nn.SyncBatchNorm):
         return None
+    for vector in (gamma, beta, running_mean, running_var):
+        if vector is not None and not vector.is_contiguous():
+            return None
     layer = Layer(
         *(*constants, group.activation_first, batch_statistics),
         momentum=float(momentum) if batches is not None else 0.0,

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from fastgan import backend
-from fastgan.checks import check_loss
+from fastgan.checks import check_loss, check_loss_of_parts
 from fastgan.ops import losses
 
 
@@ -60,20 +60,24 @@ def backward_bce(logits, targets, scaler, *, means=True):
     """Backward from the mean BCE of each equal part of `logits` against its target, added: for the training step.
 
     Args:
-        logits: differentiable; one part or two, one after the other.
-        targets: of each part.
+        logits: differentiable, of any shape; one part or two along the first dimension, one after the other.
+        targets: of each part, in [0, 1].
         scaler: a torch.amp.GradScaler, enabled or not.
         means: whether the mean probabilities are wanted.
 
     Returns:
         (the loss, the mean σ of each part…), without gradients.
+
+    Raises:
+        ValueError, TypeError: empty or non-floating logits, ones that have no equal parts, or a target outside [0, 1].
     """
+    check_loss_of_parts(logits, targets)
     # Loss and gradient come together: from the loss on, autograd would multiply that by one and put its parts together.
     implementation, _ = backend.select(logits.device, logits.dtype)
     if implementation == "reference":
         loss, sigmoids, grads = _bce_and_gradient(logits, targets, means)
     else:
-        real, *fake = logits.detach().chunk(len(targets))
+        real, *fake = logits.detach().reshape(-1).chunk(len(targets))
         real_target, fake_target = (*map(float, targets), 0.0)[:2]
         # A loss scale comes before they are rounded: 1/N is small in float16.
         as_logits = not scaler.is_enabled()
@@ -84,7 +88,8 @@ def backward_bce(logits, targets, scaler, *, means=True):
 
 def backward_bce_of_torch(logits, targets, scaler, *, means=True):
     """`backward_bce` by the losses of torch, whatever FASTGAN_BACKEND says."""
-    parts = logits.chunk(len(targets))
+    check_loss_of_parts(logits, targets)
+    parts = logits.chunk(len(targets)) if len(targets) > 1 else (logits,)
     loss = functools.reduce(torch.add, map(_bce_reference, parts, targets))
     scaler.scale(loss).backward()
     return loss.detach(), *map(_mean_sigmoid, parts if means else ())
@@ -97,10 +102,9 @@ def _bce_and_gradient(logits, targets, means):
     By fewer operators than autograd takes: of numbers as few as these it is what counts.
     """
     logits = _at_least_float32(logits)
-    size = len(logits) // len(targets)
     target = torch.full_like(logits, targets[0])
-    for part, value in enumerate(targets[1:], 1):
-        target[part * size : (part + 1) * size].fill_(value)
+    if len(targets) > 1:
+        target[len(logits) // 2 :].fill_(targets[1])
     loss, sigmoids = F.binary_cross_entropy_with_logits(logits, target), logits.sigmoid()
     return (
         loss * len(targets) if len(targets) > 1 else loss,

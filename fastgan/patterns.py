@@ -17,6 +17,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 _CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 _BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 _ACTIVATIONS = {nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid"}
+_CODE = ("forward", "_conv_forward")  # the methods that layers compute by
 # LeakyReLU's gradient is told from its result, where no BatchNorm lies between; stock's is not.
 WRITTEN_TO = "what follows LeakyReLU changes its result in place"
 _WEIGHT_HOOKS = (SpectralNorm, WeightNorm)  # the older norms compute the weight before each call
@@ -138,16 +139,22 @@ def hooks_of(module):
 
 
 def has_hooks(module):
-    """Whether anything but its type's forward takes part in calling the module."""
-    return any_has_hooks([module.__dict__])
+    """Whether anything but torch's code for a layer of its type takes part in calling the module."""
+    return any_has_hooks([module.__dict__]) or _is_patched(_layer_type(module))
+
+
+def _is_patched(layer_type):
+    """Whether somebody has put other code in the place of torch's, for all layers of the type."""
+    code = [getattr(layer_type, name) for name in _CODE if hasattr(layer_type, name)]
+    return not all([f.__module__ == layer_type.__module__ and not hasattr(f, "__wrapped__") for f in code])
 
 
 def any_has_hooks(attributes):
-    """`has_hooks` of any of several modules, by their `__dict__`s."""
+    """Whether any of several modules has hooks or code of its own, by their `__dict__`s."""
     for own in attributes:  # at every call of a container: a loop over what need not be looked up is the fastest
         if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
             return True
-        if "forward" in own:  # replaced on the instance
+        if "forward" in own or "_conv_forward" in own:  # replaced on the instance
             return True
     return False
 
@@ -155,7 +162,8 @@ def any_has_hooks(attributes):
 def hooks_compute_weight(conv):
     """Whether the convolution's only hooks are those of `torch.nn.utils.spectral_norm` and `weight_norm`."""
     pre_hooks = conv._forward_pre_hooks
-    others = conv._forward_hooks or conv._backward_hooks or conv._backward_pre_hooks or "forward" in conv.__dict__
+    others = conv._forward_hooks or conv._backward_hooks or conv._backward_pre_hooks
+    others = others or any([name in conv.__dict__ for name in _CODE]) or _is_patched(_layer_type(conv))
     return len(pre_hooks) > 0 and not others and all(isinstance(hook, _WEIGHT_HOOKS) for hook in pre_hooks.values())
 
 
@@ -172,7 +180,7 @@ def _why_not_conv(conv):
     if _layer_type(conv) not in _CONVOLUTIONS:
         return f"no fused operator for {type(conv).__name__}"
     if has_hooks(conv) and not hooks_compute_weight(conv):
-        return "the convolution has hooks"
+        return "the convolution has hooks or code of its own"
     if not ("weight" in conv._parameters or parametrize.is_parametrized(conv, "weight") or hooks_compute_weight(conv)):
         return "its weight is no parameter"
     return unfit_setting(conv)
@@ -215,7 +223,7 @@ def _why_not_batch_norm(bn, conv):
     if type(bn) not in _BATCH_NORMS:
         return f"{type(bn).__name__} after it"
     if has_hooks(bn):
-        return "its BatchNorm has hooks"
+        return "its BatchNorm has hooks or code of its own"
     if bn.num_features != conv.out_channels:
         return f"its BatchNorm has {bn.num_features} features for {conv.out_channels} channels"
     tensors = [t for t in (bn.weight, bn.bias, bn.running_mean, bn.running_var) if t is not None]
@@ -233,5 +241,5 @@ def _why_not_activation(activation):
         is_activation = type(activation).__module__ == nn.ReLU.__module__
         return f"{type(activation).__name__} after it stays stock" if is_activation else ""
     if has_hooks(activation):
-        return "its activation has hooks"
+        return "its activation has hooks or code of its own"
     return unfit_number(None, getattr(activation, "negative_slope", 0.0))

@@ -7,6 +7,7 @@ import torch
 
 from fastgan import functional as fused
 from fastgan.checks import ACTIVATIONS
+from fastgan.losses import backward_bce_of_torch
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +64,8 @@ VALUE_ERRORS = [
     (dict(stride=(1.0, 1.0)), "stride must be an int or a pair of ints; got (1.0, 1.0)"),
     (dict(stride=1.5), "stride must be an int or a pair of ints; got 1.5"),
     (dict(stride=None), "stride must be an int or a pair of ints; got None"),
+    (dict(stride=True), "stride must be an int or a pair of ints; got True"),
+    (dict(padding=(1, False)), "padding must be an int or a pair of ints; got (1, False)"),
     (dict(padding=-1), "padding must be at least 0; got -1"),
     (dict(padding=(0, -1)), "padding must be at least 0; got (0, -1)"),
     (dict(padding="same"), "padding must be an int or a pair of ints; got 'same'"),
@@ -200,6 +203,28 @@ def test_discriminator_loss(case):
     changes, error, message = (LOSSES | DISCRIMINATOR_LOSSES)[case]
     with pytest.raises(error, match=re.escape(message)):
         fused.discriminator_bce(**dict(real_logits=torch.zeros(3), fake_logits=torch.zeros(3)) | changes)
+
+
+LOSSES_OF_PARTS = {
+    "logits_list": (dict(logits=[0.0]), TypeError, "logits must be a tensor; got list"),
+    "logits_empty": (dict(logits=torch.zeros(0)), ValueError, "logits must not be empty; got shape (0,)"),
+    "logits_odd": (dict(logits=torch.zeros(5, 2)), ValueError, "two equal parts for two targets; got shape (5, 2)"),
+    "logits_single": (dict(logits=torch.tensor(0.0)), ValueError, "two equal parts for two targets; got shape ()"),
+    "target_above": (dict(targets=(1.0, 2.0)), ValueError, "targets[1] must be between 0 and 1; got 2.0"),
+    "targets_none": (dict(targets=()), ValueError, "targets must be one or two numbers in a tuple; got ()"),
+    "targets_three": (dict(targets=(1, 0, 1)), ValueError, "targets must be one or two numbers in a tuple; got (1, 0"),
+    "targets_number": (dict(targets=1.0), ValueError, "targets must be one or two numbers in a tuple; got 1.0"),
+}
+
+
+@pytest.mark.parametrize("means", [False, True])
+@pytest.mark.parametrize("case", LOSSES_OF_PARTS)
+def test_loss_of_a_training_step(case, means):
+    changes, error, message = LOSSES_OF_PARTS[case]
+    given = dict(logits=torch.zeros(4, requires_grad=True), targets=(1.0, 0.0)) | changes
+    for function in (fused.backward_bce, backward_bce_of_torch):
+        with pytest.raises(error, match=re.escape(message)):
+            function(**given, scaler=torch.amp.GradScaler("cpu", enabled=False), means=means)
 
 
 def call_each():

@@ -134,6 +134,28 @@ def test_with_a_bias(name, layout, by_way_of_float32, dtype, poisoned, monkeypat
         assert_as_accurate_as_stock(f"{name}: {what}", *results)
 
 
+ENDS = {
+    "alone": lambda: [nn.Conv2d(64, 7, 4)],
+    "activated": lambda: [nn.Conv2d(64, 7, 4), nn.ReLU()],
+    "leaky": lambda: [nn.Conv2d(64, 7, 4), nn.LeakyReLU(0.2)],
+    "in a row": lambda: [nn.Conv2d(64, 7, 4), nn.ReLU(), nn.Conv2d(7, 5, 1)],
+    "pooled": lambda: [nn.AdaptiveAvgPool2d(1), nn.Conv2d(64, 7, 1), nn.ReLU()],
+}
+
+
+@pytest.mark.parametrize("x_layout", LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ENDS)
+def test_strides_of_one_position(name, layout, x_layout):
+    """The layers that follow tell their layout from them."""
+    torch.manual_seed(0)
+    stock = nn.Sequential(*ENDS[name](), nn.Upsample(scale_factor=2)).to(memory_format=LAYOUTS[layout])
+    x = torch.randn(5, 64, 4, 4).to(memory_format=LAYOUTS[x_layout])
+    y, expected = fastgan.fuse(copy.deepcopy(stock))(x), stock(x)
+    assert y.stride() == expected.stride()
+    torch.testing.assert_close(y, expected)
+
+
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_an_activation_in_place_may_follow(name, layout):
@@ -444,6 +466,31 @@ def test_transforms_and_compilation_see_stock_layers():
     expected = model(x)
     torch.testing.assert_close(torch.func.vmap(lambda x: model(x[None])[0])(x), expected)
     torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), expected)
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("name", LAYERS)
+def test_batches_of_gradients(name, create_graph):
+    """Several gradients in one backward, which then runs under vmap though forward did not."""
+    layer, x = make(name)
+    y = convolve(x.requires_grad_(), layer, layer.forward)
+    douts = torch.randn(3, *y.shape)
+    inputs, options = (x, layer.weight), dict(retain_graph=True, create_graph=create_graph)
+    each = [torch.autograd.grad(y, inputs, dout, **options) for dout in douts]
+    batched = torch.autograd.grad(y, inputs, douts, is_grads_batched=True, **options)
+    torch.testing.assert_close(batched, tuple(map(torch.stack, zip(*each, strict=True))), rtol=1e-4, atol=1e-4)
+    assert batched[0].requires_grad == create_graph
+
+
+@pytest.mark.parametrize("name", BY_CONVOLUTION)
+def test_hessians_in_one_backward(name):
+    layer, x = make(name)
+
+    def score(scale):
+        return convolve(x * scale[0], layer, layer.forward).mul(scale[1]).tanh().pow(2).mean()
+
+    expected = torch.autograd.functional.hessian(score, torch.ones(2))
+    torch.testing.assert_close(torch.autograd.functional.hessian(score, torch.ones(2), vectorize=True), expected)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*", "error::torch.jit.TracerWarning")

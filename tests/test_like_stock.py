@@ -235,6 +235,29 @@ def test_dictionary_of_hooks_that_is_replaced(device):
     assert seen == [1]
 
 
+@pytest.mark.parametrize(
+    "x", [None, (torch.zeros(2, 3, 6, 6),), np.zeros((2, 3, 6, 6)), 1.0], ids=lambda x: type(x).__name__
+)
+@pytest.mark.parametrize("make", [in_a_row, InCode])
+def test_what_is_no_tensor(make, x, device):
+    messages = []
+    for network in make_pair(make, device):
+        with pytest.raises(TypeError) as error:
+            network(x)
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]
+
+
+def test_what_a_first_layer_makes_a_tensor(device):
+    class First(nn.Module):
+        def forward(self, pair):
+            return pair[0]
+
+    stock, model = make_pair(lambda: nn.Sequential(First(), *in_a_row()), device)
+    x = torch.randn(2, 3, 6, 6, device=device)
+    torch.testing.assert_close(model((x, None)), stock((x, None)), rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_scripted_children(device):
     file = io.BytesIO()

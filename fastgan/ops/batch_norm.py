@@ -5,6 +5,7 @@ import functools
 import torch
 from torch import Tensor
 
+from fastgan.backend import is_batched
 from fastgan.ops.implementations import channels_last
 from fastgan.ops.operators import operator
 
@@ -143,7 +144,7 @@ def differentiable_grad(dout, y, mean, invstd, gamma, beta, batch_statistics, ac
     dx_hat = dz
     if batch_statistics:
         dx_hat = dz - dz.mean(**over_batch) - x_hat * (dz * x_hat).mean(**over_batch)
-    dy = (dx_hat * invstd * scale).flatten(0, 1).to(y.dtype)
+    dy = (dx_hat * invstd * scale).reshape(y.shape).to(y.dtype)
     return dy, torch.stack([dz.sum((1, 3, 4)), (dz * x_hat).sum((1, 3, 4))], 1)
 
 
@@ -168,7 +169,8 @@ def _save(ctx, inputs, output):
 def _backward(ctx, dout):
     y, mean, invstd, gamma, beta = ctx.saved_tensors
     # With create_graph=True the gradient is to have one of its own; the kernels have none, plain torch does.
-    backward = differentiable_grad if torch.is_grad_enabled() else batch_norm_act_grad
+    plain = torch.is_grad_enabled() or is_batched(dout)
+    backward = differentiable_grad if plain else batch_norm_act_grad
     dy, sums = backward(dout, y, mean, invstd, gamma, beta, ctx.batch_statistics, ctx.activation, ctx.slope)
     return dy, None, None, *vector_grads(sums, gamma, beta, *ctx.needs_input_grad[3:5]), None, None, None
 

@@ -11,12 +11,14 @@ from typing import NamedTuple
 import torch
 from torch.autograd.graph import increment_version
 
+from fastgan.backend import is_batched
 from fastgan.checks import check_conv_bn_act
 from fastgan.ops.batch_norm import batch_norm_act, batch_norm_act_grad, batch_norm_grad_of_sums, vector_grads
 from fastgan.ops.convolution import activation_grad, conv, conv_statistics, plain_conv, weight_grad_of
 from fastgan.ops.geometry import way_back
 from fastgan.ops.implementations import channels_last
 from fastgan.ops.operators import as_function, as_operator, is_watched
+from fastgan.ops.reference import conv_bn_act_reference
 from fastgan.ops.replay import Replayed
 from fastgan.ops.running import update_running
 from fastgan.ops.way_back import conv_activation_grad, conv_batch_norm_grad
@@ -54,24 +56,27 @@ class Layer(NamedTuple):
     def after(self):
         return (None, 0.0) if self.activation_first else (self.activation, self.slope)
 
+    def options(self):
+        """What `fastgan.functional` calls them."""
+        return dict(
+            training=self.batch_statistics,
+            momentum=self.momentum,
+            eps=self.eps,
+            transposed=self.transposed,
+            stride=self.stride,
+            padding=self.padding,
+            output_padding=self.output_padding,
+            activation=self.activation,
+            negative_slope=self.slope,
+            activation_first=self.activation_first,
+            batch_groups=self.groups,
+            process_group=None,
+        )
+
     def check(self, *tensors):
         """Raise for what the operators cannot take, as `functional.conv2d_bn_act` does."""
         try:
-            check_conv_bn_act(
-                *tensors,
-                training=self.batch_statistics,
-                momentum=self.momentum,
-                eps=self.eps,
-                transposed=self.transposed,
-                stride=self.stride,
-                padding=self.padding,
-                output_padding=self.output_padding,
-                activation=self.activation,
-                negative_slope=self.slope,
-                activation_first=self.activation_first,
-                batch_groups=self.groups,
-                process_group=None,
-            )
+            check_conv_bn_act(*tensors, **self.options())
         except (ValueError, TypeError) as error:
             raise type(error)(f"layer {self.name!r}: {error}") from error
 
@@ -126,7 +131,7 @@ class _Chain(torch.autograd.Function):
         for i in range(1, len(every), TENSORS):
             wanted += every[i : i + LEARNED]
         wanted = tuple(wanted)
-        if torch.is_grad_enabled():  # create_graph=True
+        if torch.is_grad_enabled() or is_batched(dout):  # create_graph=True, or many gradients at once
             grads = _differentiable_grads(dout, saved, wanted, layers)
         elif is_watched([dout]):  # compiled autograd, for one
             grads = _grads(as_operator, dout, saved, wanted, layers)
@@ -250,13 +255,29 @@ def _through(form, grad, weights, where, layer=None, learned=None, kept=None):
 
 
 def _differentiable_grads(dout, saved, wanted, layers):
-    """The same as functions of dout and of what was given to forward, which runs again, by the operators."""
-    # On tensors of their own, or what reaches a weight through x as well would count twice.
-    inputs = [None if each is None else each.view_as(each) for each in saved[: len(wanted)]]
-    result = inputs[0]
-    for i, (layer, copy) in enumerate(zip(layers, saved[len(wanted) :: KEPT], strict=True)):
-        learned = inputs[1 + LEARNED * i : 1 + LEARNED * (i + 1)]
-        result, *_ = _layer(as_operator, result, *learned, copy, None, None, layer)
+    """The same as functions of dout and of what was given to forward, which runs again, by the operators.
+
+    For gradients that are batched by plain torch, which is all that can be mapped.
+    """
+    layer_of = _plain_layer if is_batched(dout) else _operator_layer
+    creates_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # On tensors of their own, or what reaches a weight through x as well would count twice.
+        inputs = [None if each is None else each.view_as(each) for each in saved[: len(wanted)]]
+        result = inputs[0]
+        for i, (layer, copy) in enumerate(zip(layers, saved[len(wanted) :: KEPT], strict=True)):
+            result = layer_of(result, *inputs[1 + LEARNED * i : 1 + LEARNED * (i + 1)], copy, layer)
     asked = [each for each, want in zip(inputs, wanted, strict=True) if want]
-    found = iter(torch.autograd.grad(result, asked, dout, create_graph=True))
+    found = iter(torch.autograd.grad(result, asked, dout, create_graph=creates_graph))
     return [next(found) if want else None for want in wanted]
+
+
+def _operator_layer(x, weight, bias, gamma, beta, weight_copy, layer):
+    return _layer(as_operator, x, weight, bias, gamma, beta, weight_copy, None, None, layer)[0]
+
+
+def _plain_layer(x, weight, bias, gamma, beta, weight_copy, layer):
+    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    if layer.batch_statistics and gamma is None and beta is None:
+        gamma = x.new_ones(weight.shape[1 if layer.transposed else 0])  # with none of both there is no BatchNorm
+    return conv_bn_act_reference(x, weight, bias, gamma, beta, None, None, **layer.options())

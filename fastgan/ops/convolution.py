@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastgan.backend import is_batched
 from fastgan.ops.choice import choose, conv_problem, weight_grad_problem
 from fastgan.ops.geometry import missing_rows, out_size, way_back
 from fastgan.ops.implementations import (
@@ -33,6 +34,9 @@ from fastgan.wanted import is_wanted
 
 def plain_conv(x, weight, weight_copy, transposed, stride, padding, output_padding, form=as_operator):
     """conv(x, weight) and nothing after it."""
+    if is_batched(x, weight):
+        weight = in_dtype_of(x, weight, weight_copy)
+        return torch.convolution(x, weight, None, stride, padding, (1, 1), transposed, output_padding, 1)
     nothing = (None, None, None, None, None, 0.0)
     where = (transposed, stride, padding, output_padding)
     return form(conv)(x, weight, weight_copy, *nothing, *where, None, 0.0, [], None, 0.0, False)
@@ -40,6 +44,12 @@ def plain_conv(x, weight, weight_copy, transposed, stride, padding, output_paddi
 
 def weight_grad_of(x, dz, weight, transposed, stride, padding, form=as_operator):
     """The weight's gradient of a convolution of x, for the gradient dz of its result."""
+    if is_batched(x, dz):
+        extra = missing_rows(dz.shape[2:], x.shape[2:], weight.shape[2:], stride, padding) if transposed else (0, 0)
+        where = (stride, padding, (1, 1), transposed, extra, 1)
+        like = in_dtype_of(x, weight, None)
+        grads = torch.ops.aten.convolution_backward(dz, x, like, None, *where, (False, True, False))
+        return grads[1].to(weight.dtype)
     low, high = (x, dz) if transposed else (dz, x)
     return form(conv_weight_grad)(low, high, weight, stride, padding)
 
@@ -234,6 +244,16 @@ def _(grad, out, activation, slope):
     return torch.empty_like(out, memory_format=torch.channels_last)
 
 
+def through_activation(grad, out, activation, slope):
+    """`activation_grad`, of gradients that are batched, too."""
+    if not is_batched(grad):
+        return activation_grad(grad, out, activation, slope)
+    if activation in ("tanh", "sigmoid"):
+        wide = out.float()
+        return (grad.float() * (1.0 - wide * wide if activation == "tanh" else wide * (1.0 - wide))).to(out.dtype)
+    return torch.where(out > 0, grad, grad * (slope if activation == "leaky_relu" else 0.0))
+
+
 def _save_activation_grad(ctx, inputs, output):
     grad, out, ctx.activation, ctx.slope = inputs
     ctx.save_for_backward(grad, out)
@@ -241,7 +261,7 @@ def _save_activation_grad(ctx, inputs, output):
 
 def _activation_grad_backward(ctx, d):
     grad, out = ctx.saved_tensors
-    grad_grad = activation_grad(d, out, ctx.activation, ctx.slope) if ctx.needs_input_grad[0] else None
+    grad_grad = through_activation(d, out, ctx.activation, ctx.slope) if ctx.needs_input_grad[0] else None
     out_grad = None
     if ctx.needs_input_grad[1] and ctx.activation in ("tanh", "sigmoid"):  # the others are straight lines
         wide = out.float()
@@ -262,7 +282,7 @@ def _backward(ctx, x, weight, weight_copy, out, x_normalized, dout):
         raise RuntimeError("fused layers that ran within fastgan.first_order have no backward with create_graph=True")
     dz = dout
     if ctx.activation and not ctx.gets_dz:
-        dz = activation_grad(dout, out, ctx.activation, ctx.slope)
+        dz = through_activation(dout, out, ctx.activation, ctx.slope)
     transposed, stride, padding = ctx.transposed, ctx.stride, ctx.padding
     dx = dweight = sums = None
     if is_wanted(ctx, 1):  # first, so that dx need not wait in memory, or outside of the cache

@@ -42,7 +42,7 @@ def _backward(ctx, dloss, *_):
     *logits, grads = ctx.saved_tensors
     if torch.is_grad_enabled():  # create_graph=True: gradients that have gradients of their own
         sets = zip(logits, ctx.targets, strict=True)
-        grads = torch.cat([(x.float().sigmoid() - t).view(-1) / x.numel() for x, t in sets if x is not None])
+        grads = torch.cat([(x.float().sigmoid() - t).reshape(-1) / x.numel() for x, t in sets if x is not None])
     # They stay in float32 until the loss scale of mixed precision is in them: 1/N is small in float16.
     grads = grads * dloss
     found, start = [], 0

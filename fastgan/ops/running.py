@@ -1,5 +1,6 @@
 """The running statistics of a BatchNorm in training, updated in place."""
 
+import torch
 from torch import Tensor
 
 from fastgan.ops.operators import operator
@@ -22,3 +23,12 @@ def update_running(
 @update_running.register_fake
 def _(running_mean, running_var, mean, var, batches, momentum):
     return None
+
+
+@torch.no_grad()
+def lerp_running(running_mean, running_var, mean, var, momentum):
+    """The same in plain torch, for any momentum and any strides."""
+    for statistic, batch in ((running_mean, mean), (running_var, var)):
+        for part in batch.to(statistic.dtype):  # lerp_ takes no other
+            weight = momentum.to(statistic.dtype) if isinstance(momentum, torch.Tensor) else momentum
+            statistic.lerp_(part, weight)

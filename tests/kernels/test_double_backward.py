@@ -140,13 +140,16 @@ def test_gradient_of_a_bias_before_batch_norm(device, triton_backend):
     torch.testing.assert_close(second, torch.zeros_like(x), rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("strided", (False, True))
 @pytest.mark.parametrize("both", (True, False))
-def test_losses(both, device, triton_backend):
+def test_losses(both, strided, device, triton_backend):
     """The Hessian of the losses, also of what they were computed from."""
     real, fake = torch.randn(7, device=device), torch.randn(2, 5, device=device)
+    if strided:
+        real, fake = torch.randn(7, 2, device=device).t(), fake.t()
 
     def second(loss, real, fake):
-        tensors = [tensor.clone().requires_grad_() for tensor in (real, fake)]
+        tensors = [tensor.clone(memory_format=torch.preserve_format).requires_grad_() for tensor in (real, fake)]
         value = loss(*(tensor * tensor for tensor in tensors))
         grads = torch.autograd.grad(value, tensors if both else tensors[1:], create_graph=True)
         return torch.autograd.grad(sum((grad**2).sum() for grad in grads), tensors if both else tensors[1:])

@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from fastgan import functional as fused
+from fastgan.losses import backward_bce_of_torch
 from tests.accuracy import assert_as_accurate_as_stock
 from tests.conftest import HAS_GPU
 
@@ -79,6 +80,20 @@ def test_backward_of_a_training_step(scaled, backend, targets, dtype, device, mo
     for mean, wanted in zip(means, exact_means, strict=True):
         torch.testing.assert_close(mean.double(), wanted, rtol=1e-5, atol=1e-6)
     assert len(fused.backward_bce((x * weights).flatten(1), targets, scaler, means=False)) == 1
+
+
+@pytest.mark.parametrize("backward", (fused.backward_bce, backward_bce_of_torch))
+@pytest.mark.parametrize("backend", ("triton", "reference"))
+def test_backward_from_one_number(backend, backward, device, monkeypatch):
+    """What a batch of one leaves after squeeze()."""
+    monkeypatch.setenv("FASTGAN_BACKEND", backend)
+    x = torch.tensor([[0.7]], device=device, requires_grad=True)
+    loss, mean = backward(x.squeeze(), (0.9,), torch.amp.GradScaler(device.type, enabled=False))
+    found = loss, mean, x.grad
+    leaf = x.detach().requires_grad_()
+    value = F.binary_cross_entropy_with_logits(leaf.squeeze(), torch.tensor(0.9, device=device))
+    expected = value.detach(), x.detach().sigmoid()[0, 0], torch.autograd.grad(value, leaf)[0]
+    torch.testing.assert_close(found, expected)
 
 
 def test_extreme_logits_keep_their_gradient(device):

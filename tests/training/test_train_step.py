@@ -121,6 +121,23 @@ def test_networks_of_strangers():
     assert not torch.equal(before["0.weight"], generator.state_dict()["0.weight"])
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_logits_of_one_image_without_dimensions(fused):
+    class Squeezed(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x).squeeze()
+
+    found = []
+    for discriminator_type in (nn.Sequential, Squeezed):
+        torch.manual_seed(0)
+        generator = nn.Sequential(nn.ConvTranspose2d(NZ, 3, 4), nn.Tanh())
+        discriminator = discriminator_type(nn.Conv2d(3, 4, 4), nn.LeakyReLU(0.2), nn.Flatten(), nn.Linear(4, 1))
+        step = TrainStep(generator, discriminator, latent_dim=(NZ, 1, 1), fused=fused, one_pass=False)
+        torch.manual_seed(1)
+        found.append([step(torch.rand(images, 3, 4, 4)) for images in (2, 1, 1)])
+    torch.testing.assert_close(*found)
+
+
 def test_bf16_keeps_parameters_and_losses_in_float32():
     generator, discriminator = make_networks(dtype=torch.float32)
     step = TrainStep(generator, discriminator, latent_dim=NZ, precision="bf16", fused=False)
