@@ -25,7 +25,7 @@ def steps(network, inputs):
     return [one_step(network.train(i < 2), [x], seed=i) for i, x in enumerate(inputs)]
 
 
-@settings(reproducible, max_examples=15)
+@settings(reproducible, max_examples=10)
 @given(sources())
 def test_kernels_of_first_order(source):
     """Where a layer takes over a part of the backward of the one before, gradients are those that they were."""

@@ -139,7 +139,7 @@ def every_tile(dtype):
     return [one for one in record(run) if one.kernel != "sum_rows_kernel"]
 
 
-def report(launch, capability):
+def report(launch, capability, reads_code):
     with compiling_for(capability):
         compiled = compile_launch(launch)
     ptx = compiled.asm["ptx"]
@@ -151,7 +151,8 @@ def report(launch, capability):
             tool = Path(triton.__file__).parent / "backends/nvidia/bin" / tool
             return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
 
-        usage, code = told_by("cuobjdump", "--dump-resource-usage"), told_by("nvdisasm", "--print-code")
+        usage = told_by("cuobjdump", "--dump-resource-usage")
+        code = told_by("nvdisasm", "--print-code") if reads_code else None  # half a second
     registers, stack = (int(re.search(rf"{name}:(\d+)", usage).group(1)) for name in ("REG", "STACK"))
     keys = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
     return dict(
@@ -164,7 +165,7 @@ def report(launch, capability):
         stack_bytes=stack,
         shared_bytes=compiled.metadata.shared,
         cubin_bytes=len(compiled.asm["cubin"]),
-        waits_first=_waits_first(code),
+        waits_first="griddepcontrol.wait" in ptx if code is None else _waits_first(code),
     )
 
 
@@ -173,9 +174,8 @@ def _waits_first(code):
 
     Looked for in what the GPU executes: ptxas need not keep the order of PTX.
     """
-    waits = code.find("ACQBULK")
-    others = re.search(r"\s(LDG|STG|LDGSTS|LD|ST|ATOMG?|REDG?|CCTL|U?BLKCP|UTMA\w*|BRA|EXIT)[.\s;]", code).start()
-    return 0 <= waits < others
+    others = re.search(r"\s(LDG|STG|LDGSTS|LD|ST|ATOMG?|REDG?|CCTL|U?BLKCP|UTMA\w*|BRA|EXIT)[.\s;]", code)
+    return others is not None and 0 <= code.find("ACQBULK") < others.start()
 
 
 def main(arguments):
@@ -187,7 +187,8 @@ def main(arguments):
     for dtype in dtypes:
         for launch in launches_of(dtype):
             for capability in arguments:
-                row = report(launch, int(capability))
+                of_each = dtype == torch.bfloat16 and capability == "90" and launches_of is not every_tile
+                row = report(launch, int(capability), reads_code=of_each)
                 print(json.dumps(dict(row, dtype=str(dtype).removeprefix("torch."))), flush=True)
 
 
