@@ -77,10 +77,11 @@ def measure(benchmark, call, *, seconds=0.6, setup=None):
     for _ in range(probes):
         call()
     once = max((clock() - start) / probes, 1e-7)
-    # On a GPU a round is long against the wait at its end. On a CPU nothing waits, but others take their turns with it:
+    # On a GPU a round is long against the wait at its end, and has three calls at least, so that what Python does for
+    # one call may go on beside the kernels of another. On a CPU nothing waits, but others take their turns with it:
     # there the median is of more and shorter rounds, over a longer time.
-    round_seconds, least_seconds = (0.02, seconds) if ON_GPU else (0.002, 4 * seconds)
-    iterations = 1 if setup else math.ceil(round_seconds / once)
+    fewest, round_seconds, least_seconds = (3, 0.02, seconds) if ON_GPU else (1, 0.002, 4 * seconds)
+    iterations = 1 if setup else max(fewest, math.ceil(round_seconds / once))
     rounds = min(max(5, math.ceil(least_seconds / (once * iterations))), 400)
     benchmark.pedantic(call, setup=setup, rounds=rounds, iterations=iterations, warmup_rounds=1)
     if not benchmark.enabled:
