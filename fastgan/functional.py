@@ -169,7 +169,7 @@ def linked_conv_bn_act(
         process_group = None
     options.update(activation_first=activation_first, process_group=process_group)
     check_conv_bn_act(x, weight, *tensors, **options)
-    implementation, _ = backend.select(x.device, _compute_dtype(x))
+    implementation, _ = backend.select(x.device, compute_dtype(x))
     # An empty batch has nothing to launch; stock knows what to say of it, and of a weight that autocast leaves alone.
     if implementation == "reference" or x.numel() == 0 or weight.dtype not in backend.KERNEL_DTYPES:
         if num_batches_tracked is not None:
@@ -190,15 +190,10 @@ def has_kernels_for(x):
         return False  # for nothing else: a CPU step of a small network feels every question
     if x.dim() != 4 or any(backend.HOOKS_OF_ALL):
         return False
-    return backend.select(x.device, _compute_dtype(x))[0] == "triton"
+    return backend.select(x.device, compute_dtype(x))[0] == "triton"
 
 
-def in_compute_dtype(x, **layout):
-    """x as a convolution computes with it."""
-    return x.to(_compute_dtype(x), **layout)
-
-
-def _compute_dtype(x):
+def compute_dtype(x):
     """The dtype that a convolution computes in: autocast's where it is on and casts x, which float64 it never does."""
     device_type = x.device.type
     if x.dtype not in backend.KERNEL_DTYPES or x.is_meta or not torch.is_autocast_enabled(device_type):
@@ -233,7 +228,7 @@ def _conv_bn_act_fused(
     gives_link,
 ):
     # The operators take the weight and the vectors as they are: mixed precision casts no more than it must.
-    x = in_compute_dtype(x)
+    x = x.to(compute_dtype(x))
     if weight_copy is not None and weight_copy.dtype != x.dtype:
         weight_copy = None
     weights = (weight, weight_copy)

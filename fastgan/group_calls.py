@@ -93,13 +93,12 @@ def run_groups(x, groups):
     That is for eager code, and for layers whose tensors are their own Parameters and buffers. It looks at modules as
     little as it can: what it finds is what a small network waits for.
     """
-    x = fused.in_compute_dtype(x, memory_format=torch.channels_last)
     if x.numel() == 0 or torch.compiler.is_compiling():
         return None
-    tensors, layers, batch_groups = [], [], current_groups()
+    tensors, layers, batch_groups, dtype = [], [], current_groups(), fused.compute_dtype(x)
     casts = torch.is_autocast_enabled(x.device.type)
     for group in groups:
-        found = _tensors_and_layer(group, x.dtype, casts, batch_groups)
+        found = _tensors_and_layer(group, dtype, casts, batch_groups)
         if found is None:
             return None
         tensors += found[0]
@@ -111,7 +110,7 @@ def run_groups(x, groups):
     known = any([group.batch_norm is not None and not layer.batch_statistics for group, layer in pairs])
     if known and torch.is_grad_enabled() and any([tensor.requires_grad for tensor in (x, *given)]):
         return None  # the operator with known statistics inside has no gradient
-    return run_chain(x, tensors, tuple(layers))
+    return run_chain(x.to(dtype, memory_format=torch.channels_last), tensors, tuple(layers))
 
 
 def _tensors_and_layer(group, dtype, casts, batch_groups):
@@ -136,17 +135,11 @@ def _tensors_and_layer(group, dtype, casts, batch_groups):
     constants = (conv.transposed, conv.stride, conv.padding, conv.output_padding, group.activation, slope)
     if bn is None:
         return (*learned, None, None, copy, None, None, None), Layer(*constants, name=group.names[0])
-    own, buffers, momentum = bn._parameters, bn._buffers, bn.momentum
-    running_mean = running_var = batches = None
-    if bn.track_running_stats or not bn.training:
-        running_mean, running_var = buffers.get("running_mean"), buffers.get("running_var")
-    batch_statistics = bn.training or running_mean is None
-    if not batch_statistics and group.activation_first:
+    own = bn._parameters
+    running_mean, running_var, batches, batch_statistics = _statistics_of(bn)
+    updates = bn.training and running_mean is not None
+    if (updates and type(bn.momentum) not in (float, int)) or (group.activation_first and not batch_statistics):
         return None
-    if bn.training and bn.track_running_stats:
-        batches = buffers.get("num_batches_tracked")
-        if type(momentum) not in (float, int):
-            return None
     gamma, beta = own.get("weight"), own.get("bias")
     if gamma is beta is running_mean is None or not own.keys() >= _VECTORS or isinstance(bn, nn.SyncBatchNorm):
         return None
@@ -155,12 +148,20 @@ def _tensors_and_layer(group, dtype, casts, batch_groups):
             return None
     layer = Layer(
         *(*constants, group.activation_first, batch_statistics),
-        momentum=float(momentum) if batches is not None else 0.0,
+        momentum=float(bn.momentum) if updates else 0.0,
         eps=bn.eps,
         groups=batch_groups if batch_statistics else 1,
         name=group.names[0],
     )
     return (*learned, gamma, beta, copy, running_mean, running_var, batches), layer
+
+
+def _statistics_of(bn):
+    """(running_mean, running_var, num_batches_tracked, whether the batch's own statistics are taken), as stock does."""
+    used = bn.track_running_stats or not bn.training
+    running_mean, running_var = (bn.running_mean, bn.running_var) if used else (None, None)
+    batches = bn.num_batches_tracked if bn.training and bn.track_running_stats else None
+    return running_mean, running_var, batches, bn.training or running_mean is None
 
 
 def _batch_norm_arguments(bn, x):
@@ -169,19 +170,15 @@ def _batch_norm_arguments(bn, x):
     As stock does: count the batch first, update only statistics that are tracked, and take the batch's own where
     there are none to use.
     """
-    momentum, batches = bn.momentum, None
-    if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
-        batches = bn.num_batches_tracked
-        if momentum is None:
-            batches.add_(current_groups())
-            # On a GPU a tensor: reading it would wait. In float64, as stock divides.
-            momentum = 1.0 / (batches.double() if batches.is_cuda else float(batches))
-            batches = None
+    running_mean, running_var, batches, training = _statistics_of(bn)
+    momentum = bn.momentum
+    if batches is not None and momentum is None:
+        batches.add_(current_groups())
+        # On a GPU a tensor: reading it would wait. In float64, as stock divides.
+        momentum = 1.0 / (batches.double() if batches.is_cuda else float(batches))
+        batches = None
     momentum = 0.0 if momentum is None else momentum
-    used = bn.track_running_stats or not bn.training
-    running_mean, running_var = (bn.running_mean, bn.running_var) if used else (None, None)
     gamma = gamma_of_ones(bn.weight, bn.bias, running_mean, bn.num_features, x)
-    training = bn.training or bn.running_mean is None
     options = dict(
         training=training,
         momentum=momentum,

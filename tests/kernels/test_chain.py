@@ -217,11 +217,12 @@ def test_the_result_may_be_changed_in_place(device, replays):
         (lambda model: nn.utils.spectral_norm(model[2]), True),
         (lambda model: setattr(model[3], "momentum", None), True),
         (lambda model: setattr(model[3], "momentum", torch.tensor(0.3)), True),
+        (lambda model: setattr(model[3], "num_batches_tracked", None), True),
         (lambda model: model.double(), True),
         (lambda model: model[9].register_parameter("bias", None), True),
         (lambda model: None, False),
     ],
-    ids=("parametrized", "hook", "average", "tensor", "float64", "one vector", "eval"),
+    ids=("parametrized", "hook", "average", "tensor", "uncounted", "float64", "one vector", "eval"),
 )
 def test_what_else_there_is(change, training, device, chains, recwarn):
     """What is no chain, or has a layer of a kind of its own, is as stock has it, too."""
@@ -239,7 +240,8 @@ def test_what_else_there_is(change, training, device, chains, recwarn):
             one.zero_grad()
         torch.testing.assert_close(*found, **TOLERANCE)
     assert_buffers_close(model, stock)
-    assert chains == ([5] * 2 if model[9].bias is None and training else [])
+    is_chain = training and (model[9].bias is None or model[3].num_batches_tracked is None)
+    assert chains == ([5] * 2 if is_chain else [])
 
 
 def test_bad_input_names_the_layer(device, replays):
