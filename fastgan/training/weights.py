@@ -22,13 +22,17 @@ def to_channels_last(module):
 
     Weights that are shared out among processes stay as they are: where their gradients go is settled.
     """
-    shared_out = any(isinstance(part, DistributedDataParallel) for part in module.modules())
-    if shared_out or any(hasattr(parameter, "device_mesh") for parameter in module.parameters()):  # DTensor's
+    if _are_shared_out(module):
         return
     if all(tensor.dim() < 5 for tensor in (*module.parameters(), *module.buffers())):
         module.to(memory_format=torch.channels_last)
     else:
         module._apply(lambda tensor: tensor.to(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor)
+
+
+def _are_shared_out(module):
+    distributed = any(isinstance(part, DistributedDataParallel) for part in module.modules())
+    return distributed or any(hasattr(parameter, "device_mesh") for parameter in module.parameters())  # DTensor's
 
 
 def wants_default_layout(error):
@@ -38,8 +42,8 @@ def wants_default_layout(error):
 
 
 def to_contiguous(module):
-    """The default layout for all weights, in place."""
-    for parameter in module.parameters():
+    """The default layout for all weights, in place; for those that are shared out as for `to_channels_last`."""
+    for parameter in () if _are_shared_out(module) else module.parameters():
         if parameter.dim() == 4:
             parameter.data = contiguous(parameter.data)
 
