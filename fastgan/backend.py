@@ -43,6 +43,17 @@ def held_choice():
                 _held = None
 
 
+@contextmanager
+def without_autocast(device_type):
+    """Within it autocast casts nothing: what is called has chosen its dtypes."""
+    enabled = torch.is_autocast_enabled(device_type)
+    torch.set_autocast_enabled(device_type, False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled(device_type, enabled)
+
+
 @torch.compiler.assume_constant_result
 def _choice():
     """The value of FASTGAN_BACKEND, checked."""

@@ -8,7 +8,6 @@ the end.
 """
 
 import functools
-from contextlib import contextmanager
 
 import torch
 
@@ -23,7 +22,7 @@ from fastgan.cpu_products import (
 )
 from fastgan.layout import suggests_channels_last
 from fastgan.ops.geometry import out_size, way_back
-from fastgan.patterns import unfit_setting
+from fastgan.patterns import has_own_code, unfit_setting
 from fastgan.wanted import is_wanted
 
 # Half precisions, and what multiplies them: Intel's tiles (AMX) and vectors (AVX-512), as torch.cpu.get_capabilities
@@ -57,7 +56,7 @@ def convolve(x, conv, forward, alone=False):
         return forward(x)
     parameters = conv._parameters  # without those of a parametrized layer, which would be computed
     weight, bias = parameters.get("weight"), parameters.get("bias")
-    if weight is None or "bias" not in parameters or x.dim() != 4 or unfit_setting(conv) or _has_own_code(conv):
+    if weight is None or "bias" not in parameters or x.dim() != 4 or unfit_setting(conv) or has_own_code(conv.__dict__):
         return forward(x)
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     trains = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
@@ -72,28 +71,12 @@ def convolve(x, conv, forward, alone=False):
         where = (conv.transposed, conv.stride, conv.padding, conv.output_padding)
     if not (_is_plain(x, weight, bias, conv) and _are_cast(dtype, x, weight, bias) and _multiplies_in(working)):
         return forward(x)
-    with _without_autocast():
+    with backend.without_autocast("cpu"):  # or products of float32 would be of less
         y = compute(x.to(working), weight.to(working), *where)
         y = (y if bias is None else y + bias.to(working)[:, None, None]).to(dtype)
     if alone and compute is to_one_position and (suggests_channels_last(weight) or suggests_channels_last(x)):
         return y.flatten(1)[:, None, None].permute(0, 3, 1, 2)
     return y
-
-
-def _has_own_code(conv):
-    own = conv.__dict__
-    return "_conv_forward" in own or "forward" in own
-
-
-@contextmanager
-def _without_autocast():
-    """Products of float32 are what they say: autocast would cast their operands."""
-    enabled = torch.is_autocast_enabled("cpu")
-    torch.set_autocast_enabled("cpu", False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_enabled("cpu", enabled)
 
 
 @functools.cache
@@ -247,7 +230,7 @@ class Convolution(torch.autograd.Function):
         return _convolution(x, weight, *ctx.where) if y is None else y
 
     @staticmethod
-    @_without_autocast()
+    @backend.without_autocast("cpu")
     def backward(ctx, dout):
         x, weight = ctx.saved_tensors
         transposed, stride, padding, output_padding = ctx.where

@@ -154,16 +154,21 @@ def any_has_hooks(attributes):
     for own in attributes:  # at every call of a container: a loop over what need not be looked up is the fastest
         if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
             return True
-        if "forward" in own or "_conv_forward" in own:  # replaced on the instance
+        if has_own_code(own):
             return True
     return False
+
+
+def has_own_code(own):
+    """Whether a method that a layer computes by was replaced on the instance, by its `__dict__`."""
+    return "forward" in own or "_conv_forward" in own
 
 
 def hooks_compute_weight(conv):
     """Whether the convolution's only hooks are those of `torch.nn.utils.spectral_norm` and `weight_norm`."""
     pre_hooks = conv._forward_pre_hooks
     others = conv._forward_hooks or conv._backward_hooks or conv._backward_pre_hooks
-    others = others or any([name in conv.__dict__ for name in _CODE]) or _is_patched(_layer_type(conv))
+    others = others or has_own_code(conv.__dict__) or _is_patched(_layer_type(conv))
     return len(pre_hooks) > 0 and not others and all(isinstance(hook, _WEIGHT_HOOKS) for hook in pre_hooks.values())
 
 

@@ -46,6 +46,12 @@ def triton_backend(monkeypatch):
     monkeypatch.setenv("FASTGAN_BACKEND", "triton")
 
 
+@pytest.fixture(params=["auto", "triton"])
+def each_backend(request, monkeypatch):
+    """What runs by itself here, and the kernels."""
+    monkeypatch.setenv("FASTGAN_BACKEND", request.param)
+
+
 @pytest.fixture
 def poisoned(monkeypatch):
     """Memory that nobody has written yet reads as NaN, so that an element left out shows."""

@@ -17,10 +17,7 @@ from fastgan import backend
 from fastgan.batch_groups import batch_groups, current_groups
 from fastgan.first_order import first_order, only_first_order
 
-
-@pytest.fixture(params=["auto", "triton"], autouse=True)
-def _runs(request, monkeypatch):
-    monkeypatch.setenv("FASTGAN_BACKEND", request.param)
+pytestmark = pytest.mark.usefixtures("each_backend")
 
 
 class InCode(nn.Module):

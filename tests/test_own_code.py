@@ -12,10 +12,7 @@ from torch.nn import functional as F
 import fastgan
 from fastgan.cpu_convolution import convolve
 
-
-@pytest.fixture(params=["auto", "triton"], autouse=True)
-def _runs(request, monkeypatch):
-    monkeypatch.setenv("FASTGAN_BACKEND", request.param)
+pytestmark = pytest.mark.usefixtures("each_backend")
 
 
 class InCode(nn.Module):

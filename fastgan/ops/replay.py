@@ -51,8 +51,9 @@ class Replayed:
         return self.replay(*arguments)
 
     def function(self, *arguments):
-        """The call as it is."""
-        return _outside_autocast(arguments[0].device.type, self._function, *arguments)
+        """The call as it is, out of autocast's reach: on a GPU it would cast for the convolutions of a backward."""
+        with backend.without_autocast(arguments[0].device.type):
+            return self._function(*arguments)
 
     def replay(self, *arguments):
         """The call, recorded or replayed, on any device."""
@@ -70,20 +71,6 @@ class Replayed:
                 self._plans.clear()
             self._plans[key] = _SEEN
         return self.function(*arguments)
-
-
-def _outside_autocast(device_type, function, *arguments):
-    """function(*arguments), where autocast casts nothing: on a GPU it would cast for the convolutions of a backward.
-
-    What is called here has chosen its dtypes; stock's backward is out of autocast's reach, too.
-    """
-    if not torch.is_autocast_enabled(device_type):
-        return function(*arguments)
-    torch.set_autocast_enabled(device_type, False)
-    try:
-        return function(*arguments)
-    finally:
-        torch.set_autocast_enabled(device_type, True)
 
 
 def _surroundings():
@@ -167,7 +154,7 @@ class Recorder(TorchDispatchMode):
             self._places[result] = self._places[args[0]]
             return result
         known = self._knows(args) and self._knows(kwargs.values())
-        placed = self._placed(args), {name: self._placed([value])[0] for name, value in kwargs.items()}
+        placed = self._placed(args), {name: self._placed(value) for name, value in kwargs.items()}
         result = operator(*args, **kwargs)
         results = [result] if isinstance(result, Tensor) else result
         plain = isinstance(results, list | tuple) and all(each is None or isinstance(each, Tensor) for each in results)
@@ -225,15 +212,10 @@ class Recorder(TorchDispatchMode):
     def _knows(self, values):
         return all(tensor in self._places for tensor in _tensors(values))
 
-    def _placed(self, values):
-        return [
-            self._placed(value)
-            if isinstance(value, list | tuple)
-            else self._places.get(value, value)
-            if isinstance(value, Tensor)
-            else value
-            for value in values
-        ]
+    def _placed(self, value):
+        if isinstance(value, Tensor):
+            return self._places.get(value, value)
+        return [self._placed(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def _is_of_triton(compiled):
@@ -270,10 +252,9 @@ class Plan:
 
     def run(self, arguments):
         """What the recorded function would return."""
-        with launching.on(self._device):
-            cuda = self._device.type == "cuda"
-            stream = torch._C._cuda_getCurrentRawStream(self._device.index) if cuda else None
-            return _outside_autocast(self._device.type, self._replay, arguments, stream)
+        kind, index = self._device.type, self._device.index
+        with launching.on(self._device), backend.without_autocast(kind):
+            return self._replay(arguments, torch._C._cuda_getCurrentRawStream(index) if kind == "cuda" else None)
 
     def _lines(self, function, args, kwargs, places, effect, ends):
         call = [self._expression(value) for value in args]
