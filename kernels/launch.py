@@ -123,7 +123,7 @@ TILES = {
         MatrixTile(128, 128, 32, 8, 3),
         MatrixTile(128, 64, 32, 4, 3),
         MatrixTile(128, 64, 32, 8, 3),
-        MatrixTile(64, 128, 32, 4, 3),
+        MatrixTile(64, 128, 32, 8, 3),
         MatrixTile(64, 64, 32, 4, 3),
         MatrixTile(64, 64, 32, 4, 4),
         MatrixTile(16, 16, 64, 4, 4),

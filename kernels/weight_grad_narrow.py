@@ -73,8 +73,9 @@ def weight_grad_narrow_kernel(
     for step in range(steps):
         block = split * steps + step
         n, first = block // blocks, block % blocks * ROWS
-        low_ok = (w < W) & (row < H - first) & (n < N)
-        high_ok = (high_row >= -first * SH) & (high_row < HO - first * SH) & (low_row < H - first) & (n < N)
+        rows_left = tl.where(n < N, H - first, 0)
+        low_ok = (w < W) & (row < rows_left)
+        high_ok = (high_row >= -first * SH) & (high_row < HO - first * SH) & (low_row < rows_left)
         if INT64:
             n = n.to(tl.int64)
         x = tl.load(

@@ -41,16 +41,17 @@ def store(block, op):
         block.shared.store(addresses, data, block.warp[active])
 
 
-@instruction(r"atom\.global\.gpu\.relaxed\.add\.u32")
+@instruction(r"(atom|red)\.global\.gpu\.relaxed\.add\.u32")
 def atomic_add(block, op):
-    to, address, value = op.operands
+    address, value = op.operands[-2:]
     addresses, values, before = block.addresses(address), block.read(value, "u32"), np.zeros(block.threads, np.uint32)
     for thread in block.active():  # one after the other
         here = addresses[thread : thread + 1]
         before[thread] = block.memory.load(here, 4).view(np.uint32)[0, 0]
         after = before[thread : thread + 1] + values[thread]
         block.memory.store(here, after.view(np.uint8)[None])
-    block.write(to, before)
+    if op.name == "atom":  # `red` does not tell what was there
+        block.write(op.operands[0], before)
 
 
 @instruction(r"cp\.async\.c[ag]\.shared\.global")
