@@ -1,6 +1,7 @@
 """Where there is no GPU the kernels run in Triton's interpreter, which must be chosen before Triton is imported."""
 
 import os
+import sys
 
 import pytest
 import torch
@@ -32,6 +33,14 @@ def ieee_float32():
     yield
     for setting, precision in zip(settings, before, strict=True):
         setting.fp32_precision = precision
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled():
+    """Tests compile the same classes: after eight of them Dynamo would refuse, whichever test then comes."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 @pytest.fixture

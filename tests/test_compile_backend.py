@@ -19,9 +19,8 @@ from tests.stacks import MODELS
 
 
 @pytest.fixture(autouse=True)
-def _fresh(monkeypatch):
+def _reference(monkeypatch):
     monkeypatch.setenv("FASTGAN_BACKEND", "reference")
-    torch._dynamo.reset()
 
 
 @pytest.fixture

@@ -459,7 +459,6 @@ def test_products_in_less_than_float32_are_no_convolutions():
 
 
 def test_transforms_and_compilation_see_stock_layers():
-    torch._dynamo.reset()
     torch.manual_seed(0)
     model = fastgan.fuse(nn.Sequential(nn.ConvTranspose2d(4, 3, 4, bias=False), nn.ReLU()).bfloat16())
     x = torch.randn(3, 4, 1, 1).bfloat16()

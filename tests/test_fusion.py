@@ -267,7 +267,6 @@ def test_float32_and_autocast():
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("runs", ["layers", "operators"])
 def test_compiled_generator(training, runs, monkeypatch):
-    torch._dynamo.reset()
     if runs == "operators":
         monkeypatch.setattr(fused, "has_kernels_for", lambda x: True)
     stock, model = make_pair(lambda: Generator(image_size=8, nz=3, ngf=2, nc=1))

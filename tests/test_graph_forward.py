@@ -54,7 +54,6 @@ def test_followed(function, monkeypatch):
 @pytest.mark.parametrize("function", FOLLOWED, ids=lambda f: f.__name__)
 def test_compiled(function, monkeypatch):
     """The operators are in the compiled graph, whichever forward it was, without a graph break."""
-    torch._dynamo.reset()
     stock, model = make_pair(forward_of(function))
     calls = count_operator_calls(monkeypatch)
     compiled = torch.compile(fastgan.fuse(model), fullgraph=True, backend="aot_eager")
@@ -186,7 +185,6 @@ class Options(Layers):
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_arguments(compiled, monkeypatch):
-    torch._dynamo.reset()
     stock, model = make_pair(Options)
     calls = count_operator_calls(monkeypatch)
     fastgan.fuse(model)
@@ -215,7 +213,6 @@ def test_arguments(compiled, monkeypatch):
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_attributes_that_change(compiled, monkeypatch):
-    torch._dynamo.reset()
     stock, model = make_pair(forward_of(by_attribute))
     monkeypatch.setattr(fused, "has_kernels_for", lambda x: True)
     fastgan.fuse(model)

@@ -54,7 +54,6 @@ class Flattens(nn.Module):
 @pytest.mark.parametrize("how", ["fuse", "fuse and compile", "backend"])
 def test_views_and_dropout_after_fused_layers(how, weights, images, backend, device, monkeypatch):
     monkeypatch.setenv("FASTGAN_BACKEND", backend)
-    torch._dynamo.reset()
     torch.manual_seed(0)
     stock = Flattens().to(device, memory_format=weights)
     model = copy.deepcopy(stock)

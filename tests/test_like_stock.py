@@ -342,7 +342,6 @@ def test_scopes_that_overlap_leave_nothing(monkeypatch):
 
 
 def test_compiled_code_knows_of_a_scope():
-    torch._dynamo.reset()
     compiled = torch.compile(lambda x: x * current_groups() + only_first_order(), backend="eager", fullgraph=True)
     x = torch.ones(2)
     for groups in (1, 2, 3, 2):

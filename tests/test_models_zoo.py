@@ -64,7 +64,6 @@ def assert_same_when_compiled(compiled, model, stock, inputs, tolerance=1e-12):
 
 @every_network_compiled
 def test_compiled_without_a_graph_break(name, training, monkeypatch):
-    torch._dynamo.reset()
     stock, model = (network.train(training) for network in make_pair(ZOO[name].make))
     count_operator_calls(monkeypatch)
     compiled = torch.compile(fastgan.fuse(model), backend="aot_eager", fullgraph=True)
@@ -74,7 +73,6 @@ def test_compiled_without_a_graph_break(name, training, monkeypatch):
 @every_network_compiled
 def test_backend_rewrites_to_what_stock_computes(name, training, monkeypatch):
     """The graph that the backend hands to inductor, which takes some twenty seconds for each: run as it is."""
-    torch._dynamo.reset()
     stock, model = (network.train(training) for network in make_pair(ZOO[name].make))
     calls = count_operator_calls(monkeypatch)
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda graph, inputs, **_: graph.forward)
@@ -84,7 +82,6 @@ def test_backend_rewrites_to_what_stock_computes(name, training, monkeypatch):
 
 
 def test_backend_through_inductor():
-    torch._dynamo.reset()
     stock, model = make_pair(ZOO["mnist_discriminator"].make)
     compiled = torch.compile(model, backend="fastgan", fullgraph=True)
     assert_same_when_compiled(compiled, model, stock, draw("mnist_discriminator"), tolerance=1e-9)

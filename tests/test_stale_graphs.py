@@ -158,7 +158,6 @@ COMPILED = [class_attribute, child_attribute, child_mode, iterates, module_or_no
 
 @pytest.mark.parametrize("function", COMPILED, ids=lambda f: f.__name__)
 def test_change_of_compiled(function, monkeypatch):
-    torch._dynamo.reset()
     stock, model = network(function)
     monkeypatch.setattr(sys.modules[__name__], "FACTOR", 2.0)
     # Not count_operator_calls, whose count would have each call compiled anew.

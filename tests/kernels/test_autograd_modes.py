@@ -150,7 +150,6 @@ def test_loss_scaling(device):
 @BY_MODE
 def test_compiled_autograd(case, device):
     """Backward alone is captured: what it calls there is operators."""
-    torch._dynamo.reset()
     tensors, found = draw(case, 3, device), []
     for compiled in (False, True):
         copies = leaves(tensors)

@@ -81,7 +81,6 @@ def test_steps_are_the_same(training, dtype, memory_format, device, replayed, po
 
 def test_compiled_steps_are_the_same(device, replayed):
     """What torch.compile calls is the registered operators, which replay too."""
-    torch._dynamo.reset()
     torch.manual_seed(0)
     model = network().to(device)
     compiled = torch.compile(fastgan.fuse(copy.deepcopy(model)), backend="aot_eager", fullgraph=True)

@@ -94,7 +94,6 @@ def test_a_graph_that_is_garbage_does_not_disturb_a_capture():
 
 
 def test_compiled_and_captured_without_graph_breaks():
-    torch._dynamo.reset()
     step = make_step(precision="bf16", compile=True, cuda_graph=True)
     losses = train(step, batches())
     expected = train(make_step(precision="bf16"), batches())

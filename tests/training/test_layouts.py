@@ -63,7 +63,6 @@ def step_of(pair, **options):
 )
 def test_views_of_feature_maps(makers, compile, fused, recwarn):
     """The example's numbers, as if the first attempt had never been."""
-    torch._dynamo.reset()
     ours, stock = networks(*makers), networks(*makers)
     step, batches = step_of(ours, fused=fused, compile=compile), real_batches(3)
     loss = nn.functional.binary_cross_entropy_with_logits
