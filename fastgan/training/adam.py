@@ -9,6 +9,8 @@ from fastgan.backend import select
 
 # With any of these torch's own code computes an update.
 _OPTIONS = ("weight_decay", "amsgrad", "maximize", "differentiable")
+# How an update is computed belongs to the device, and not to a saved run.
+_OF_THE_DEVICE = ("fused", "capturable", "foreach")
 # The dictionaries of the hooks around every optimizer's step.
 _HOOKS_OF_ALL = optimizers._global_optimizer_pre_hooks, optimizers._global_optimizer_post_hooks
 
@@ -28,6 +30,20 @@ class ContiguousAdam(torch.optim.Adam):
         for group in self.param_groups:
             for param in group["params"]:
                 param.grad = None
+
+    def load_state_dict(self, state_dict):
+        """torch's, of any Adam's state: what belongs to the device stays, and averages get the layouts they need."""
+        own = {name: self.param_groups[0][name] for name in _OF_THE_DEVICE}
+        groups = [{**group, **own} for group in state_dict["param_groups"]]
+        super().load_state_dict({**state_dict, "param_groups": groups})
+        self.follow_layouts()
+
+    def follow_layouts(self):
+        """Give the averages the layouts of their parameters: a fused update goes through both in the order of memory."""
+        for param, averages in self.state.items():
+            for name, value in averages.items():
+                if name != "step" and value.shape == param.shape:
+                    averages[name] = torch.empty_like(param, dtype=value.dtype).copy_(value)
 
     @staticmethod
     def profile_hook_step(step):

@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 
-from fastgan.backend import held_choice
+from fastgan.backend import held_choice, without_autocast
 from fastgan.batch_groups import batch_groups
 from fastgan.first_order import first_order
 from fastgan.layout import contiguous
@@ -99,7 +99,8 @@ class TrainStep:
         # The layout that convolutions are fastest in, on a CPU too (by 15% on 28×28 images). The first step tries it.
         for network in (generator, discriminator):
             to_channels_last(network)
-        self._layout_tried, self._in_default_layout, self._running = False, [], None
+        self._layout_tried, self._in_default_layout = False, []
+        self._running = self._drawn = None
         self.generator, self.discriminator = generator, discriminator
         self._g, self._d = generator, discriminator
         if compile and not fused:
@@ -158,7 +159,7 @@ class TrainStep:
         random = torch.get_rng_state(), torch.cuda.get_rng_state(self.device) if on_cuda else None
         try:
             losses = self._run(real_images)
-            self._layout_tried = True
+            self._layout_tried, self._drawn = True, None
             return losses
         except RuntimeError as error:
             if not wants_default_layout(error) or self._running in self._in_default_layout:
@@ -171,12 +172,19 @@ class TrainStep:
         self._in_default_layout.append(self._running)
         to_contiguous(self._running)
         for optimizer in (self.optimizer_g, self.optimizer_d):
-            _follow_layouts(optimizer)
+            optimizer.follow_layouts()
         self._copies_g, self._copies_d = map(self._weight_copies, networks)
         return self._try_layout(real_images)
 
     def _run(self, real_images):
-        with held_choice(), first_order(), self._copies_g.in_use(), self._copies_d.in_use():
+        # Somebody's autocast around the step is none of its own, and would cast within backward too.
+        with (
+            without_autocast(self.device.type),
+            held_choice(),
+            first_order(),
+            self._copies_g.in_use(),
+            self._copies_d.in_use(),
+        ):
             if self._graph is None:
                 return self._step(real_images)
             self._keep_lr()
@@ -203,7 +211,7 @@ class TrainStep:
 
     def _discriminate(self, real_images):
         """Give the discriminator its gradients; returns the fake images, its loss and both mean probabilities."""
-        real_images = self.source.draw() if real_images is None else real_images
+        real_images = self._draw() if real_images is None else real_images
         latent = torch.randn(len(real_images), *self.latent_shape, device=self.device, dtype=self.dtype)
         fake_images = self._generate(latent) if self.one_pass else None
         if self.one_pass and self._takes_both(real_images, fake_images):
@@ -219,6 +227,13 @@ class TrainStep:
             fake_images = self._generate(latent)
         loss_fake, d_fake = self._learn_half(fake_images.detach(), 0.0)
         return fake_images, loss_real + loss_fake, d_real, d_fake
+
+    def _draw(self):
+        """The next batch of the source; while the layout is tried, the one that the step before could not use."""
+        if self._layout_tried:
+            return self.source.draw()
+        self._drawn = self.source.draw() if self._drawn is None else self._drawn
+        return self._drawn
 
     def _generate(self, latent):
         self._running = self.generator
@@ -248,20 +263,18 @@ class TrainStep:
             return True
         if images == 1 and self._tried:
             return False  # a last batch of one image tells little
-        self._tried[images] = seen
         self._running = self.discriminator
         if self.discriminator in self._in_default_layout:
             real_images, fake_images = contiguous(real_images), contiguous(fake_images)
         obstacle = one_pass_obstacle(self.discriminator, real_images, fake_images)
+        self._tried[images] = seen
         if obstacle is not None:
             self.one_pass, self.one_pass_reason = False, obstacle
             warnings.warn(f"the discriminator takes real and fake images in two passes: {obstacle}", stacklevel=2)
         return self.one_pass
 
     def _autocast(self):
-        if self.autocast_dtype is None and not torch.is_autocast_enabled(self.device.type):
-            return nullcontext()  # to turn off what is not on takes as long as a small operator
-        return torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
+        return nullcontext() if self.autocast_dtype is None else torch.autocast(self.device.type, self.autocast_dtype)
 
     @property
     def lr(self):
@@ -307,8 +320,8 @@ class TrainStep:
         try:
             load_weights(self.generator, state["generator"])
             load_weights(self.discriminator, state["discriminator"])
-            _load_adam(self.optimizer_g, state["optimizer_g"])
-            _load_adam(self.optimizer_d, state["optimizer_d"])
+            self.optimizer_g.load_state_dict(state["optimizer_g"])
+            self.optimizer_d.load_state_dict(state["optimizer_d"])
             if self.scaler.is_enabled():
                 self.scaler.load_state_dict(state["scaler"])
         except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
@@ -368,19 +381,3 @@ def _frozen(module):
     finally:
         for parameter in learning:
             parameter.requires_grad_(True)
-
-
-def _load_adam(optimizer, state):
-    # How Adam is computed belongs to this device and not to the saved run.
-    own = {name: optimizer.param_groups[0][name] for name in ("fused", "capturable", "foreach")}
-    groups = [{**group, **own} for group in state["param_groups"]]
-    optimizer.load_state_dict({**state, "param_groups": groups})
-    _follow_layouts(optimizer)
-
-
-def _follow_layouts(optimizer):
-    """Give Adam's averages the layouts of their parameters: fused Adam goes through them in the order of memory."""
-    for parameter, moments in optimizer.state.items():
-        for name, value in moments.items():
-            if value.shape == parameter.shape:
-                moments[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

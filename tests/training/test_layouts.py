@@ -1,6 +1,8 @@
 """The layout that a training step gives weights and images: channels_last, where the networks run in it."""
 
 import copy
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -100,6 +102,33 @@ def test_a_state_from_before_the_first_step():
         torch.manual_seed(2)
         found.append([step(images) for images in batches[2:]])
     torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+def test_one_pass_is_tried_in_the_layout_that_it_ends_up_in():
+    """The first attempt fails before it is known whether real and fake images can be told apart."""
+    before = nn.Sequential(nn.Conv2d(2, 4, 4, 2, 1), nn.BatchNorm2d(4), nn.LeakyReLU(0.2))
+    after = nn.Sequential(nn.Linear(4 * 8 * 8, 8), nn.BatchNorm1d(8), nn.LeakyReLU(0.2), nn.Linear(8, 1))
+    pairs = [networks(plain_generator, lambda: copy.deepcopy(Viewing(before, (-1,), after))) for _ in range(2)]
+    found = []
+    for pair, one_pass in zip(pairs, (None, False), strict=True):
+        step = step_of(pair, one_pass=one_pass)
+        torch.manual_seed(1)
+        with nullcontext() if one_pass is False else pytest.warns(UserWarning, match="two passes: .* BatchNorm"):
+            found.append([step(images) for images in real_batches(2)])
+        assert step.one_pass is False
+    assert found[0] == found[1]
+
+
+def test_no_batch_of_a_source_is_lost():
+    batches = iter(real_batches(3))
+    source = SimpleNamespace(draw=lambda: next(batches))
+    step = step_of(networks(viewing_generator, viewing_discriminator), source=source)
+    other = step_of(networks(viewing_generator, viewing_discriminator))
+    for images in real_batches(3):
+        torch.manual_seed(1)
+        losses = step()
+        torch.manual_seed(1)
+        assert losses == other(images)
 
 
 def test_other_errors_are_what_they_are():

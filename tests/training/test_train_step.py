@@ -235,6 +235,42 @@ def test_state_of_another_device_takes_this_devices_adam():
     step(real_batches(1)[0])
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_state_of_somebodys_adam(fused):
+    """Given to an optimizer itself: its averages lie in the default layout, and it says how its own device computes."""
+    networks = make_networks()
+    adam = torch.optim.Adam(networks[1].parameters(), 2e-4, (0.5, 0.999), fused=True)
+    for seed in range(2):
+        adam.zero_grad()
+        torch.manual_seed(seed)
+        networks[1](torch.randn(BATCH, 2, 16, 16, dtype=torch.float64)).sum().backward()
+        adam.step()
+    state, gradients = copy.deepcopy(adam.state_dict()), [param.grad for param in networks[1].parameters()]
+    state["param_groups"][0]["fused"] = False
+    step = TrainStep(*make_networks(), latent_dim=NZ, fused=fused)
+    step.discriminator.load_state_dict(networks[1].state_dict())
+    step.optimizer_d.load_state_dict(state)
+    for param, grad in zip(step.discriminator.parameters(), gradients, strict=True):
+        param.grad = torch.empty_like(param).copy_(grad)
+    for optimizer in (adam, step.optimizer_d):
+        optimizer.step()
+    assert step.optimizer_d.param_groups[0]["fused"] is True
+    torch.testing.assert_close(step.discriminator.state_dict(), networks[1].state_dict(), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_autocast_of_somebody_else(fused):
+    """It would cast within backward, and `precision` says what to compute in."""
+    weights = []
+    for enabled in (False, True):
+        step = TrainStep(*make_networks(dtype=torch.float32), latent_dim=NZ, fused=fused)
+        torch.manual_seed(5)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            step(real_batches(1, dtype=torch.float32)[0])
+        weights.append([step.generator.state_dict(), step.discriminator.state_dict()])
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
