@@ -19,6 +19,31 @@ def written_whole(path):
         raise
 
 
+@contextmanager
+def alone_in(folder):
+    """A context that one process at a time can be in for an existing folder, where its file system knows locks.
+
+    Raises:
+        ValueError: another process is in it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"another process is training in {os.fspath(folder)} right now") from error
+        except OSError:  # no locks there
+            pass
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def check_writable(name, path, *, folder=False):
     """Raise ValueError, naming the option, unless the file ``path`` can be written, or files into the folder ``path``.
 

@@ -7,13 +7,16 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
+from fastgan.files import alone_in
 from fastgan.training import TrainConfig, new_run
+from fastgan.training.checkpoints import read_checkpoint
 from tests.processes import ROOT, main_of
 
 SCRIPTS = ROOT / "scripts"
@@ -214,15 +217,51 @@ def test_an_interrupted_generate(run_folder, capsys, monkeypatch):
     assert capsys.readouterr().err == "interrupted\n"
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
 def test_a_full_disk_is_one_line(run_folder, capsys, monkeypatch):
-    def full(*arguments, **named):
-        raise OSError(28, "No space left on device", "run/checkpoint.pt.tmp")
+    @contextmanager
+    def on_a_full_disk(path):
+        yield "/dev/full"
 
-    monkeypatch.setattr("fastgan.training.run.write_checkpoint", full)
+    monkeypatch.setattr("fastgan.training.checkpoints.written_whole", on_a_full_disk)
     capsys.readouterr()
     assert train(["--resume", "run", "--max-steps", "3"]) == 2
-    message = capsys.readouterr().err
-    assert message == "error: [Errno 28] No space left on device: 'run/checkpoint.pt.tmp'\n"
+    assert capsys.readouterr().err == "error: [Errno 28] No space left on device\n"
+
+
+def test_a_run_that_saved_no_step_goes_on(capsys, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fastgan.training.loop._update", killed)
+        assert train([*TINY, "--epochs", "1", "--out", "run"]) == 130
+    assert train(["--resume", "run", "--max-steps", "2"]) == 0
+    whole = Path("run/metrics.jsonl").read_text()
+    assert train([*TINY, "--epochs", "1", "--max-steps", "2", "--out", "other"]) == 0
+    rows = [
+        [json.loads(line) for line in text.splitlines()] for text in (whole, Path("other/metrics.jsonl").read_text())
+    ]
+    assert [row["loss_g"] for row in rows[0]] == [row["loss_g"] for row in rows[1]]
+
+
+def test_one_process_trains_in_a_folder(run_folder, capsys):
+    capsys.readouterr()
+    with alone_in("run"):
+        assert train(["--resume", "run", "--max-steps", "3"]) == 2
+    assert capsys.readouterr().err == "error: another process is training in run right now\n"
+    assert train(["--resume", "run", "--max-steps", "3"]) == 0
+
+
+def test_compilation_that_fails_is_one_line(capsys, monkeypatch):
+    def broken(graph_module, inputs):
+        raise OSError("no compiler")
+
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **how: compiled(model, **how, backend=broken))
+    assert train([*TINY, "--compile", "--max-steps", "1", "--out", "run"]) == 2
+    error = capsys.readouterr().err
+    assert "compile does not work here" in error and "--no-compile" in error and error.count("\n") == 1
 
 
 def test_generate_refuses(run_folder, capsys):
@@ -242,7 +281,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_step(capsys):
     assert train([*TINY, "--lr", "1e30", "--epochs", "1", "--out", "run"]) == 2
     output = capsys.readouterr()
     assert "not finite at step" in output.err and "run/diverged.pt" in output.err and output.err.count("\n") == 1
-    assert Path("run/diverged.pt").exists() and not Path("run/checkpoint.pt").exists()
+    assert Path("run/diverged.pt").exists() and read_checkpoint("run")["step"] == 0
 
 
 def start(*arguments):

@@ -48,6 +48,10 @@ def _to_rgb(picture):
     if picture.mode in _SIXTEEN_BIT_MODES:
         eight_bit = np.clip(np.asarray(picture) / 257, 0, 255).round().astype(np.uint8)
         return Image.fromarray(eight_bit).convert("RGB")
+    if picture.mode == "F":  # floating point, of either usual range
+        numbers = np.nan_to_num(np.asarray(picture))
+        numbers = numbers * 255 if numbers.max() <= 1 else numbers
+        return Image.fromarray(np.clip(numbers, 0, 255).round().astype(np.uint8)).convert("RGB")
     if "transparency" in picture.info or picture.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
         picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")

@@ -14,6 +14,7 @@ import importlib.util
 import io
 import os
 import textwrap
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -129,16 +130,25 @@ def read_digits():
 def find_pictures(folder):
     """Paths of all pictures in a folder and its subfolders, sorted; hidden files and folders are left out.
 
+    Links to folders are followed, each folder counts once. Those that cannot be read are left out, with a warning.
+
     Raises:
         ValueError: the folder does not exist or has no picture.
     """
     if not os.path.isdir(folder):
         raise ValueError(f"root must be a folder of pictures; {os.fspath(folder)!r} is not a folder")
-    paths = []
-    for parent, subfolders, files in os.walk(folder):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+    paths, unreadable, seen = [], [], set()
+    for parent, subfolders, files in os.walk(folder, followlinks=True, onerror=unreadable.append):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        if (place := os.path.realpath(parent)) in seen:
+            subfolders.clear()
+            continue
+        seen.add(place)
         pictures = (name for name in files if name.lower().endswith(PICTURE_EXTENSIONS) and not name.startswith("."))
         paths.extend(os.path.join(parent, name) for name in pictures)
+    if unreadable:
+        names = ", ".join(repr(error.filename) for error in unreadable[:3]) + (", …" if len(unreadable) > 3 else "")
+        warnings.warn(f"folders that cannot be read are left out ({len(unreadable)}): {names}", stacklevel=2)
     if not paths:
         raise ValueError(
             f"root must be a folder of pictures ({' '.join(PICTURE_EXTENSIONS)}); {os.fspath(folder)!r} has none"

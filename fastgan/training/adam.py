@@ -36,14 +36,16 @@ class ContiguousAdam(torch.optim.Adam):
         own = {name: self.param_groups[0][name] for name in _OF_THE_DEVICE}
         groups = [{**group, **own} for group in state_dict["param_groups"]]
         super().load_state_dict({**state_dict, "param_groups": groups})
+        for state in self.state.values():
+            state["step"] = state["step"].clone()  # the given one would count on, and be another state then
         self.follow_layouts()
 
     def follow_layouts(self):
-        """Give the averages the layouts of their parameters: a fused update goes through both in the order of memory."""
-        for param, averages in self.state.items():
-            for name, value in averages.items():
+        """Give averages the layouts of their parameters: a fused update goes through both in the order of memory."""
+        for param, state in self.state.items():
+            for name, value in state.items():
                 if name != "step" and value.shape == param.shape:
-                    averages[name] = torch.empty_like(param, dtype=value.dtype).copy_(value)
+                    state[name] = torch.empty_like(param, dtype=value.dtype).copy_(value)
 
     @staticmethod
     def profile_hook_step(step):
@@ -60,6 +62,8 @@ class ContiguousAdam(torch.optim.Adam):
 
     def step(self, closure=None):
         """torch's: one update; returns what `closure`, if any, returns."""
+        if any([self._lie_otherwise(group) for group in self.param_groups]):
+            self.follow_layouts()
         with torch.no_grad():  # or views of parameters become part of a graph
             updates = [self._lists_on_cpu(group) for group in self.param_groups] if closure is None else [None]
         if any(lists is None for lists in updates):
@@ -74,6 +78,16 @@ class ContiguousAdam(torch.optim.Adam):
                 torch._fused_adam_(
                     params, grads, averages, squares, [], steps, lr=lr, beta1=beta1, beta2=beta2, eps=eps, **options
                 )
+
+    def _lie_otherwise(self, group):
+        """Whether a parameter got other memory, of another layout, since its averages were made."""
+        averages = [self.state[param].get("exp_avg") if param in self.state else None for param in group["params"]]
+        return any(
+            [
+                average is not None and average.stride() != param.stride()
+                for param, average in zip(group["params"], averages, strict=True)
+            ]
+        )
 
     def _lists_on_cpu(self, group):
         """(parameters, gradients, averages, averages of squares, steps) for the fused update; None: it is torch's."""

@@ -1,5 +1,6 @@
 """checkpoint.pt: everything that a run needs to go on, or a generator to draw."""
 
+import io
 import os
 from pathlib import Path
 
@@ -39,8 +40,10 @@ def write_checkpoint(path, *, step, config, nc, images, fixed_latent, train_step
         "rng": _rng_state(train_step.device),
         **train_step.state_dict(),
     }
+    content = io.BytesIO()  # torch would tell of a full disk by a RuntimeError that does not say so
+    torch.save(state, content)
     with written_whole(path) as temporary, open(temporary, "wb") as file:
-        torch.save(state, file)
+        file.write(content.getbuffer())
         file.flush()
         os.fsync(file.fileno())
 
@@ -67,6 +70,8 @@ def checkpoint_path(path):
     Raises:
         ValueError: there is no such file.
     """
+    if not os.fspath(path):
+        raise ValueError("checkpoint must be the name of a file or of a run's folder; got ''")
     path = Path(path)
     if path.is_dir():
         if not (path / CHECKPOINT).is_file():

@@ -4,6 +4,7 @@ from contextlib import closing
 
 import torch
 
+from fastgan.files import alone_in
 from fastgan.training.guards import FirstNonFinite, Interrupt
 from fastgan.training.plots import plot_losses
 from fastgan.training.records import Records
@@ -24,16 +25,25 @@ def train(run):
 
     Raises:
         whatever reading the images raises; the steps before it are saved.
-        ValueError: a loss or a weight is not finite. The state is saved as diverged.pt; checkpoint.pt stays as it was.
+        ValueError: a loss or a weight is not finite (the state is saved as diverged.pt; checkpoint.pt stays as it was),
+            compilation fails, or another process is training in the folder.
     """
     if run.first_step >= run.last_step:
         return run.first_step
     torch.backends.cudnn.benchmark = True  # worth it: all batches have one shape
-    run.write_config()
+    run.out.mkdir(parents=True, exist_ok=True)
+    with alone_in(run.out):
+        run.write_config()
+        if not run.first_step:
+            run.save(0)  # whatever ends the run before it has saved a step, it can go on
+        return _train(run)
+
+
+def _train(run):
     with Interrupt() as interrupt, closing(run.open_images()) as images, Records(run, images) as records:
         non_finite = FirstNonFinite(run.device)
         for step in range(run.first_step + 1, run.last_step + 1):
-            losses = run.step(_next_images(run, images, step, non_finite))
+            losses = _update(run, _next_images(run, images, step, non_finite))
             non_finite.watch(step, losses)
             records.advance()
 
@@ -66,6 +76,16 @@ def _next_images(run, images, step, non_finite):
         raise
 
 
+def _update(run, images):
+    try:
+        return run.step(images)
+    except RuntimeError as error:
+        if not run.config.compile or not isinstance(error, torch._dynamo.exc.BackendCompilerFailed):
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"compile does not work here ({reason}); --no-compile trains without it") from error
+
+
 def _stop_if_diverged(run, step, non_finite):
     first = non_finite.first_step()
     if first is None and non_finite.in_weights(run.step):
@@ -74,6 +94,6 @@ def _stop_if_diverged(run, step, non_finite):
         run.save(step, DIVERGED)
         raise ValueError(
             f"training diverged: loss or weights are not finite at step {first}; the state after step {step} is in "
-            f"{run.out / DIVERGED}, and the last good checkpoint, if there was one, is as it was. "
+            f"{run.out / DIVERGED}, and the last good checkpoint is as it was. "
             "A smaller learning rate may help"
         )

@@ -1,6 +1,7 @@
 """Whether a discriminator gives the same numbers on [real; fake] in one pass as on each of them in turn."""
 
 import copy
+import pickle
 import random
 from contextlib import contextmanager
 
@@ -26,8 +27,14 @@ def seen_of(discriminator, real_images):
         modules += [each for each in module._modules.values() if each is not None]
         own = module.__dict__
         hooks = len(own["_forward_hooks"]), len(own["_forward_pre_hooks"])
-        seen.append((module, type(module), own["training"], own.get("forward"), own.get("momentum"), hooks))
+        settings = None if type(module).__module__.startswith("torch.nn.") else _settings(own)
+        seen.append((module, type(module), own["training"], own.get("forward"), own.get("momentum"), hooks, settings))
     return min(len(real_images), IMAGES), seen
+
+
+def _settings(attributes):
+    """What somebody's own module may decide by: its flags and numbers."""
+    return [(name, value) for name, value in attributes.items() if type(value) in (bool, int, float, str)]
 
 
 def one_pass_obstacle(discriminator, real_images, fake_images):
@@ -52,7 +59,7 @@ def one_pass_obstacle(discriminator, real_images, fake_images):
     except Exception as error:  # the older weight_norm keeps a weight that torch does not copy; a lock, say
         return f"it cannot be copied to try it ({_in_short(error)})"
     try:
-        with torch.enable_grad(), _random_numbers_kept(real.device):
+        with torch.enable_grad(), _random_numbers_kept(real.device) as drawn:
             with batch_groups(2):
                 logits = together(torch.cat([real, fake]))
                 if not logits.dim() or len(logits) != len(real) + len(fake):
@@ -62,6 +69,8 @@ def one_pass_obstacle(discriminator, real_images, fake_images):
             for images in (real, fake):
                 expected.append(apart(images))
                 expected_grads = _grads(expected[-1], apart)
+            if drawn():
+                return "it draws random numbers"
             logits, expected = logits.detach(), torch.cat(expected).detach()
     except Exception as error:  # it wants a dtype, or a number of images, of its own
         if wants_default_layout(error):
@@ -96,10 +105,16 @@ def _in_short(error):
 
 @contextmanager
 def _random_numbers_kept(device):
-    python, numpy = random.getstate(), np.random.get_state()
+    """Global random generators stay as they are; gives a function that tells whether one has been used within."""
+
+    def state():
+        of_cuda = torch.cuda.get_rng_state(device).numpy() if device.type == "cuda" else None
+        return pickle.dumps((random.getstate(), np.random.get_state(), torch.get_rng_state().numpy(), of_cuda))
+
+    python, numpy, before = random.getstate(), np.random.get_state(), state()
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            yield
+            yield lambda: state() != before
     finally:
         random.setstate(python)
         np.random.set_state(numpy)

@@ -77,8 +77,7 @@ class Run:
         )
 
     def write_config(self):
-        """Write config.json: every option, the data and what computes. Makes the folder if need be."""
-        self.out.mkdir(parents=True, exist_ok=True)
+        """Write config.json, into a folder that is there: every option, the data and what computes."""
         values = {
             **dataclasses.asdict(self.config),
             "nc": self.dataset.nc,

@@ -26,6 +26,7 @@ from fastgan.training.weights import (
 )
 from fastgan.weight_copies import WeightCopies
 
+_MOST_TRIALS = 8  # of one pass at steps in a row: as many as there are numbers of images to try it with, and one more
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -116,6 +117,7 @@ class TrainStep:
         if one_pass is None:
             self.one_pass, self.one_pass_reason = fused, f"fused={fused}: only fused layers take both halves at once"
         self._tried = {}  # number of images → what the discriminator was when one pass was tried with so many
+        self._trials = 0  # one after the other, at every step
         self._lr_tensors = [torch.tensor(lr, dtype=torch.float32, device=self.device) for _ in range(2)]
         adam = {"lr": lr, "betas": betas, "fused": True, "capturable": on_cuda}
         optimizer = KernelAdam if fused else ContiguousAdam
@@ -256,17 +258,21 @@ class TrainStep:
 
     def _takes_both(self, real_images, fake_images):
         """Whether one pass does for these images; tries it, if that is not known."""
-        if real_images.shape[1:] != fake_images.shape[1:]:
+        if real_images.shape != fake_images.shape:
             return False
         images, seen = seen_of(self.discriminator, real_images)
         if self._tried.get(images) == seen:
+            self._trials = 0
             return True
         if images == 1 and self._tried:
             return False  # a last batch of one image tells little
+        self._trials += 1
         self._running = self.discriminator
         if self.discriminator in self._in_default_layout:
             real_images, fake_images = contiguous(real_images), contiguous(fake_images)
         obstacle = one_pass_obstacle(self.discriminator, real_images, fake_images)
+        if self._trials > _MOST_TRIALS:
+            obstacle = obstacle or "it changes at every step, and to try it each time takes longer"
         self._tried[images] = seen
         if obstacle is not None:
             self.one_pass, self.one_pass_reason = False, obstacle
@@ -316,20 +322,22 @@ class TrainStep:
             ValueError: the state is of other networks, or is no state of a TrainStep.
         """
         self.forget_graph()
-        before = [copy.deepcopy(network.state_dict()) for network in (self.generator, self.discriminator)]
+        before = copy.deepcopy(self.state_dict())
         try:
-            load_weights(self.generator, state["generator"])
-            load_weights(self.discriminator, state["discriminator"])
-            self.optimizer_g.load_state_dict(state["optimizer_g"])
-            self.optimizer_d.load_state_dict(state["optimizer_d"])
-            if self.scaler.is_enabled():
-                self.scaler.load_state_dict(state["scaler"])
+            self._load(state)
         except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
-            for network, kept in zip((self.generator, self.discriminator), before, strict=True):
-                network.load_state_dict(kept)
+            self._load(before)
             if isinstance(error, ValueError):
                 raise
             raise ValueError(f"this is no state of a TrainStep for these networks: {error!r}") from error
+
+    def _load(self, state):
+        load_weights(self.generator, state["generator"])
+        load_weights(self.discriminator, state["discriminator"])
+        self.optimizer_g.load_state_dict(state["optimizer_g"])
+        self.optimizer_d.load_state_dict(state["optimizer_d"])
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
 
     _STATEFUL = ("generator", "discriminator", "optimizer_g", "optimizer_d", "scaler")
 

@@ -48,6 +48,13 @@ def test_sixteen_bits(tmp_path, name, deep, eight_bit):
     assert colour(read_picture(saved(tmp_path, picture, name), 4)) == [eight_bit] * 3
 
 
+@pytest.mark.parametrize(("number", "eight_bit"), [(0.2, 51), (1.0, 255), (51.0, 51), (np.nan, 0)])
+def test_floating_point(tmp_path, number, eight_bit):
+    """Of either usual range."""
+    picture = Image.fromarray(np.full((9, 9), number, dtype=np.float32))
+    assert colour(read_picture(saved(tmp_path, picture, "picture.tif"), 4)) == [eight_bit] * 3
+
+
 def test_cmyk_jpeg(tmp_path):
     picture = saved(tmp_path, Image.new("CMYK", (16, 16), (0, 0, 0, 0)), "picture.jpg")
     assert colour(read_picture(picture, 4)) == [255, 255, 255]

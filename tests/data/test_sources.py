@@ -1,6 +1,7 @@
 """The data sets: digits, folders, torchvision's, and what they say of bad input."""
 
 import hashlib
+import os
 import pickle
 import struct
 import subprocess
@@ -14,6 +15,7 @@ import torch
 
 from fastgan import data
 from fastgan.data import datasets
+from fastgan.data.sources import find_pictures
 from tests.data import colour, take
 
 Image = pytest.importorskip("PIL.Image")
@@ -80,6 +82,28 @@ def test_folder_leaves_out_hidden_and_other_files(pictures):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert len(data.load("folder", root=pictures, image_size=8)) == 5
+
+
+def test_links_to_folders_are_followed_once(pictures, tmp_path):
+    (pictures / "b" / "up").symlink_to(pictures)  # a circle
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "here").symlink_to(pictures)
+    (tmp_path / "linked" / "there").symlink_to(pictures)
+    for folder in (pictures, tmp_path / "linked"):
+        assert len(find_pictures(folder)) == 5
+
+
+def test_unreadable_folders_are_left_out_and_named(pictures, monkeypatch):
+    listed = os.scandir
+
+    def scandir(path):  # root may read whatever it likes
+        if str(path).endswith("b"):
+            raise PermissionError(13, "Permission denied", path)
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.warns(UserWarning, match=r"folders that cannot be read are left out \(1\): '.*b'"):
+        assert 0 < len(find_pictures(pictures)) < 5
 
 
 def test_threads_do_not_change_the_images(pictures):

@@ -55,6 +55,13 @@ class _OfItsOwn(nn.Module):
         return x.float()
 
 
+class _NowAndThen(nn.Module):
+    """Chance that hardly ever strikes, by a generator that is not torch's."""
+
+    def forward(self, x):
+        return x * 2 if random.random() < 1e-9 else x
+
+
 class _Locked(nn.Identity):
     def __init__(self):
         super().__init__()
@@ -70,14 +77,25 @@ def _logits(features):
     [
         (lambda: [nn.Conv2d(2, 4, 3), nn.Flatten(), nn.BatchNorm1d(784), nn.Linear(784, 1)], "unfused in 2"),
         (lambda: [nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4, momentum=None), *_logits(784)], "momentum=None"),
-        (lambda: [nn.Conv2d(2, 4, 3), nn.Dropout(), *_logits(784)], "chance"),
+        (lambda: [nn.Conv2d(2, 4, 3), nn.Dropout(), *_logits(784)], "random numbers"),
         (lambda: [nn.Conv2d(2, 4, 3), _BatchMean(), *_logits(784)], "share a batch"),
         (lambda: [nn.utils.parametrizations.spectral_norm(nn.Conv2d(2, 4, 3)), *_logits(784)], "chance|leaves"),
         (lambda: [nn.Conv2d(2, 1, 16), nn.Flatten(0), nn.Unflatten(0, (1, -1))], "first axis"),
         (lambda: [nn.Conv2d(2, 4, 3), _InPieces(), *_logits(784)], "share a batch"),
+        (lambda: [nn.Conv2d(2, 4, 3), _NowAndThen(), *_logits(784)], "random numbers"),
         (lambda: [_Locked(), nn.Conv2d(2, 4, 3), *_logits(784)], "cannot be copied to try it .TypeError"),
     ],
-    ids=("batch-norm-1d", "cumulative", "dropout", "batch-mean", "spectral-norm", "shape", "pieces", "lock"),
+    ids=(
+        "batch-norm-1d",
+        "cumulative",
+        "dropout",
+        "batch-mean",
+        "spectral-norm",
+        "shape",
+        "pieces",
+        "now-and-then",
+        "lock",
+    ),
 )
 def test_two_passes_where_one_would_not_be_exact(layers, reason):
     torch.manual_seed(0)
@@ -191,11 +209,22 @@ class _FadingIn(nn.Module):
     def __init__(self):
         super().__init__()
         self.conv, self.norm, self.skip = nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(2, 4, 3)
-        self.logits, self.alpha = nn.Sequential(*_logits(784)), 0.0
+        self.logits, self.alpha = nn.Sequential(*_logits(784)), (0.0,)
 
     def forward(self, x):
         seen = nn.functional.leaky_relu(self.norm(self.conv(x)), 0.2)
-        return self.logits(self.alpha * seen + (1 - self.alpha) * self.skip(x))
+        return self.logits(self.alpha[0] * seen + (1 - self.alpha[0]) * self.skip(x))
+
+
+class _Mixing(nn.Module):
+    """A batch mean that somebody may turn on."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers, self.share = _sequential(), 0.0
+
+    def forward(self, x):
+        return self.layers(x - self.share * x.mean(0, keepdim=True))
 
 
 class _Checkpointing(nn.Module):
@@ -259,9 +288,41 @@ def test_it_is_tried_anew_in_another_mode():
         _followed(make, lambda model, i: model.train(i > 0), steps=3)
 
 
+def test_it_is_tried_anew_with_another_setting():
+    with pytest.warns(UserWarning, match="two passes.*share a batch"):
+        _followed(_Mixing, lambda model, i: setattr(model, "share", 0.5 * (i > 1)), steps=4)
+
+
+def test_it_is_not_tried_for_ever():
+    with pytest.warns(UserWarning, match="two passes: it changes at every step"):
+        _followed(_Mixing, lambda model, i: setattr(model, "number", i), steps=10)
+
+
+def test_a_generator_of_more_images():
+    """Than it got latents: halves of the batch would not be real and fake."""
+
+    class Tripled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one = make_networks()[0]
+
+        def forward(self, z):
+            return (
+                self.one(z).repeat(3, 1, 1, 1) * torch.arange(1.0, 4.0).repeat_interleave(len(z))[:, None, None, None]
+            )
+
+    found = []
+    for one_pass in (True, False):
+        torch.manual_seed(0)
+        step = TrainStep(Tripled(), _sequential().double(), latent_dim=NZ, one_pass=one_pass)
+        torch.manual_seed(1)
+        found.append(step(real_batches(1)[0]))
+    assert found[0] == found[1]
+
+
 def test_forwards_that_are_not_followed_any_more():
     with pytest.warns(RuntimeWarning, match="run stock from here on"):
-        step = _followed(_FadingIn, lambda model, i: setattr(model, "alpha", i / 100), steps=MOST_PLANS + 3)
+        step = _followed(_FadingIn, lambda model, i: setattr(model, "alpha", (i / 100,)), steps=MOST_PLANS + 3)
     assert step.one_pass
 
 

@@ -258,6 +258,37 @@ def test_a_state_of_somebodys_adam(fused):
     torch.testing.assert_close(step.discriminator.state_dict(), networks[1].state_dict(), rtol=1e-12, atol=1e-14)
 
 
+def test_going_back_twice():
+    """What was given to go on from stays as it is, and so do optimizers and networks where a state does not fit."""
+    step, batches = TrainStep(*make_networks(), latent_dim=NZ), real_batches(3)
+    step(batches[0])
+    state, losses = copy.deepcopy(step.state_dict()), []
+    for _ in range(2):
+        step.load_state_dict(state)
+        torch.manual_seed(5)
+        losses.append([step(images) for images in batches[1:]])
+    assert losses[0] == losses[1]
+    before = copy.deepcopy(step.state_dict())
+    other = copy.deepcopy(state)
+    other["optimizer_d"]["param_groups"][0]["params"].pop()
+    with pytest.raises(ValueError, match="group"):
+        step.load_state_dict(other)
+    torch.testing.assert_close(step.state_dict(), before, rtol=0, atol=0)
+
+
+def test_weights_that_are_replaced_by_others_of_another_layout():
+    found = []
+    for layout in (torch.channels_last, torch.contiguous_format):
+        step, batches = TrainStep(*make_networks(), latent_dim=NZ), real_batches(2)
+        torch.manual_seed(5)
+        step(batches[0])
+        for param in step.discriminator.parameters():
+            if param.dim() == 4:
+                param.data = param.data.mul(1.5).contiguous(memory_format=layout)
+        found.append([step(batches[1]), step.discriminator.state_dict()])
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_autocast_of_somebody_else(fused):
     """It would cast within backward, and `precision` says what to compute in."""
