@@ -17,7 +17,8 @@ _TAPS_AT_ONCE = 2**21
 
 def from_one_position(x, weight):
     """conv_transpose2d of (N, in_channels, 1, 1) without padding: one product, in the layout of the weight."""
-    return _of_rows(torch.mm(x.flatten(1), _rows(weight, weight)), weight)
+    y = _of_rows(torch.mm(x.flatten(1), _rows(weight, weight)), weight)
+    return y.contiguous(memory_format=torch.channels_last) if suggests_channels_last(x) else y
 
 
 def to_one_position(x, weight):

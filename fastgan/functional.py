@@ -281,7 +281,8 @@ def _conv_bn_act_fused(
     if needs_grad or activation_first:
         # γ's gradient needs what BatchNorm is of, so it is kept; and the epilogue activates last.
         y = convolution.conv(x, *weights, bias, *no_batch_norm, *where, *before, *of_x, False)
-        mean, invstd = running_mean.float(), (running_var.float() + eps).rsqrt()
+        # A copy: until backward the running statistics may move on.
+        mean, invstd = running_mean.to(torch.float32, copy=True), (running_var.float() + eps).rsqrt()
         return batch_norm.batch_norm_act(y, mean, invstd, gamma, beta, False, *after), None
     known = (running_mean, running_var, gamma, beta, eps)
     return convolution.conv(x, *weights, bias, *known, *where, *act, *of_x, False), None

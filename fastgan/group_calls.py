@@ -10,6 +10,7 @@ from fastgan import backend
 from fastgan import functional as fused
 from fastgan.batch_groups import current_groups
 from fastgan.cpu_convolution import convolve
+from fastgan.layout import with_stock_gradient
 from fastgan.ops.chain import Layer, run_chain
 from fastgan.ops.operators import is_watched
 from fastgan.ops.reference import activate_
@@ -67,6 +68,8 @@ def run_operator(x, conv, batch_norm, activation, negative_slope, activation_fir
     vectors, options = _batch_norm_arguments(batch_norm, x) if batch_norm is not None else (_NO_VECTORS, _NO_BATCH_NORM)
     if activation_first:
         options["activation_first"] = True
+    if links.get("x_link") is None:
+        x = with_stock_gradient(x, conv)
     try:
         return fused.linked_conv_bn_act(
             x,
@@ -110,6 +113,7 @@ def run_groups(x, groups):
     known = any([group.batch_norm is not None and not layer.batch_statistics for group, layer in pairs])
     if known and torch.is_grad_enabled() and any([tensor.requires_grad for tensor in (x, *given)]):
         return None  # the operator with known statistics inside has no gradient
+    x = with_stock_gradient(x, groups[0].modules[0])
     return run_chain(x.to(dtype, memory_format=torch.channels_last), tensors, tuple(layers))
 
 

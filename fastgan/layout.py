@@ -1,5 +1,9 @@
 """Memory layouts: the fused operators give channels_last, and what follows a fused layer may count on stock's."""
 
+import torch
+
+from fastgan.backend import is_batched
+
 
 def suggests_channels_last(tensor):
     """Whether ATen takes a 4-dimensional tensor for a channels_last one; where sizes of one make it both, for neither.
@@ -34,6 +38,29 @@ def in_stock_layout(y, x, convolutions):
     if any([suggests_channels_last(tensor) for conv in convolutions for tensor in _weights(conv)]):
         return y
     return contiguous(y)
+
+
+def with_stock_gradient(x, conv):
+    """x, the input of fused layers of which `conv` is the first, with a gradient that lies as stock would give it.
+
+    Where neither of both is channels_last that is the default layout, which gradient penalties view. In compiled code
+    stock's is channels_last, too.
+    """
+    if not x.requires_grad or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return x
+    if suggests_channels_last(x) or any([suggests_channels_last(tensor) for tensor in _weights(conv)]):
+        return x
+    return _GradientInDefaultLayout.apply(x)
+
+
+class _GradientInDefaultLayout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad if is_batched(grad) else contiguous(grad)
 
 
 def _weights(conv):

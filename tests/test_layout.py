@@ -81,3 +81,45 @@ def test_views_and_dropout_after_fused_layers(how, weights, images, backend, dev
     assert ours.stride() == theirs.stride()
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
     assert model.features(x).stride() == stock.features(x).stride()
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("weights, images", list(product(LAYOUTS, LAYOUTS)), ids=str)
+@pytest.mark.parametrize("leaf", [True, False])
+@pytest.mark.parametrize("create_graph", [True, False])
+@pytest.mark.parametrize("follows", [True, False])
+def test_gradients_of_images(follows, create_graph, leaf, weights, images, backend, device, monkeypatch):
+    """Gradient penalties view them: `gradient.view(len(gradient), -1)`."""
+    monkeypatch.setenv("FASTGAN_BACKEND", backend)
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Conv2d(3, 4, 4, 2, 1), nn.LeakyReLU(0.2), nn.Conv2d(4, 1, 4))
+    stock = nn.Sequential(Forwards(layers) if follows else layers).to(device, memory_format=weights)
+    model, found = fastgan.fuse(copy.deepcopy(stock)), []
+    for network in (stock, model):
+        torch.manual_seed(1)
+        x = torch.randn(2, 3, 8, 8, device=device).to(memory_format=images).requires_grad_()
+        x = x if leaf else x * 1.0
+        found.append(torch.autograd.grad(network(x).sum(), x, create_graph=create_graph)[0])
+    theirs, ours = found
+    assert ours.stride() == theirs.stride()
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+class Forwards(nn.Module):
+    def __init__(self, layers):
+        super().__init__()
+        self.first, self.last = layers[0], layers[2]
+
+    def forward(self, x):
+        return self.last(F.leaky_relu(self.first(x), 0.2))
+
+
+@pytest.mark.parametrize("weights", LAYOUTS, ids=str)
+def test_from_one_position_of_channels_last_images(weights, device):
+    torch.manual_seed(0)
+    encoder = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+    decoder = nn.Sequential(nn.ConvTranspose2d(8, 8, 4), nn.BatchNorm2d(8), nn.ReLU()).to(memory_format=weights)
+    stock = nn.Sequential(encoder, decoder).to(device)
+    model = fastgan.fuse(copy.deepcopy(stock))
+    x = torch.randn(2, 3, 8, 8, device=device).to(memory_format=torch.channels_last)
+    assert model(x).stride() == stock(x).stride()

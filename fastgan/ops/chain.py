@@ -9,7 +9,6 @@ import functools
 from typing import NamedTuple
 
 import torch
-from torch.autograd.graph import increment_version
 
 from fastgan.backend import is_batched
 from fastgan.checks import check_conv_bn_act
@@ -93,18 +92,7 @@ def run_chain(x, tensors, layers):
     """
     if torch.is_grad_enabled() and any([each is not None and each.requires_grad for each in (x, *tensors)]):
         return _Chain.apply(x, *tensors, layers)
-    result = _forward(x, *tensors, layers, False)
-    _count_updates(tensors, layers)
-    return result
-
-
-def _count_updates(tensors, layers):
-    """Tell autograd of what a forward has written to."""
-    written = []
-    for i, layer in enumerate(layers):
-        if layer.batch_statistics:
-            written += tensors[TENSORS * i + LEARNED + 1 : TENSORS * (i + 1)]
-    increment_version([tensor for tensor in written if tensor is not None])
+    return _forward(x, *tensors, layers, False)
 
 
 class _Chain(torch.autograd.Function):
@@ -114,7 +102,6 @@ class _Chain(torch.autograd.Function):
     def forward(ctx, x, *tensors_and_layers):
         *tensors, layers = tensors_and_layers
         result, *kept = _forward(x, *tensors, layers, True)
-        _count_updates(tensors, layers)
         learned = [each for i in range(0, len(tensors), TENSORS) for each in tensors[i : i + LEARNED]]
         ctx.layers, ctx.given = layers, [each is not None for each in tensors]
         if layers[-1].batch_statistics or not layers[-1].activation:

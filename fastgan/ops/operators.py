@@ -26,7 +26,8 @@ class Operator:
     Args:
         name: "namespace::name".
         function: annotated as ``torch.library.custom_op`` wants it; its results share no memory with its arguments.
-        mutates_args: the names of the arguments that it writes to; it then has no gradient.
+        mutates_args: the names of the arguments that it writes to; it then has no gradient. In eager code autograd is
+            not told, as PyTorch's BatchNorm does not tell it: graphs that hold its running statistics stay usable.
     """
 
     def __init__(self, name, function, mutates_args):
@@ -35,8 +36,6 @@ class Operator:
         self._name, self._run, self._differentiable = name, Replayed(function), None
         run = functools.wraps(function)(lambda *arguments: self._run(*arguments))
         self.registered = torch.library.custom_op(name, run, mutates_args=mutates_args)
-        names = function.__code__.co_varnames
-        self._mutated = [names.index(name) for name in mutates_args]
 
     def register_fake(self, function):
         """As ``torch.library.custom_op`` has it."""
@@ -56,11 +55,7 @@ class Operator:
             if self._differentiable is None:
                 return self.registered(*arguments)  # which says so when it is asked for a gradient
             return self._differentiable.apply(*arguments, *listed)
-        result = self._run(*arguments)
-        for i in self._mutated:
-            if arguments[i] is not None:
-                torch.autograd.graph.increment_version(arguments[i])
-        return result
+        return self._run(*arguments)
 
 
 def as_operator(operator):

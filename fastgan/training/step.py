@@ -56,8 +56,8 @@ class TrainStep:
         one_pass: run the discriminator's update over [real; fake] in one pass in which each half has its own batch
             statistics: the same numbers as two passes with half the launches, but the activations of both halves are
             alive at once. None: with fused layers. The first step tries on copies whether it really gives the same
-            numbers, as do later ones when layers, hooks, modes or settings have changed, and where not (a BatchNorm that is not
-            fused, say) goes back to two passes: see ``one_pass_reason``.
+            numbers, as do later ones when layers, hooks, modes or settings have changed, and where not (a BatchNorm
+            that is not fused, say) goes back to two passes: see ``one_pass_reason``.
         source: where ``step()`` without images takes them from: an object whose ``draw()`` returns the next batch.
 
     Attributes: ``generator``, ``discriminator`` (the given modules), ``optimizer_g``, ``optimizer_d``, ``scaler``,

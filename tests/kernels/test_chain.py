@@ -40,6 +40,41 @@ def replays(request, monkeypatch):
     return request.param
 
 
+def scores(model, x):
+    return model(x).square().mean()
+
+
+def scores_of_layers(model, x):
+    """By the layers themselves, whose graph holds running statistics, then by the chain, which updates them."""
+    features = x
+    for layer in model:
+        features = layer(features)
+    return features.square().mean() + scores(model, x)
+
+
+def scores_in_both_modes(model, x):
+    known = scores(model.eval(), x)
+    return known + scores(model.train(), x)
+
+
+@pytest.mark.parametrize("loss", (scores_of_layers, scores_in_both_modes))
+def test_running_statistics_that_a_graph_holds_may_move_on(loss, replays, device):
+    stock = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.LeakyReLU(0.2), nn.Conv2d(4, 2, 3)).to(device)
+    model, x = fastgan.fuse(copy.deepcopy(stock)), torch.randn(4, 3, 8, 8, device=device)
+    for _ in range(3):
+        for network in (stock, model):
+            network.zero_grad()
+        loss(model, x).backward()
+        if loss is scores_in_both_modes:  # stock's backward would take the statistics as they are by then
+            scores(stock.eval(), x).backward()
+            scores(stock.train(), x).backward()
+        else:
+            loss(stock, x).backward()
+        for ours, theirs in zip(model.parameters(), stock.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad, theirs.grad, **TOLERANCE)
+    torch.testing.assert_close(model.state_dict(), stock.state_dict(), **TOLERANCE)
+
+
 def network():
     """All that a chain may hold: either order, with and without bias, BatchNorm, its vectors and an activation."""
     torch.manual_seed(0)

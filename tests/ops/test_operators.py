@@ -139,14 +139,14 @@ def test_traces_hold_the_operator():
     assert seen == [torch.ops.fastgan_test.doubled.default]
 
 
-def test_what_was_written_to_counts_as_changed(unregistered):
+def test_graphs_that_hold_what_was_written_to_stay_usable(unregistered):
+    """As those of PyTorch's BatchNorm that hold its running statistics."""
     counter, x = torch.zeros(()), torch.ones(3, requires_grad=True)
     loss = (x * counter).sum()
     with torch.no_grad():
         count(x, counter, None)
-    assert counter == 3 and counter._version == 1
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
+    assert counter == 3
+    loss.backward()
 
 
 def test_no_gradient_is_an_error():
