@@ -10,6 +10,7 @@ from fastgan import backend
 from fastgan import functional as fused
 from fastgan.batch_groups import current_groups
 from fastgan.cpu_convolution import convolve
+from fastgan.first_order import only_first_order
 from fastgan.layout import with_stock_gradient
 from fastgan.ops.chain import Layer, run_chain
 from fastgan.ops.operators import is_watched
@@ -29,6 +30,8 @@ def run_layers(x, conv, forwards, batch_norm):
     """
     groups = current_groups()
     x = convolve(x, conv, forwards[0], alone=len(forwards) == 1)
+    if batch_norm is None and _is_view(x) and not only_first_order():
+        x = x.clone()  # stock's is none: others may call detach_() of what they get
     for forward in forwards[1:]:
         if forward is not batch_norm:
             x = forward(x)
@@ -37,6 +40,10 @@ def run_layers(x, conv, forwards, batch_norm):
         else:
             x = batch_norm.forward(x)
     return x
+
+
+def _is_view(x):
+    return isinstance(x, torch.Tensor) and not torch.compiler.is_compiling() and x._is_view()
 
 
 def run_stock(x, conv, batch_norm, activation, negative_slope, activation_first):

@@ -71,5 +71,5 @@ def _weights(conv):
 def contiguous(y):
     """y in the default layout, and with its strides: where sizes of one make a tensor contiguous as it is, too."""
     y = y.contiguous()
-    # Left as they are they would make the next stock layer's result channels_last.
-    return y.view(-1).view(y.shape) if suggests_channels_last(y) else y
+    # Left as they are they would make the next stock layer's result channels_last. No view, as stock's result is none.
+    return y.clone(memory_format=torch.contiguous_format) if suggests_channels_last(y) else y

@@ -123,3 +123,33 @@ def test_from_one_position_of_channels_last_images(weights, device):
     model = fastgan.fuse(copy.deepcopy(stock))
     x = torch.randn(2, 3, 8, 8, device=device).to(memory_format=torch.channels_last)
     assert model(x).stride() == stock(x).stride()
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize(
+    "layers",
+    [
+        lambda: [
+            nn.ConvTranspose2d(3, 8, 4),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.ConvTranspose2d(8, 1, 4, 2, 1),
+            nn.Tanh(),
+        ],
+        lambda: [nn.Conv2d(3, 1, 1, bias=False), nn.Sigmoid()],
+        lambda: [nn.Conv2d(3, 1, 1, bias=False)],
+        lambda: [nn.ConvTranspose2d(3, 4, 4, bias=False), nn.ReLU()],
+    ],
+    ids=("one channel", "one position", "one position alone", "from one position"),
+)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_results_are_no_views(layout, layers, backend, device, monkeypatch):
+    monkeypatch.setenv("FASTGAN_BACKEND", backend)
+    stock = nn.Sequential(*layers()).to(device, memory_format=layout)
+    model = fastgan.fuse(copy.deepcopy(stock))
+    x = torch.randn(2, 3, 1, 1, device=device).to(memory_format=layout)
+    assert not model(x).detach_().requires_grad
+    with torch.no_grad():
+        results = [network(x) for network in (stock, model)]
+    share = torch.ones(1, device=device, requires_grad=True)
+    torch.testing.assert_close(*(result.mul_(share) for result in results), rtol=1e-3, atol=1e-5)
