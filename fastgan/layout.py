@@ -44,9 +44,9 @@ def with_stock_gradient(x, conv):
     """x, the input of fused layers of which `conv` is the first, with a gradient that lies as stock would give it.
 
     Where neither of both is channels_last that is the default layout, which gradient penalties view. In compiled code
-    stock's is channels_last, too.
+    stock's is channels_last, too, and a trace of torch.jit's must be the same without gradients.
     """
-    if not x.requires_grad or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if not x.requires_grad or not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return x
     if suggests_channels_last(x) or any([suggests_channels_last(tensor) for tensor in _weights(conv)]):
         return x
