@@ -23,7 +23,8 @@ def from_one_position(x, weight):
 
 def to_one_position(x, weight):
     """conv2d of images as large as the kernel, without padding."""
-    return F.linear(_rows(x, weight), _rows(weight, weight))[:, :, None, None]
+    y = F.linear(_rows(x, weight)[:, None, None], _rows(weight, weight))
+    return y if y.shape[3] == 1 else y.flatten(1)[:, :, None, None]  # of one channel it is no view
 
 
 def to_high(low, weight, stride, padding):
