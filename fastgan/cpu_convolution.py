@@ -74,8 +74,8 @@ def convolve(x, conv, forward, alone=False):
     with backend.without_autocast("cpu"):  # or products of float32 would be of less
         y = compute(x.to(working), weight.to(working), *where)
         y = (y if bias is None else y + bias.to(working)[:, None, None]).to(dtype)
-    stands_out = alone and compute is to_one_position and y.shape[1] > 1
-    if stands_out and (suggests_channels_last(weight) or suggests_channels_last(x)):
+    has_strides = alone and compute is to_one_position and y.shape[1] > 1
+    if has_strides and (suggests_channels_last(weight) or suggests_channels_last(x)):
         return y.flatten(1)[:, None, None].permute(0, 3, 1, 2)
     return y
 

@@ -32,12 +32,7 @@ def in_stock_layout(y, x, convolutions):
         x: the input of the first.
         convolutions: the modules of the run.
     """
-    if suggests_channels_last(x):
-        return y
-    # Of a parametrized weight what it is computed from: to look at itself would compute it.
-    if any([suggests_channels_last(tensor) for conv in convolutions for tensor in _weights(conv)]):
-        return y
-    return contiguous(y)
+    return y if _stock_is_channels_last(x, convolutions) else contiguous(y)
 
 
 def with_stock_gradient(x, conv):
@@ -48,9 +43,7 @@ def with_stock_gradient(x, conv):
     """
     if not x.requires_grad or not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return x
-    if suggests_channels_last(x) or any([suggests_channels_last(tensor) for tensor in _weights(conv)]):
-        return x
-    return _GradientInDefaultLayout.apply(x)
+    return x if _stock_is_channels_last(x, [conv]) else _GradientInDefaultLayout.apply(x)
 
 
 class _GradientInDefaultLayout(torch.autograd.Function):
@@ -61,6 +54,14 @@ class _GradientInDefaultLayout(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return grad if is_batched(grad) else contiguous(grad)
+
+
+def _stock_is_channels_last(x, convolutions):
+    """Whether stock's results are in channels_last, and its gradients for x."""
+    if suggests_channels_last(x):
+        return True
+    # Of a parametrized weight what it is computed from: to look at itself would compute it.
+    return any([suggests_channels_last(tensor) for conv in convolutions for tensor in _weights(conv)])
 
 
 def _weights(conv):

@@ -62,7 +62,7 @@ class ContiguousAdam(torch.optim.Adam):
 
     def step(self, closure=None):
         """torch's: one update; returns what `closure`, if any, returns."""
-        if any([self._lie_otherwise(group) for group in self.param_groups]):
+        if self._lie_otherwise():
             self.follow_layouts()
         with torch.no_grad():  # or views of parameters become part of a graph
             updates = [self._lists_on_cpu(group) for group in self.param_groups] if closure is None else [None]
@@ -79,15 +79,10 @@ class ContiguousAdam(torch.optim.Adam):
                     params, grads, averages, squares, [], steps, lr=lr, beta1=beta1, beta2=beta2, eps=eps, **options
                 )
 
-    def _lie_otherwise(self, group):
+    def _lie_otherwise(self):
         """Whether a parameter got other memory, of another layout, since its averages were made."""
-        averages = [self.state[param].get("exp_avg") if param in self.state else None for param in group["params"]]
-        return any(
-            [
-                average is not None and average.stride() != param.stride()
-                for param, average in zip(group["params"], averages, strict=True)
-            ]
-        )
+        averages = [(param, state["exp_avg"]) for param, state in self.state.items() if "exp_avg" in state]
+        return any([average.stride() != param.stride() for param, average in averages])
 
     def _lists_on_cpu(self, group):
         """(parameters, gradients, averages, averages of squares, steps) for the fused update; None: it is torch's."""
