@@ -15,6 +15,7 @@ from fastgan.kernels.pieces import (
     channel_vector,
     column_sums,
     normalize,
+    program_from_the_end,
     scale_and_shift,
     wait_for_previous,
 )
@@ -49,8 +50,8 @@ def normalize_activate_kernel(
     BLOCK_C: tl.constexpr,
 ):
     wait_for_previous()
-    group = tl.program_id(2)
-    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    group = program_from_the_end(2)
+    row = program_from_the_end(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     column_ok = column < C
     ok = (row < rows)[:, None] & column_ok[None, :]
@@ -169,8 +170,8 @@ def batch_norm_input_grad_kernel(
 ):
     """dy = γ·invstd·(dz − Σdz/M − x̂·Σ(dz·x̂)/M), without the two means where the statistics are constants."""
     wait_for_previous()
-    group = tl.program_id(2)
-    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    group = program_from_the_end(2)
+    row = program_from_the_end(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     column_ok = column < C
     ok = (row < rows)[:, None] & column_ok[None, :]
@@ -275,7 +276,7 @@ def activation_input_grad_kernel(
     BLOCK: tl.constexpr,
 ):
     wait_for_previous()
-    pid = tl.program_id(0)
+    pid = program_from_the_end(0)
     if INT64:
         pid = pid.to(tl.int64)
     i = pid * BLOCK + tl.arange(0, BLOCK)

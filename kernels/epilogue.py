@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from fastgan.kernels.launch import cdiv, launch, needs_int64, rows_tile
-from fastgan.kernels.pieces import conv_epilogue, wait_for_previous
+from fastgan.kernels.pieces import conv_epilogue, program_from_the_end, wait_for_previous
 
 
 @triton.jit
@@ -25,7 +25,7 @@ def conv_epilogue_kernel(
     BLOCK_C: tl.constexpr,
 ):
     wait_for_previous()
-    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    row = program_from_the_end(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     column_ok = column < C
     ok = (row < rows)[:, None] & column_ok[None, :]

@@ -26,6 +26,16 @@ wait_for_previous = _starts_in_turn if interpreted() else _wait_for_previous
 
 
 @triton.jit
+def program_from_the_end(AXIS: tl.constexpr):
+    """This program's number along AXIS, counted from the last one.
+
+    A convolution writes its first rows first. A pass over a result that is larger than L2 begins where it ended, with
+    what is still there, and leaves the first rows in L2 for the next convolution.
+    """
+    return tl.num_programs(AXIS) - 1 - tl.program_id(AXIS)
+
+
+@triton.jit
 def steps_of(steps, MOST: tl.constexpr, images):
     """The number of steps of a loop, MOST at most, for `images` ≥ 1; where they are many, hidden from the compiler.
 
