@@ -2,6 +2,8 @@
 
 import torch
 
+from fastgan.ops.geometry import out_size
+
 ACTIVATIONS = ("relu", "leaky_relu", "tanh", "sigmoid", None)
 
 
@@ -88,8 +90,6 @@ def check_conv_bn_act(
 
 
 def _check_sizes(x, weight, images, out_channels, transposed, stride, padding, output_padding, batch_statistics):
-    from fastgan.ops.convolution import out_size
-
     for extra, step in zip(output_padding, stride, strict=True):
         if extra and extra >= step:
             raise ValueError(f"output_padding must be less than stride {tuple(stride)}; got {tuple(output_padding)}")

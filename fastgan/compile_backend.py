@@ -13,10 +13,10 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
-from fastgan import functional as fused
 from fastgan.graph_patterns import activation_of, changes_in_place, is_written_to, may_be_views, sole_user, stays_stock
 from fastgan.group_calls import gamma_of_ones
 from fastgan.layout import contiguous, suggests_channels_last
+from fastgan.ops import layer as fused
 from fastgan.patterns import WRITTEN_TO
 
 _CONVOLUTIONS = {  # how each is called

@@ -16,12 +16,12 @@ import torch
 from torch import fx, nn
 
 from fastgan import backend
-from fastgan import functional as fused
 from fastgan.batch_groups import current_groups
 from fastgan.first_order import only_first_order
 from fastgan.graph_forward import GraphForward, Plan, is_graph_forward
 from fastgan.group_calls import run_groups, run_layers, run_operator, why_not_operator
 from fastgan.layout import in_stock_layout
+from fastgan.ops import layer as fused
 from fastgan.patterns import any_has_hooks, match
 
 

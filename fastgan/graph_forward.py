@@ -11,12 +11,12 @@ import torch
 from torch import fx, nn
 from torch.fx.experimental.symbolic_shapes import guard_scalar
 
-from fastgan import functional as fused
 from fastgan.batch_groups import batch_groups, current_groups
 from fastgan.first_order import only_first_order
 from fastgan.graph_patterns import find_groups
 from fastgan.group_calls import run_operator, run_stock
 from fastgan.layout import in_stock_layout
+from fastgan.ops import layer as fused
 from fastgan.tracing import TENSOR, Untraceable, trace
 from fastgan.watching import Watch, freeze
 

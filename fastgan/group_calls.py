@@ -7,11 +7,11 @@ import torch.distributed as dist
 from torch import nn
 
 from fastgan import backend
-from fastgan import functional as fused
 from fastgan.batch_groups import current_groups
 from fastgan.cpu_convolution import convolve
 from fastgan.first_order import only_first_order
 from fastgan.layout import with_stock_gradient
+from fastgan.ops import layer as fused
 from fastgan.ops.chain import Layer, run_chain
 from fastgan.ops.operators import is_watched
 from fastgan.ops.reference import activate_
@@ -62,7 +62,7 @@ def run_operator(x, conv, batch_norm, activation, negative_slope, activation_fir
     """(result, its Link or None) of the group as one operator; `layer` names it where the operator refuses its input.
 
     By its layers where a setting that was changed since the group was matched is none of the operator's.
-    `links`: x_link and gives_link of `fastgan.functional.linked_conv_bn_act`.
+    `links`: x_link and gives_link of `fastgan.ops.layer.linked_conv_bn_act`.
     """
     changed = why_not_operator(conv, batch_norm, negative_slope)
     if changed and links.get("x_link") is not None:  # the layer before counts on this one's operator for its gradient

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastgan import functional, group_calls
+from fastgan import group_calls
 from fastgan.kernels import launch as launching
 from fastgan.kernels.offline import started_by
-from fastgan.ops import chain, operators
+from fastgan.ops import chain, layer, operators
 from fastgan.ops.replay import ALLOCATIONS
 from fastgan.training.graph import StepGraph
 
@@ -160,5 +160,5 @@ def simulate_graphs(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, lambda device=None: None)
     monkeypatch.setattr(StepGraph, "_aside", lambda graph, images: graph._step(images))
     # A capture sees what operators do, and not the operators.
-    for module in (operators, chain, functional, group_calls):
+    for module in (operators, chain, layer, group_calls):
         monkeypatch.setattr(module, "is_watched", lambda tensors: False)

@@ -5,8 +5,8 @@ import copy
 import torch
 from torch import nn
 
-from fastgan import functional as fused
 from fastgan import fusion
+from fastgan.ops import layer as fused
 
 
 def make_pair(make):

@@ -7,7 +7,7 @@ import torch
 
 from fastgan import functional as fused
 from fastgan.checks import ACTIVATIONS
-from fastgan.losses import backward_bce_of_torch
+from fastgan.losses import backward_bce, backward_bce_of_torch
 
 
 @pytest.fixture(autouse=True)
@@ -222,7 +222,7 @@ LOSSES_OF_PARTS = {
 def test_loss_of_a_training_step(case, means):
     changes, error, message = LOSSES_OF_PARTS[case]
     given = dict(logits=torch.zeros(4, requires_grad=True), targets=(1.0, 0.0)) | changes
-    for function in (fused.backward_bce, backward_bce_of_torch):
+    for function in (backward_bce, backward_bce_of_torch):
         with pytest.raises(error, match=re.escape(message)):
             function(**given, scaler=torch.amp.GradScaler("cpu", enabled=False), means=means)
 

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations
 
 import fastgan
 from fastgan import compile_backend
-from fastgan import functional as fused
+from fastgan.ops import layer as fused
 from tests.forwards import FOLLOWED, Layers, data_dependent, forward_of, remembers
 from tests.pairs import assert_close, make_pair, one_step
 from tests.stacks import MODELS

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import fastgan
-from fastgan import functional as fused
 from fastgan.models import Discriminator, Generator
+from fastgan.ops import layer as fused
 from tests.accuracy import assert_as_accurate_as_stock
 from tests.pairs import assert_close, assert_same, block, count_operator_calls, make_pair, one_step
 from tests.stacks import MODELS, STAYS_STOCK, InOrder, Nested, SharedActivation

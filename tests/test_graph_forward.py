@@ -11,7 +11,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 import fastgan
-from fastgan import functional as fused
+from fastgan.ops import layer as fused
 from tests.forwards import (
     FOLLOWED,
     REFUSED,

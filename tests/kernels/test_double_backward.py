@@ -8,7 +8,7 @@ from torch import nn
 
 import fastgan
 from fastgan import functional as fused
-from fastgan.ops import batch_norm, convolution
+from fastgan.ops import batch_norm, convolution, layer
 from fastgan.ops.choice import Choice
 from tests.accuracy import assert_as_accurate_as_stock, error
 from tests.kernels.comparison import PLAIN, draw, gradient_of_norms, leaves, ours, stock, stock_convolution
@@ -120,7 +120,7 @@ def test_mixed_precision(copied, training, device, triton_backend, poisoned):
     where = dict(transposed=True, stride=[2, 2], padding=[1, 1], output_padding=[0, 0], batch_groups=1)
     options = dict(training=training, momentum=0.3, eps=1e-3, activation="tanh", negative_slope=0.2)
     with torch.autocast(device.type, torch.float16):
-        out = fused.conv_bn_act(x, *rest, weight_copy=kept, **options, **where)
+        out = layer.conv_bn_act(x, *rest, weight_copy=kept, **options, **where)
     assert out.dtype == torch.float16
     _, norms = gradient_of_norms(out.float(), x)
     grads = torch.autograd.grad(((norms - 1) ** 2).mean(), [x, *rest[:4]])

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from fastgan import functional as fused
-from fastgan.losses import backward_bce_of_torch
+from fastgan.losses import backward_bce, backward_bce_of_torch
 from tests.accuracy import assert_as_accurate_as_stock
 from tests.conftest import HAS_GPU
 
@@ -64,7 +64,7 @@ def test_backward_of_a_training_step(scaled, backend, targets, dtype, device, mo
     scaler = torch.amp.GradScaler(device.type, init_scale=1024.0, enabled=scaled)
     x = torch.randn(2 * 514, 1, 1, 1, device=device, dtype=dtype).mul_(4).requires_grad_()
     weights = torch.linspace(0.5, 2.0, x.numel(), device=device, dtype=dtype).view_as(x)
-    loss, *means = fused.backward_bce((x * weights).flatten(1), targets, scaler)
+    loss, *means = backward_bce((x * weights).flatten(1), targets, scaler)
     assert not loss.requires_grad and len(means) == len(targets)
 
     def reference(kind):
@@ -79,10 +79,10 @@ def test_backward_of_a_training_step(scaled, backend, targets, dtype, device, mo
     assert_as_accurate_as_stock("gradient", x.grad, plain_grad, exact_grad, computed_in=dtype)
     for mean, wanted in zip(means, exact_means, strict=True):
         torch.testing.assert_close(mean.double(), wanted, rtol=1e-5, atol=1e-6)
-    assert len(fused.backward_bce((x * weights).flatten(1), targets, scaler, means=False)) == 1
+    assert len(backward_bce((x * weights).flatten(1), targets, scaler, means=False)) == 1
 
 
-@pytest.mark.parametrize("backward", (fused.backward_bce, backward_bce_of_torch))
+@pytest.mark.parametrize("backward", (backward_bce, backward_bce_of_torch))
 @pytest.mark.parametrize("backend", ("triton", "reference"))
 def test_backward_from_one_number(backend, backward, device, monkeypatch):
     """What a batch of one leaves after squeeze()."""

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
-from fastgan import functional as fused
+from fastgan.ops import layer as fused
 from tests.interpreter import use_interpreter
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this PyTorch has no torch.distributed")
