@@ -188,7 +188,7 @@ def case(request):
     return Case(name, *setting)
 
 
-@pytest.mark.skipif(not ON_GPU, reason="for a GPU: a fused network on a CPU runs its own layers")
+@pytest.mark.skipif(not ON_GPU, reason="measured on a GPU only: its variants are compiled and captured")
 @pytest.mark.benchmark(group="models", timer=clock)
 def test_model(benchmark, case, variant):
     about = dict(variant=variant, batch=case.batch, image_size=case.size, network=case.name)

@@ -31,9 +31,13 @@ def _earlier(config):
         return {"benchmarks": [], "not_run": []}
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-        return {kind: content[kind] for kind in ("benchmarks", "not_run")}
+        earlier = {kind: content[kind] for kind in ("benchmarks", "not_run")}
+        of = {name: content["machine_info"][name] for name in timing.versions()}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise pytest.UsageError(f"--go-on: {path} is no JSON of an earlier run: {error!r}") from error
+    if of != timing.versions():
+        raise pytest.UsageError(f"--go-on: {path} is of {of}, and this run of {timing.versions()}")
+    return earlier
 
 
 def pytest_collection_modifyitems(config, items):
@@ -78,6 +82,10 @@ def _reason(excinfo):
     return (lines[0] if plain else f"{excinfo.typename}: {lines[0]}")[:300]
 
 
+def _is_timed(entry):
+    return entry["group"] in (None, "ceilings") or bool(entry["extra_info"].get("images_per_sec"))
+
+
 def pytest_benchmark_update_machine_info(config, machine_info):
     """The hardware and the versions; not whose machine it is."""
     machine_info.pop("node", None)
@@ -96,6 +104,8 @@ def pytest_benchmark_update_commit_info(config, commit_info):
 def pytest_benchmark_update_json(config, benchmarks, output_json):
     output_json["not_run"] = config.stash.get(NOT_RUN, [])
     output_json["broke_off"] = config.stash.get(BROKE_OFF, False)
+    # One that Ctrl-C broke off has no time.
+    output_json["benchmarks"] = [entry for entry in output_json["benchmarks"] if _is_timed(entry)]
     for benchmark in output_json["benchmarks"]:
         benchmark["stats"].pop("data", None)  # every single round: the file stays in the repository
     for kind, entries in config.stash[EARLIER].items():

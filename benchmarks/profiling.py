@@ -105,11 +105,13 @@ def main(argv=None):
             rows.append(profile_variant(variant, folder))
         except Exception as error:  # the other one is worth having
             print(f"{variant} could not be profiled: {type(error).__name__}: {error}", file=sys.stderr)
+    if not rows:
+        return 1
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "profile.json").write_text(json.dumps({"datetime": date, **versions(), "profiles": rows}, indent=1))
     print(f"{len(rows)} of {len(PROFILED)} steps profiled: {folder / 'profile.json'}")
-    return 0 if rows else 1
+    return 0
 
 
 if __name__ == "__main__":

@@ -7,6 +7,15 @@ from pathlib import Path
 from fastgan.ops.tables import slug
 
 PROFILE_SUFFIX = "-profile"
+# What the tables read of an entry's extra_info: of every group, and of some.
+_FIELDS = ("variant", "batch", "dtype", "device", "torch")
+_FIELDS_OF = {
+    "train step": ("image_size", "flops_per_image", "bytes_per_image", "bytes_per_step"),
+    "layers": ("layer", "direction", "microseconds", "flops", "bytes"),
+    "models": ("network", "image_size", "microseconds"),
+    "losses": ("loss", "launched", "microseconds"),
+}
+_NUMBERS = {"batch", "image_size", "images_per_sec", "microseconds", "flops", "bytes"} | set(_FIELDS_OF["train step"])
 
 
 @dataclass
@@ -84,15 +93,18 @@ def load_folder(folder):
     """(Runs, Profiles, names of JSON files that are neither) in a folder, by file name.
 
     Raises:
-        ValueError: a file of ours is broken.
+        ValueError: a file of ours is broken, or two are from one device.
     """
-    runs, profiles, others = [], {}, []
+    runs, profiles, others, known = [], {}, [], {}
     for path in sorted(Path(folder).glob("*.json")):
         content = _json(path)
         if not (isinstance(content, dict) and ("benchmarks" in content or "profiles" in content)):
             others.append(path.name)
             continue
         loaded = load(path)
+        if loaded.name in known:
+            raise ValueError(f"{known[loaded.name]} and {path} are both from {loaded.device}: remove one of them")
+        known[loaded.name] = path
         if isinstance(loaded, Run):
             runs.append(loaded)
         else:
@@ -113,10 +125,13 @@ def _run(path, content):
     entries = [_entry(path, benchmark) for benchmark in content["benchmarks"]]
     # What failed after its timing has no speed; its reason is in not_run.
     entries = [e for e in entries if e["group"] == "ceilings" or e.get("images_per_sec")]
-    not_run = [
-        {**(item.get("extra_info") or {}), "fullname": item.get("fullname"), "reason": item.get("reason")}
-        for item in content.get("not_run", [])
-    ]
+    try:
+        not_run = [
+            {**(item["extra_info"] or {}), "fullname": str(item["fullname"]), "reason": str(item["reason"])}
+            for item in content.get("not_run", [])
+        ]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} has a list named not_run that is not one of ours: {error!r}") from error
     if not entries:
         raise ValueError(f"{path} holds no timings: every benchmark was skipped or failed")
     devices = sorted({entry["device"] for entry in entries})
@@ -133,9 +148,14 @@ def _entry(path, benchmark):
         entry = {**benchmark["extra_info"], "group": benchmark["group"], "seconds": float(benchmark["stats"]["median"])}
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} holds a benchmark that is incomplete: {error!r}") from error
-    missing = [key for key in ("variant", "batch", "dtype", "device", "torch") if key not in entry]
+    timed = bool(entry.get("images_per_sec"))
+    missing = [key for key in (*_FIELDS, *_FIELDS_OF.get(entry["group"], ()) * timed) if key not in entry]
     if missing:
         raise ValueError(f"{path}: benchmark {name} has no {', '.join(missing)} in its extra_info: is it one of ours?")
+    for key in sorted(_NUMBERS & entry.keys()) if timed else ():
+        if isinstance(entry[key], bool) or not isinstance(entry[key], int | float):
+            if not (key == "image_size" and entry[key] is None):
+                raise ValueError(f"{path}: {key} of benchmark {name} must be a number; got {entry[key]!r}")
     return entry
 
 

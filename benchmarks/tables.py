@@ -17,7 +17,7 @@ anew, `python scripts/report.py --run`, and adds your device. How each variant i
 - **Floors**: the time that the arithmetic of a step takes at the device's measured rate for a large matrix product
   (for bf16 float32's rate, where that is higher: a CPU without units for bf16), and that its memory traffic takes at
   the measured rate of a copy, as shares of the time that it really took. Both count convolutions only, and Adam's
-  traffic; they are computed from the networks (`benchmarks/work.py`).
+  traffic; they are computed from the networks (`benchmarks/work.py`), products with the zeros of paddings included.
 - **Memory** is the peak that torch's allocator held, in MiB."""
 
 _IN_TURN = """What is compared ran in turn, call by call, with eager PyTorch in the same precision: both saw the same
@@ -115,11 +115,13 @@ def is_stock(variant):
 
 
 def best_stock(entry, together):
-    """The fastest stock entry that `entry` is to be compared with; None where no stock variant ran."""
+    """The fastest stock entry that `entry` is to be compared with; None where no stock variant ran.
+
+    Of the same precision, where ours ran in more than one of them.
+    """
     stock = [e for e in together if is_stock(e["variant"])]
-    same = [e for e in together if e["dtype"] == entry["dtype"]]
-    if any(not is_stock(e["variant"]) for e in same):
-        stock = [e for e in same if is_stock(e["variant"])] or stock
+    if len({e["dtype"] for e in together if not is_stock(e["variant"])}) > 1:
+        stock = [e for e in stock if e["dtype"] == entry["dtype"]] or stock
     return max(stock, key=relative_speed, default=None)
 
 
@@ -158,7 +160,8 @@ def _unmeasured(run, entries):
     """What a complete table of a GPU would have besides, in words; rows that could not run have their own list."""
     if not run.on_gpu:
         return []
-    known = {(e["image_size"], e["batch"], e["variant"]) for e in [*entries, *run.not_run] if e.get("image_size")}
+    failed = [e for e in run.not_run if "bench_train_step" in e["fullname"] and "image_size" in e]
+    known = {(e["image_size"], e["batch"], e["variant"]) for e in [*entries, *failed]}
     missing = []
     for size in IMAGE_SIZES:
         for batch in BATCHES:
@@ -279,10 +282,9 @@ def _models(run):
     means = [_geometric_mean(of_variant) for of_variant in ratios.values()]
     rows.append(["geometric mean", "", "", "", "", means[0], "", means[1], "", "", ""])
     head = "network | images | batch | stock, µs | fused, µs | ratio | backend, µs | ratio | "
-    said = "Forward and backward in training mode of the networks in `tests/models_zoo.py`, " + (
-        'compiled, in CUDA graphs; backend is `torch.compile(backend="fastgan")` of the stock one.'
-        if run.on_gpu
-        else "not compiled."
+    said = (
+        "Forward and backward in training mode of the networks in `tests/models_zoo.py`, compiled, in CUDA graphs; "
+        'backend is `torch.compile(backend="fastgan")` of the stock one.'
     )
     table = _table(head + "memory: stock | fused | backend", rows)
     return [f"### Models, {entries[0]['dtype']}", table, said]

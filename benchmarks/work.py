@@ -1,7 +1,8 @@
 """How much work a DCGAN step is at the least: arithmetic and memory traffic, counted from the networks themselves.
 
 Only convolutions count. Their backward kernels read the gradient of the layer's result and, where an activation or a
-BatchNorm stands between, the convolution's own result too, to rebuild the gradient that they need. Weights are left
+BatchNorm stands between, the convolution's own result too, to rebuild the gradient that they need. Arithmetic is that
+of dense products: those with the zeros of a padding are in it (an eighth of a step of 64×64 images). Weights are left
 out, except that Adam reads four and writes three float32 numbers for each, once a step.
 """
 

@@ -161,7 +161,9 @@ def _why_not_conv(arguments):
 
 
 def _pair(value):
-    return tuple(value) if isinstance(value, list | tuple) and len(value) == 2 else (value, value)[:2]
+    """An int, or one or two of them in a sequence, as a pair."""
+    values = tuple(value) if isinstance(value, list | tuple) else (value,)
+    return values if len(values) == 2 else values * 2
 
 
 def _join(match, node):
@@ -208,9 +210,12 @@ def _why_not_together(nodes, last, batch_norm):
 
 
 def _counts(node, inputs):
-    """Whether what a node writes to is a number of batches, say: something that nobody gave to the group."""
-    target = node.args[0] if node.args else None
-    return isinstance(target, fx.Node) and target.op == "placeholder" and target not in inputs
+    """Whether all that a node writes to is a number of batches, which nobody gave to the group."""
+    (target,) = node.all_input_nodes if len(node.all_input_nodes) == 1 else (None,)
+    if target is None or target.op != "placeholder" or target in inputs:
+        return False
+    value = target.meta.get("example_value")  # of several numbers it might share its memory with an input
+    return isinstance(value, torch.Tensor) and value.dim() == 0 and not value.dtype.is_floating_point
 
 
 _SWITCHES = ("torch._C", "torch.amp.autocast_mode", "torch._C._functorch", "torch._functorch.predispatch")

@@ -20,7 +20,7 @@ from fastgan.cpu_products import (
     weight_grad_of_all_taps,
     weight_grad_tap_by_tap,
 )
-from fastgan.layout import suggests_channels_last
+from fastgan.layout import contiguous, suggests_channels_last
 from fastgan.ops.geometry import out_size, way_back
 from fastgan.patterns import has_own_code, unfit_setting
 from fastgan.wanted import is_wanted
@@ -205,14 +205,18 @@ def _convolution(x, weight, transposed, stride, padding, output_padding):
     return torch.convolution(x, weight, None, stride, padding, (1, 1), transposed, output_padding, 1)
 
 
-def _by_products(x, weight, upwards, size, stride, padding):
-    """`x` brought to the other side, of that size, by products; None where those gain nothing."""
+def _by_products(x, weight, upwards, size, stride, padding, layouts):
+    """`x` brought to the other side, of that size, by products; None where those gain nothing.
+
+    `layouts`: the tensors of which one at least is channels_last where the result is to be.
+    """
     low = x.shape[2:] if upwards else size
     gains = _is_intel() and _is_wide(low, weight, x.dtype)
     if not upwards:
-        return to_low(x, weight, stride, padding) if gains else None
+        return to_low(x, weight, stride, padding, layouts) if gains else None
     gains = gains or _is_to_image(len(x), low, weight.shape, x.dtype)
-    return to_high(x, weight, stride, padding) if gains and _fit(low, size, weight, stride, padding) else None
+    fits = gains and _fit(low, size, weight, stride, padding)
+    return to_high(x, weight, stride, padding, layouts) if fits else None
 
 
 class Convolution(torch.autograd.Function):
@@ -227,7 +231,7 @@ class Convolution(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.where = transposed, stride, padding, output_padding
         size = out_size(x, weight, *ctx.where)
-        y = _by_products(x, weight, transposed, size, stride, padding)
+        y = _by_products(x, weight, transposed, size, stride, padding, (x, weight))
         return _convolution(x, weight, *ctx.where) if y is None else y
 
     @staticmethod
@@ -243,9 +247,11 @@ class Convolution(torch.autograd.Function):
         elif torch.is_grad_enabled():  # create_graph=True: autograd follows what gives the gradients
             if wants_x:
                 dx = Convolution.apply(dout, weight, *way_back(x.shape[2:], weight.shape[2:], *ctx.where[:3]))
+                if not (suggests_channels_last(x) or suggests_channels_last(weight)):
+                    dx = contiguous(dx)
         else:
             if wants_x:
-                dx = _by_products(dout, weight, not transposed, x.shape[2:], stride, padding)
+                dx = _by_products(dout, weight, not transposed, x.shape[2:], stride, padding, (x, weight))
             if wants_weight:
                 weight_grad = _weight_grad_for(len(low), low.shape[2:], weight, x.dtype)
         dweight = None if weight_grad is None else weight_grad(low, high, weight, stride, padding)

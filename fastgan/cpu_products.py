@@ -27,13 +27,13 @@ def to_one_position(x, weight):
     return y if y.shape[3] == 1 else y.flatten(1)[:, :, None, None]  # of one channel it is no view
 
 
-def to_high(low, weight, stride, padding):
+def to_high(low, weight, stride, padding, layouts):
     """conv_transpose2d to sides `stride` times as large, with so large a kernel that each position there gets a tap.
 
-    Low sides in half precision are added up in float32.
+    Low sides in half precision are added up in float32. The result is channels_last if one of `layouts` is.
     """
     size, channels = low.shape[2:], weight.shape[1]
-    high = _result(low, weight, channels, [positions * step for positions, step in zip(size, stride, strict=True)])
+    high = _result(low, weight, channels, [side * step for side, step in zip(size, stride, strict=True)], layouts)
     taps_of = _taps_first if channels < _MANY_CHANNELS else _taps_last
     weight = weight.to(torch.promote_types(low.dtype, torch.float32))
     parts = _parts(len(low), weight[0].numel() * size.numel())
@@ -46,9 +46,9 @@ def to_high(low, weight, stride, padding):
     return high
 
 
-def _result(x, weight, channels, size):
+def _result(x, weight, channels, size, layouts):
     """Memory for the result of their convolution: no view, because an activation in place may come next."""
-    layout = torch.channels_last if any(map(suggests_channels_last, (x, weight))) else torch.contiguous_format
+    layout = torch.channels_last if any(map(suggests_channels_last, layouts)) else torch.contiguous_format
     return torch.empty(len(x), channels, *size, dtype=weight.dtype, device=x.device, memory_format=layout)
 
 
@@ -95,11 +95,11 @@ def _added_up(taps, axis, stride, padding):
     return high
 
 
-def to_low(high, weight, stride, padding):
-    """conv2d."""
+def to_low(high, weight, stride, padding, layouts):
+    """conv2d. The result is channels_last if one of `layouts` is."""
     patches, rows = _patches(high, weight, stride, padding), _rows(weight, weight)
     n, *size = patches.shape[:3]
-    low = _result(high, weight, len(weight), size)
+    low = _result(high, weight, len(weight), size, layouts)
     parts = _parts(n, patches[0].numel())
     for low_part, part in zip(low.chunk(parts), patches.chunk(parts), strict=True):
         # The weight first: of up to 48 positions the other way round takes MKL up to three times as long.

@@ -34,8 +34,8 @@ def fuse(model):
     they are. Calling it twice changes nothing.
 
     Args:
-        model: an nn.Module. A forward may choose its way by its mode, by attributes of its module and by arguments that
-            are no tensors; global variables that it reads count as they are when it is first called.
+        model: an nn.Module. A forward may choose its way by its mode, by attributes of its module, by global constants
+            and by arguments that are no tensors: what it reads is watched, and a change is followed.
 
     Returns:
         The same model.
@@ -87,7 +87,8 @@ def check_module(model):
 
 def is_sequential(container):
     """Whether its type runs its children one after the other, in their order."""
-    return type(container).forward is nn.Sequential.forward
+    kind = type(container)
+    return kind.forward is nn.Sequential.forward and kind.__iter__ is nn.Sequential.__iter__
 
 
 def is_fused(container):
@@ -179,6 +180,8 @@ def _kept_groups(container):
 
 def _forward_in_groups(container, input):  # named as nn.Sequential's own argument
     """What an nn.Sequential runs."""
+    if not is_sequential(container):  # any more
+        return type(container).forward(container, input)
     # A trace shows the layers, hooks on all modules want them called, and within torch.func's transforms nothing may be
     # done in place; but only our groups take a batch in parts.
     if isinstance(input, fx.Proxy) or ((any(backend.HOOKS_OF_ALL) or backend.transformed()) and current_groups() == 1):
@@ -208,9 +211,10 @@ def _runs_as_operator(group):
 def _run_operators(groups, x):
     """Fused groups in a row, with the result where stock would put it."""
     entry, link, first_order = x, None, only_first_order()
+    run = [group.modules[0] for group in groups], [len(group.modules) > 1 for group in groups]
     result = None if first_order else run_groups(x, groups)
     if result is not None:
-        return in_stock_layout(result, entry, [group.modules[0] for group in groups])
+        return in_stock_layout(result, entry, *run)
     for group, after in zip(groups, [*groups[1:], None], strict=True):
         x, link = run_operator(
             x,
@@ -223,4 +227,4 @@ def _run_operators(groups, x):
             x_link=link,
             gives_link=first_order and after is not None and _runs_as_operator(after),
         )
-    return in_stock_layout(x, entry, [group.modules[0] for group in groups])
+    return in_stock_layout(x, entry, *run)

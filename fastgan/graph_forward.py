@@ -238,7 +238,8 @@ def plan_call(container, arguments):
 
 def _compile(graph, runs, name):
     """The function of the graph in which each of the runs is one call."""
-    calls = {}  # a call → the node that the run of calls in a row begins with, the convolutions in it
+    # A call → the node that the run of calls in a row begins with, the convolutions in it, whether more follows each.
+    calls = {}
     for run in runs:
         group, first, last = run.group, run.nodes[0], run.nodes[-1]
         x = first.args[0]
@@ -253,13 +254,13 @@ def _compile(graph, runs, name):
         last.replace_all_uses_with(call)
         for node in reversed(run.nodes):
             graph.erase_node(node)
-        entry, convolutions = calls.get(x, (x, ()))
-        calls[call] = entry, (*convolutions, conv)
-    for call, (entry, convolutions) in calls.items():
+        entry, convolutions, followed = calls.get(x, (x, (), ()))
+        calls[call] = entry, (*convolutions, conv), (*followed, len(run.nodes) > 1)
+    for call, in_row in calls.items():
         others = [user for user in call.users if user not in calls]
         if others:
             with graph.inserting_after(call):
-                restored = graph.call_function(in_stock_layout, (call, entry, convolutions))
+                restored = graph.call_function(in_stock_layout, (call, *in_row))
             call.replace_all_uses_with(restored, lambda user, others=others: user in others)
         elif len(call.users) == 1:
             _link(graph, call, *call.users)

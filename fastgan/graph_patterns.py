@@ -1,9 +1,8 @@
 """Convolution → BatchNorm → activation in a torch.fx graph, where each result may go anywhere.
 
 Two layers are joined only where nothing else uses what passes between them, and a BatchNorm only where nothing that the
-forward does in between has to do with its tensors. This file knows the graphs of
-`fastgan.tracing`, in which modules are nodes; what it knows of activations as functions serves
-`fastgan.compile_backend` too.
+forward does in between has to do with its tensors. This file knows the graphs of `fastgan.tracing`, in which modules
+are nodes; what it knows of activations as functions serves `fastgan.compile_backend` too.
 """
 
 import inspect
@@ -15,7 +14,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from fastgan.patterns import WRITTEN_TO, Group, match_first
+from fastgan.patterns import PASSING_ON, WRITTEN_TO, Group, match_first
 from fastgan.tracing import IN_PLACE
 
 _FUNCTIONS = {
@@ -28,6 +27,15 @@ _ACTIVATIONS = {name.lower() for name in nn.modules.activation.__all__}
 _MODULES = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid}
 _ACTIVATION_OF = {function: name for name, functions in _FUNCTIONS.items() for function in functions}
 _STATEMENTS = IN_PLACE | {getattr(operator, function.__name__) for function in IN_PLACE} | {operator.setitem}
+# Functions and methods whose result may be a view of what they are given, or that itself.
+_VIEWING = set(
+    """
+    getitem getattr view view_as reshape reshape_as flatten unflatten ravel squeeze unsqueeze transpose t permute
+    movedim moveaxis swapaxes swapdims select narrow chunk split tensor_split unbind expand expand_as unfold diagonal
+    as_strided contiguous to type_as float half bfloat16 double detach alias dropout dropout1d dropout2d dropout3d
+    alpha_dropout feature_alpha_dropout
+    """.split()
+)
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
 _OPTIONS = {"negative_slope", "inplace"}  # what an activation that is called on a tensor may be given by name
 _LEAKY_RELU = inspect.signature(lambda input, negative_slope=0.01, inplace=False: None)
@@ -75,16 +83,31 @@ def sole_user(node):
 
 
 def changes_in_place(node, module=None):
-    """Whether a node writes to its first argument (or to `out`), as far as its name and arguments tell.
+    """Whether a node writes to one of its arguments, as far as its name, its schema and its arguments tell.
 
     Args:
         module: that which it calls, if it calls one.
     """
     if node.op == "call_module":
         return bool(getattr(module, "inplace", False))
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if _has_mutable_schema(node.target):
+        return True
+    name = _name(node)
     in_place_name = name.endswith("_") and not name.endswith("__")
     return in_place_name or node.target in _STATEMENTS or _is_told_to(node) or "out" in node.kwargs
+
+
+def _has_mutable_schema(target):
+    overloads = [target] if isinstance(target, torch._ops.OpOverload) else []
+    if isinstance(target, torch._ops.OpOverloadPacket):  # those with `out` are told by that
+        overloads = [getattr(target, name) for name in target.overloads() if "out" not in name]
+    return any(overload._schema.is_mutable for overload in overloads)
+
+
+def _name(node):
+    """Of the function or method that a node calls, without an overload's."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return name.partition(".")[0]
 
 
 def _is_told_to(node):
@@ -109,18 +132,24 @@ def may_be_views(tensors, last, new):
 
 def stays_stock(user):
     """What to say of a function that follows and is an activation, but none of the operators'; "" of any other."""
-    target = getattr(user, "target", None)
-    name = target if isinstance(target, str) else getattr(target, "__name__", "")
-    known = target in _ACTIVATION_OF or name.replace("_", "") in _ACTIVATIONS
+    if user is None:
+        return ""
+    name = _name(user)
+    known = user.target in _ACTIVATION_OF or name.replace("_", "") in _ACTIVATIONS
     return f"{name} after it stays stock" if known else ""
 
 
 def is_written_to(node, container=None):
-    """Whether any user of a node's result changes it in place."""
-    return any(
-        changes_in_place(user, container.get_submodule(user.target) if user.op == "call_module" else None)
-        for user in node.users
-    )
+    """Whether anything changes a node's result in place, as it is or by what may be a view of it."""
+    views = [node]
+    for each in views:  # grows
+        for user in each.users:
+            module = container.get_submodule(user.target) if user.op == "call_module" else None
+            if changes_in_place(user, module):
+                return True
+            if _name(user) in _VIEWING if module is None else isinstance(module, PASSING_ON):
+                views.append(user)
+    return False
 
 
 def find_groups(graph, container):

@@ -10,7 +10,7 @@ from fastgan import backend
 from fastgan.batch_groups import current_groups
 from fastgan.cpu_convolution import convolve
 from fastgan.first_order import only_first_order
-from fastgan.layout import with_stock_gradient
+from fastgan.layout import contiguous, with_stock_gradient
 from fastgan.ops import layer as fused
 from fastgan.ops.chain import Layer, run_chain
 from fastgan.ops.operators import is_watched
@@ -30,6 +30,8 @@ def run_layers(x, conv, forwards, batch_norm):
     """
     groups = current_groups()
     x = convolve(x, conv, forwards[0], alone=len(forwards) == 1)
+    if len(forwards) > 1 and isinstance(x, torch.Tensor) and x.shape[1:2] == (1,):
+        x = contiguous(x)  # stock's next layer gives it so; ours may write to it instead
     if batch_norm is None and _is_view(x) and not only_first_order():
         x = x.clone()  # stock's is none: others may call detach_() of what they get
     for forward in forwards[1:]:

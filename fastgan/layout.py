@@ -23,16 +23,25 @@ def suggests_channels_last(tensor):
     return True
 
 
-def in_stock_layout(y, x, convolutions):
+def in_stock_layout(y, x, convolutions, followed):
     """The result `y` of a run of fused layers in the layout in which stock would give it.
 
-    A stock convolution's result is channels_last where its input or its weight is, and what follows keeps that.
+    A stock convolution's result is channels_last where its input or its weight is. What follows keeps that, except of
+    one channel or one position, which it takes for the default layout and gives in that.
 
     Args:
         x: the input of the first.
         convolutions: the modules of the run.
+        followed: for each of them, whether a BatchNorm or an activation follows it in the run.
     """
-    return y if _stock_is_channels_last(x, convolutions) else contiguous(y)
+    channels_last = suggests_channels_last(x)
+    for conv, more in zip(convolutions, followed, strict=True):
+        channels_last = channels_last or _has_channels_last_weight(conv)
+        if more and conv.out_channels == 1:
+            channels_last = False
+    if followed[-1] and y.shape[2] == y.shape[3] == 1:
+        channels_last = False
+    return y if channels_last else contiguous(y)
 
 
 def with_stock_gradient(x, conv):
@@ -43,7 +52,8 @@ def with_stock_gradient(x, conv):
     """
     if not x.requires_grad or not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return x
-    return x if _stock_is_channels_last(x, [conv]) else _GradientInDefaultLayout.apply(x)
+    as_it_is = suggests_channels_last(x) or _has_channels_last_weight(conv)
+    return x if as_it_is else _GradientInDefaultLayout.apply(x)
 
 
 class _GradientInDefaultLayout(torch.autograd.Function):
@@ -56,17 +66,10 @@ class _GradientInDefaultLayout(torch.autograd.Function):
         return grad if is_batched(grad) else contiguous(grad)
 
 
-def _stock_is_channels_last(x, convolutions):
-    """Whether stock's results are in channels_last, and its gradients for x."""
-    if suggests_channels_last(x):
-        return True
-    # Of a parametrized weight what it is computed from: to look at itself would compute it.
-    return any([suggests_channels_last(tensor) for conv in convolutions for tensor in _weights(conv)])
-
-
-def _weights(conv):
+def _has_channels_last_weight(conv):
     weight = conv._parameters.get("weight")
-    return conv.parameters() if weight is None else (weight,)
+    # Of a parametrized weight what it is computed from: to look at itself would compute it.
+    return any([suggests_channels_last(each) for each in (conv.parameters() if weight is None else (weight,))])
 
 
 def contiguous(y):

@@ -20,6 +20,8 @@ _ACTIVATIONS = {nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.Tanh: "tanh", nn
 _CODE = ("forward", "_conv_forward")  # the methods that layers compute by
 # LeakyReLU's gradient is told from its result, where no BatchNorm lies between; stock's is not.
 WRITTEN_TO = "what follows LeakyReLU changes its result in place"
+# What may give its input, or a view of it, as its result.
+PASSING_ON = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd)
 _WEIGHT_HOOKS = (SpectralNorm, WeightNorm)  # the older norms compute the weight before each call
 
 
@@ -88,7 +90,7 @@ def match_first(names, modules):
         group.reason = _why_not_joined(group, module)
         if group.reason or not _join(group, name, module):
             break
-    if group.activation == "leaky_relu" and group.batch_norm is None and _is_in_place(modules[2:3]):
+    if group.activation == "leaky_relu" and group.batch_norm is None and _is_written_to(modules[2:]):
         group.names.pop(), group.modules.pop()
         group.activation, group.reason = None, WRITTEN_TO
     group.forwards = tuple(map(_forward_in_place, group.modules))
@@ -115,8 +117,14 @@ def _join(group, name, module):
     return True
 
 
-def _is_in_place(modules):
-    return any(getattr(module, "inplace", False) for module in modules)
+def _is_written_to(followers):
+    """Whether the first of the modules that is given the result, or a view of it, changes it in place."""
+    for module in followers:
+        if getattr(module, "inplace", False):
+            return True
+        if not isinstance(module, PASSING_ON):
+            return False
+    return False
 
 
 _WRITING = {nn.ReLU: torch.relu_, nn.Tanh: torch.tanh_, nn.Sigmoid: torch.sigmoid_}

@@ -125,7 +125,7 @@ def activation_grad(out, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
     """act'(z) from out = act(z): all four activations can tell it from their output (for SLOPE ≥ 0)."""
     grad = tl.full(out.shape, 1.0, tl.float32)
     if ACTIVATION == "relu":
-        grad = tl.where(out > 0.0, 1.0, 0.0)
+        grad = tl.where(out <= 0.0, 0.0, 1.0)  # NaN passes its gradient on, as in ATen
     elif ACTIVATION == "leaky_relu":
         grad = tl.where(out > 0.0, 1.0, SLOPE)
     elif ACTIVATION == "tanh":

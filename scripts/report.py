@@ -5,12 +5,14 @@
     python scripts/report.py                    write RESULTS.md and the plots anew
 
 Every file taken in is kept as it is in benchmarks/results/, named after its device. Exit status: 0; 1 if the tests on
-the GPU fail or the benchmarks leave no results; 2 for anything wrong with the input; 130 after Ctrl-C.
+the GPU fail or the benchmarks break off; 2 for anything wrong with the input; 130 after Ctrl-C. What was measured and
+could not be kept stays where a message says, for `report.py FILE.json`.
 """
 
 import argparse
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,9 +23,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 try:
-    from benchmarks import plots, reading, tables
+    from benchmarks import plots, reading, tables, timing
     from fastgan.command_line import run_command
-    from fastgan.files import check_writable
+    from fastgan.files import check_writable, written_whole
 except ModuleNotFoundError as missing:
     print(f"error: {missing}; the benchmarks' packages come with: pip install -e '.[dev]'", file=sys.stderr)
     sys.exit(2)
@@ -57,18 +59,37 @@ def take_in_and_report(options):
     files = [Path(file) for file in options.files]
     loaded = [reading.load(file) for file in files]  # all of them, before anything is written
     _check_different(files, loaded)
-    with tempfile.TemporaryDirectory() as folder:
-        if options.run:
-            measured = measure(Path(folder), options.full, options.models, not options.no_checks)
-            if not measured:
-                return 1
-            files, loaded = files + measured, loaded + [reading.load(path) for path in measured]
-            _check_different(files, loaded)
-        results.mkdir(parents=True, exist_ok=True)
-        for file, content in zip(files, loaded, strict=True):
-            keep(file, results / f"{content.name}.json")
-    report(options.root, results)
-    return 0
+    if not options.run:
+        take_in(files, loaded, options.root, results)
+        return 0
+    if options.models and not timing.ON_GPU:
+        raise ValueError("models are measured on a GPU only: their variants are compiled and captured")
+    for file, content in zip(files, loaded, strict=True):
+        if content.device == timing.device_name():
+            raise ValueError(f"{file} is from this machine, which --run measures: give one of them")
+    folder, kept = Path(tempfile.mkdtemp(prefix="fastgan-report-")), False
+    try:
+        measured, complete = measure(folder, options.full, options.models, not options.no_checks)
+        if not measured:
+            return 1
+        take_in([*files, *measured], [*loaded, *map(reading.load, measured)], options.root, results)
+        kept = True
+        return 0 if complete else 1
+    finally:
+        # On a full disk, say, or after Ctrl-C: minutes of a machine's time.
+        left = [] if kept else [str(file) for file in sorted(folder.glob("*.json"))[-1:]]
+        if left:
+            print(f"measured by then: {left[0]}; `report.py` takes it in", file=sys.stderr)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def take_in(files, loaded, root, results):
+    """Keep the files and write the report; nothing of it if there is nothing to report."""
+    results.mkdir(parents=True, exist_ok=True)
+    for file, content in zip(files, loaded, strict=True):
+        keep(file, results / f"{content.name}.json")
+    report(root, results)
 
 
 def _check_different(files, loaded):
@@ -81,50 +102,64 @@ def _check_different(files, loaded):
 
 
 def measure(folder, full, models, checks):
-    """Run checks, benchmarks and profile, each in a process of its own; the files with results, if there are any."""
-    import torch
-
-    start, python, on_gpu = time.monotonic(), [sys.executable, "-m"], torch.cuda.is_available()
+    """Run checks, benchmarks and profile, each in a process of its own: (files with results, whether nothing broke)."""
+    start, on_gpu = time.monotonic(), timing.ON_GPU
 
     def run(what, *command):
         print(f"[{time.monotonic() - start:.0f} s] {what}", flush=True)
-        return subprocess.run([*python, *command], cwd=ROOT).returncode
+        return run_to_its_end([sys.executable, "-m", *command])
 
     if on_gpu and checks and run("tests on the GPU", "pytest", "-q", "-m", "gpu") != 0:
         print("error: a test fails on this GPU, so that no speed is worth reporting", file=sys.stderr)
-        return []
+        return [], False
     options = ["--full"] if full else []
-    options += [] if models or not on_gpu else ["--ignore=benchmarks/bench_models.py"]
-    timings, profile = run_benchmarks(run, folder, options), folder / "profile.json"
-    if not timings:
-        return []
-    if on_gpu and run("profile of a step", "benchmarks.profiling", str(folder)) != 0:
-        print("warning: no step could be profiled", file=sys.stderr)
+    options += [] if models else ["--ignore=benchmarks/bench_models.py"]
+    timings, complete = run_benchmarks(run, folder, options)
+    files = [timings] if timings else []
+    if files and on_gpu:
+        if run("profile of a step", "benchmarks.profiling", str(folder)) == 0:
+            files.append(folder / "profile.json")
+        else:
+            print("warning: no step could be profiled", file=sys.stderr)
     print(f"[{time.monotonic() - start:.0f} s] report", flush=True)
-    return [timings, profile] if profile.exists() else [timings]
+    return files, complete
+
+
+def run_to_its_end(command):
+    """The exit status of a command. After Ctrl-C, which it gets too, it may write what it has: that is waited for."""
+    process = subprocess.Popen(command, cwd=ROOT)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        process.wait()
+        raise
 
 
 def run_benchmarks(run, folder, options):
-    """The file with the timings, or None: in a new process as often as an error has left one without its GPU."""
+    """(the file with the timings or None, whether it has all): a new process each time an error takes one its GPU."""
     timings, what = None, "benchmarks"
     for part in itertools.count():
         file = folder / f"benchmarks-{part}.json"
         earlier = [f"--go-on={timings}"] if timings else []
         status = run(what, "pytest", "-q", "benchmarks", f"--benchmark-json={file}", *options, *earlier)
-        broke_off = file.exists() and json.loads(file.read_text(encoding="utf-8"))["broke_off"]
+        try:
+            broke_off = json.loads(file.read_text(encoding="utf-8"))["broke_off"]
+        except (OSError, ValueError):  # its process died before it was written, or while it was
+            broke_off = None
         # 1 is a benchmark whose check failed or that cannot run here: its reason is in the file, for the report.
-        if not file.exists() or (status not in (0, 1) and not broke_off):
+        if broke_off is None or (status not in (0, 1) and not broke_off):
             print(f"error: the benchmarks broke off (pytest ended with status {status})", file=sys.stderr)
-            return timings
+            return timings, False
         timings, what = file, "the other benchmarks"
         if not broke_off:
-            return timings
+            return timings, True
 
 
 def keep(file, target):
     """Copy a file into the results, as it is."""
     if not (target.exists() and file.samefile(target)):
-        target.write_bytes(file.read_bytes())
+        with written_whole(target) as temporary:
+            temporary.write_bytes(file.read_bytes())
     print(f"kept: {target}")
 
 
@@ -141,7 +176,9 @@ def report(root, results):
         if run.name in profiles:
             pictures.append((f"{run.name}-profile.png", plots.step_time, profiles[run.name]))
         drawn |= {name for name, draw, content in pictures if draw(content, results / name)}
-    (root / "RESULTS.md").write_text(tables.results(runs, profiles, drawn), encoding="utf-8")
+    page = tables.results(runs, profiles, drawn)
+    with written_whole(root / "RESULTS.md") as temporary:
+        temporary.write_text(page, encoding="utf-8")
     print(f"written: {root / 'RESULTS.md'}")
 
 

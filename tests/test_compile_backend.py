@@ -209,6 +209,64 @@ def test_a_tensor_written_to_in_between(rewritten):
     assert rewritten.found[0][0].pattern == "conv2d" and "changes a tensor in between" in rewritten.found[0][0].reason
 
 
+@torch.library.custom_op("fastgan_tests::double_", mutates_args=("tensor",))
+def double_it(tensor: torch.Tensor) -> None:
+    tensor.mul_(2)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda x, same: torch.ops.aten.mul_.Tensor(x, 2),
+        lambda x, same: double_it(x),
+        lambda x, same: same.mul_(2),
+    ],
+    ids=("overload", "custom operator", "shared memory"),
+)
+def test_the_input_is_written_to_between_layers(write, rewritten):
+    """A name does not always tell it: what an operator's schema says counts, and another tensor may be the same."""
+
+    def forward(self, x, same):
+        y = self.conv1(x)
+        write(x, same)
+        return F.relu(self.bn1(y))
+
+    stock, model = make_pair(forward_of(forward))
+    compiled, found = torch.compile(model, backend=rewritten, fullgraph=True), []
+    for network in (stock, compiled):
+        torch.manual_seed(1)
+        x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+        with torch.no_grad():
+            found.append(network(x, x.view(-1)))
+    assert_close(*found)
+    assert rewritten.found[0][0].pattern == "conv2d"
+
+
+@pytest.mark.parametrize("write", [lambda y: y[:, :1].mul_(2), lambda y: torch.ops.aten.mul_.Tensor(y, 2)])
+def test_the_result_is_written_to(write, rewritten):
+    """Our backward of convolution + LeakyReLU reads the result, stock's does not."""
+
+    def forward(self, x):
+        y = F.leaky_relu(self.conv1(x), 0.2)
+        write(y)
+        return y
+
+    stock, model = make_pair(forward_of(forward))
+    assert_equal_steps(torch.compile(model, backend=rewritten, fullgraph=True, dynamic=False), model, stock)
+
+
+def test_sizes_as_sequences(rewritten):
+    def forward(self, x):
+        w = self.conv1.weight
+        y = F.conv2d(x, w, stride=(2,), padding=[1], dilation=(1,))
+        return F.conv_transpose2d(y, w, stride=(2,), padding=(1,), output_padding=(1,))
+
+    stock, model = make_pair(forward_of(forward))
+    compiled, x = torch.compile(model, backend=rewritten, fullgraph=True), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    assert_close(compiled(x), stock(x))
+    assert rewritten.calls == 2
+
+
 def test_what_has_no_operator(rewritten):
     stock, model = make_pair(forward_of(others))
     assert_equal_steps(torch.compile(model, backend=rewritten, fullgraph=True, dynamic=False), model, stock)

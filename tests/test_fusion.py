@@ -335,3 +335,35 @@ def test_explain_changes_nothing(monkeypatch):
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(not module._forward_hooks for module in model.modules())
     assert fastgan.explain(model)[0].fused  # still fused
+
+
+class Backwards(nn.Sequential):
+    def __iter__(self):
+        return reversed(list(self._modules.values()))
+
+
+class Twice(nn.Sequential):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_a_sequential_that_is_none():
+    """Stock asks the class at each call, and the container for what to go through."""
+    layers = [nn.Conv2d(3, 3, 3, padding=1), nn.ReLU()]
+    stock, model = make_pair(lambda: Backwards(*layers))
+    x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    assert_close(fastgan.fuse(model)(x), stock(x))
+    stock, model = make_pair(lambda: nn.Sequential(*layers))
+    fastgan.fuse(model)(x)
+    stock.__class__ = model.__class__ = Twice
+    assert_close(model(x), stock(x))
+
+
+@pytest.mark.parametrize("between", [nn.Identity(), nn.Dropout(0.5).eval(), nn.Flatten(2)], ids=str)
+def test_leaky_relu_whose_result_is_changed_as_a_view(between):
+    """Our backward reads the result; what comes of it as a new tensor may be changed."""
+    layers = [nn.Conv2d(3, 3, 3), nn.LeakyReLU(0.2), between]
+    (row,) = fastgan.explain(fastgan.fuse(nn.Sequential(*layers, nn.ReLU(inplace=True))))
+    assert row.pattern == "Conv2d" and "changes its result in place" in row.reason
+    (row,) = fastgan.explain(fastgan.fuse(nn.Sequential(*layers, nn.Softplus(), nn.ReLU(inplace=True))))
+    assert row.pattern == "Conv2d + LeakyReLU"

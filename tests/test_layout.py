@@ -153,3 +153,44 @@ def test_results_are_no_views(layout, layers, backend, device, monkeypatch):
         results = [network(x) for network in (stock, model)]
     share = torch.ones(1, device=device, requires_grad=True)
     torch.testing.assert_close(*(result.mul_(share) for result in results), rtol=1e-3, atol=1e-5)
+
+
+def _one_channel(*follows):
+    return nn.Sequential(nn.ConvTranspose2d(3, 1, 4, 2, 1), *follows)
+
+
+ONES = {
+    "one channel": lambda: _one_channel(nn.Tanh()),
+    "one channel and BatchNorm": lambda: _one_channel(nn.BatchNorm2d(1), nn.ReLU()),
+    "one channel alone": _one_channel,
+    "one channel within": lambda: _one_channel(nn.Tanh(), nn.Conv2d(1, 4, 3), nn.ReLU()),
+    "one channel in a graph": lambda: Forwards(_one_channel(nn.Tanh(), nn.Conv2d(1, 4, 3))),
+    "one position": lambda: nn.Sequential(nn.Conv2d(3, 4, 6), nn.LeakyReLU(0.2)),
+    "one position and BatchNorm": lambda: nn.Sequential(nn.Conv2d(3, 4, 6), nn.BatchNorm2d(4), nn.ReLU()),
+}
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("weights, images", list(product(LAYOUTS, LAYOUTS)), ids=str)
+@pytest.mark.parametrize("name", ONES)
+def test_results_that_could_lie_either_way(name, weights, images, backend, device, monkeypatch):
+    """Of one channel or position both layouts are the same, until a stock layer after it takes its own from them."""
+    monkeypatch.setenv("FASTGAN_BACKEND", backend)
+    stock = ONES[name]().to(device, memory_format=weights)
+    model = fastgan.fuse(copy.deepcopy(stock))
+    x = torch.randn(2, 3, 6, 6, device=device).to(memory_format=images)
+    theirs, ours = stock(x), model(x)
+    assert ours.stride() == theirs.stride()
+    after = nn.Conv2d(theirs.shape[1], 8, 1).to(device)
+    assert after(ours).stride() == after(theirs).stride()
+
+
+def test_gradients_of_wide_layers_lie_as_their_images(device):
+    stock = nn.Sequential(nn.Conv2d(256, 512, 4, 2, 1), nn.LeakyReLU(0.2)).to(device)
+    after = nn.Conv2d(512, 1, 1).to(device, memory_format=torch.channels_last)
+    for create_graph in (False, True):
+        found = []
+        for network in (stock, fastgan.fuse(copy.deepcopy(stock))):
+            x = torch.ones(2, 256, 4, 6, device=device, requires_grad=True)
+            found.append(torch.autograd.grad(after(network(x)).sum(), x, create_graph=create_graph)[0].stride())
+        assert found[0] == found[1] == x.stride()

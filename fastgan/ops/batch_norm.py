@@ -151,7 +151,7 @@ def differentiable_grad(dout, y, mean, invstd, gamma, beta, batch_statistics, ac
 def _derivative(z, activation, slope):
     """act'(z), differentiable."""
     if activation == "relu":
-        return (z > 0).to(z.dtype)
+        return (~(z <= 0)).to(z.dtype)  # NaN passes its gradient on, as in ATen
     if activation == "leaky_relu":
         return torch.where(z > 0, 1.0, slope).to(z.dtype)
     if activation == "tanh":

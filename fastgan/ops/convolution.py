@@ -251,7 +251,9 @@ def through_activation(grad, out, activation, slope):
     if activation in ("tanh", "sigmoid"):
         wide = out.float()
         return (grad.float() * (1.0 - wide * wide if activation == "tanh" else wide * (1.0 - wide))).to(out.dtype)
-    return torch.where(out > 0, grad, grad * (slope if activation == "leaky_relu" else 0.0))
+    if activation == "relu":
+        return torch.where(out <= 0, 0.0, grad)
+    return torch.where(out > 0, grad, grad * slope)
 
 
 def _save_activation_grad(ctx, inputs, output):

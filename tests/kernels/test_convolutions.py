@@ -113,6 +113,16 @@ def test_nan_stays_visible(activation, device):
     assert ours(case, tensors, activation).isnan().any()
 
 
+@pytest.mark.parametrize("activation", ("relu", "leaky_relu"))
+def test_the_gradient_of_nan_is_that_of_stock(activation, device):
+    x, weight = torch.tensor([1.0, float("nan"), -1.0], device=device), torch.ones(1, 1, 1, 1, device=device)
+    mine, theirs = (x.view(3, 1, 1, 1).clone().requires_grad_() for _ in range(2))
+    fused.conv2d_bn_act(mine, weight, activation=activation, negative_slope=0.2).sum().backward()
+    y = F.conv2d(theirs, weight)
+    (F.relu(y) if activation == "relu" else F.leaky_relu(y, 0.2)).sum().backward()
+    assert torch.equal(mine.grad, theirs.grad)
+
+
 def test_cumulative_average_and_batch_count(device):
     """momentum=None through a fused module, over several batches."""
     torch.manual_seed(0)
