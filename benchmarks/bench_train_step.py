@@ -89,12 +89,8 @@ def check(step, setting, images, tolerance):
 
 def copy_adam(source, target):
     """Give ``target`` the moments of ``source``; how it computes stays its own affair."""
-    state = {
-        index: {
-            name: value.float().cpu().clone() if name == "step" else value.clone() for name, value in moments.items()
-        }
-        for index, moments in source.state_dict()["state"].items()
-    }
-    for moments in state.values():
-        moments["step"] = moments["step"].float().cpu()  # where Adam keeps it, unless it is fused or capturable
+    state = {}
+    for index, moments in source.state_dict()["state"].items():
+        state[index] = {name: value.clone() for name, value in moments.items()}
+        state[index]["step"] = moments["step"].float().cpu()  # where Adam keeps it, unless it is fused or capturable
     target.load_state_dict({"state": state, "param_groups": target.state_dict()["param_groups"]})

@@ -20,8 +20,8 @@ from torch import nn
 
 import fastgan
 from fastgan import data
+from fastgan.checks import check_integer
 from fastgan.command_line import run_command
-from fastgan.data.checks import check_integer
 from fastgan.data.sources import require
 from fastgan.files import check_writable
 from fastgan.training.devices import pick_device, synchronize

@@ -7,6 +7,15 @@ from fastgan.ops.geometry import out_size
 ACTIVATIONS = ("relu", "leaky_relu", "tanh", "sigmoid", None)
 
 
+def check_integer(name, value, least, most=None):
+    """Raise ValueError unless ``value`` is an integer of at least ``least``, 0 or 1, and at most ``most``."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least or (most is not None and value > most):
+        allowed = (
+            f"an integer from {least} to {most}" if most else ("a non-negative integer", "a positive integer")[least]
+        )
+        raise ValueError(f"{name} must be {allowed}; got {value!r}")
+
+
 def pair(name, value):
     """An int or a pair of ints as a list of two."""
     values = value if isinstance(value, list | tuple) else [value, value]

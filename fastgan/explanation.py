@@ -170,20 +170,25 @@ def _why_untouched(model, path):
     return why
 
 
+def input_of(args, kwargs):
+    """What a convolution is called with."""
+    return args[0] if args else kwargs["input"]
+
+
 def _shapes(model, inputs):
     """{path of a convolution: (input shape, output shape)} of one call, which leaves the model as it is."""
     shapes, handles = {}, []
 
     def hook_for(path):
-        def hook(module, args, output):
-            shapes[path] = tuple(args[0].shape), tuple(output.shape)
+        def hook(module, args, kwargs, output):
+            shapes[path] = tuple(input_of(args, kwargs).shape), tuple(output.shape)
 
         return hook
 
     try:
         for path, module in model.named_modules():
             if isinstance(module, nn.modules.conv._ConvNd):
-                handles.append(module.register_forward_hook(hook_for(path)))
+                handles.append(module.register_forward_hook(hook_for(path), with_kwargs=True))
         with running_stock(model):
             _call(model, inputs)
     finally:

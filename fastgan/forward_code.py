@@ -45,9 +45,9 @@ _KNOWN = frozenset(
 _PURE_MODULES = frozenset(["math", "itertools"])
 _NATIVE = (torch._C._VariableFunctions, torch._C._nn)
 _FUNCTIONS = (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType, types.FunctionType)
-_TORCH = str(Path(torch.__file__).parent)
+TORCH = str(Path(torch.__file__).parent)
 # Decorators of PyTorch that switch a mode around the call.
-_SWITCHES = tuple(str(Path(_TORCH, *parts)) for parts in (("utils", "_contextlib.py"), ("amp", "autocast_mode.py")))
+_SWITCHES = tuple(str(Path(TORCH, *parts)) for parts in (("utils", "_contextlib.py"), ("amp", "autocast_mode.py")))
 # The methods that make, copy, show or describe an object: a forward that only uses it runs none of them.
 _NOT_OF_CALLS = frozenset(
     f"__{name}__"
@@ -69,7 +69,7 @@ def _is_replaced(forward):
 
 
 def of_torch(function):
-    return function.__code__.co_filename.startswith(_TORCH)
+    return function.__code__.co_filename.startswith(TORCH)
 
 
 @dataclass

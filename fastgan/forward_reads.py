@@ -7,13 +7,11 @@ import types
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from torch import nn
 
-from fastgan.forward_code import Untraceable, of_torch
+from fastgan.forward_code import TORCH, Untraceable, of_torch
 from fastgan.watching import MISSING, freeze
 
-_TORCH = str(Path(torch.__file__).parent)
 _CONTAINER_FILE = sys.modules[nn.Sequential.__module__].__file__
 _OURS = (__file__, sys.modules[Untraceable.__module__].__file__, sys.modules[freeze.__module__].__file__)
 _OURS += (str(Path(__file__).with_name("tracing.py")),)
@@ -44,7 +42,7 @@ class Reads:
         def getattribute(module, name):
             if id(module) in self._paths and threading.get_ident() == self._thread:
                 file = sys._getframe(1).f_code.co_filename
-                if file not in _OURS and not file.startswith(_TORCH):
+                if file not in _OURS and not file.startswith(TORCH):
                     return self._read(module, name)
                 if name == "_modules" and file == _CONTAINER_FILE:  # iterated, indexed, measured
                     self._look_in(module)

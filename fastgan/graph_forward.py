@@ -117,9 +117,9 @@ class GraphForward:
                         plans.insert(0, plan)
                 return plan
         with _PLANNING:
-            return self._new_plan(key, plans, names, constants)
+            return self._new_plan(plans, names, constants)
 
-    def _new_plan(self, key, plans, names, constants):
+    def _new_plan(self, plans, names, constants):
         if plans and plans[0].holds():  # which another thread has made meanwhile
             return plans[0]
         stale = [plan for plan in plans if not plan.watch.same_modules()]

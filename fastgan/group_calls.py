@@ -30,7 +30,7 @@ def run_layers(x, conv, forwards, batch_norm):
     """
     groups = current_groups()
     x = convolve(x, conv, forwards[0], alone=len(forwards) == 1)
-    if len(forwards) > 1 and isinstance(x, torch.Tensor) and x.shape[1:2] == (1,):
+    if conv.out_channels == 1 and len(forwards) > 1 and isinstance(x, torch.Tensor) and not torch.jit.is_tracing():
         x = contiguous(x)  # stock's next layer gives it so; ours may write to it instead
     if batch_norm is None and _is_view(x) and not only_first_order():
         x = x.clone()  # stock's is none: others may call detach_() of what they get

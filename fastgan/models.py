@@ -9,6 +9,8 @@ from itertools import pairwise
 
 from torch import nn
 
+from fastgan.checks import check_integer
+
 # image side → (base, k) with side = base · 2^k
 _FACTORS = {base << k: (base, k) for base, largest_k in ((4, 6), (7, 5)) for k in range(1, largest_k + 1)}
 IMAGE_SIZES = tuple(sorted(_FACTORS))
@@ -18,12 +20,6 @@ def _base_and_doublings(image_size):
     if image_size not in _FACTORS:
         raise ValueError(f"image_size must be one of {', '.join(map(str, IMAGE_SIZES))}; got {image_size!r}")
     return _FACTORS[image_size]
-
-
-def _check_positive(**named):
-    for name, value in named.items():
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a positive integer; got {value!r}")
 
 
 def initialize_weights(module):
@@ -55,7 +51,8 @@ class Generator(nn.Module):
     def __init__(self, *, image_size=64, nc=3, nz=100, ngf=64):
         super().__init__()
         base, doublings = _base_and_doublings(image_size)
-        _check_positive(nc=nc, nz=nz, ngf=ngf)
+        for name, value in dict(nc=nc, nz=nz, ngf=ngf).items():
+            check_integer(name, value, 1)
         self.image_size, self.nc, self.nz, self.ngf = image_size, nc, nz, ngf
 
         widths = [ngf << i for i in reversed(range(doublings))]
@@ -93,7 +90,8 @@ class Discriminator(nn.Module):
     def __init__(self, *, image_size=64, nc=3, ndf=64):
         super().__init__()
         base, halvings = _base_and_doublings(image_size)
-        _check_positive(nc=nc, ndf=ndf)
+        for name, value in dict(nc=nc, ndf=ndf).items():
+            check_integer(name, value, 1)
         self.image_size, self.nc, self.ndf = image_size, nc, ndf
 
         widths = [ndf << i for i in range(halvings)]

@@ -8,9 +8,7 @@ tensors), or makes the forward one that is not followed: `Untraceable` says why.
 
 import copy
 import operator
-import random
 import threading
-from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -19,6 +17,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from fastgan.forward_code import RANDOM, CodeCheck, Untraceable, returns_something
 from fastgan.forward_reads import Reads
+from fastgan.random_numbers import random_numbers_kept
 from fastgan.watching import Watch, freeze
 
 TENSOR = object()  # stands for one among the arguments of a trace
@@ -43,8 +42,10 @@ def trace(container, arguments, watch=None):
     watch.attribute(cls, "forward")
     code.type(cls)
     code.function(cls.forward, cls, called_first=True)
-    with _disable_current_modes(), _random_numbers_unused():  # fake tensors, say: a mode of theirs has no numbers
+    with _disable_current_modes(), random_numbers_kept() as drawn:  # fake tensors, say: a mode of theirs has no numbers
         on, off = (_trace_once(container, arguments, code, watch, switch) for switch in (True, False))
+        if drawn():
+            raise Untraceable(RANDOM)
     if on.python_code("self").src != off.python_code("self").src:
         raise Untraceable("it asks whether gradients or autocast are on")
     called = [container.get_submodule(node.target) for node in on.nodes if node.op == "call_module"]
@@ -179,26 +180,3 @@ def _set_modes(gradients, cpu, cuda):
     torch.set_grad_enabled(gradients)
     torch.set_autocast_enabled("cpu", cpu)
     torch.set_autocast_enabled("cuda", cuda)
-
-
-@contextmanager
-def _random_numbers_unused():
-    state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    on_gpus = _gpu_generators()
-    gpu_states = [generator.get_state() for generator in on_gpus]
-    try:
-        yield
-        used = random.getstate() != state or not torch.equal(torch.get_rng_state(), torch_state)
-        used |= not all(torch.equal(g.get_state(), s) for g, s in zip(on_gpus, gpu_states, strict=True))
-        if used or not all(np.array_equal(a, b) for a, b in zip(np.random.get_state(), numpy_state, strict=True)):
-            raise Untraceable(RANDOM)
-    finally:
-        random.setstate(state), np.random.set_state(numpy_state), torch.set_rng_state(torch_state)
-        for generator, gpu_state in zip(on_gpus, gpu_states, strict=True):
-            generator.set_state(gpu_state)
-
-
-def _gpu_generators():
-    """Those in use; none during a capture, which has no state to ask for."""
-    usable = torch.cuda.is_initialized() and not torch.cuda.is_current_stream_capturing()
-    return list(torch.cuda.default_generators) if usable else []

@@ -39,7 +39,12 @@ _COLUMNS = (
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [f"sm_{capability}" for capability in TARGETS]
-    parser.add_argument("--target", default="sm_90", choices=names, help="(default: %(default)s)")
+    parser.add_argument(
+        "--target",
+        default="sm_90",
+        choices=names,
+        help="sm_80 is an A100, sm_90 an H100, sm_100 a B200 (default: %(default)s)",
+    )
     parser.add_argument("--json", action="store_true", help="print a JSON list of objects")
     parser.add_argument("--dtype", choices=_DTYPES, help="of the kernels outside the tables (default: all three)")
     parser.add_argument(

@@ -51,6 +51,20 @@ def test_without_inputs(model):
         assert row.runs_as == "fused, by shape" and "inputs" in row.reason
 
 
+def test_layers_called_by_keyword():
+    class ByKeyword(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            return self.conv(input=x)
+
+    for network in (ByKeyword(), fastgan.fuse(ByKeyword())):
+        (row,) = fastgan.explain(network, torch.ones(2, 3, 5, 5))
+        assert row.shape == "2×3×5×5 → 2×4×3×3"
+
+
 def test_the_mode_decides_what_follows(model):
     """In eval mode BatchNorm is part of the epilogue: another kernel, and not measured here."""
     first, _ = fastgan.explain(model.eval(), torch.empty(INPUT))

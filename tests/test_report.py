@@ -2,14 +2,14 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-from benchmarks import plots, profiling, reading, tables
+from benchmarks import plots, profiling, reading, tables, timing
 from tests.processes import ROOT, main_of
 
 report = main_of("report")
@@ -29,7 +29,7 @@ def benchmark(group, seconds, **extra):
 
 def step(variant, images_per_sec, batch=128, dtype="bfloat16", memory=100.0, image_size=64, **extra):
     work = {"flops_per_image": 2e9, "bytes_per_image": 6e6, "bytes_per_step": 128e6}
-    seconds = batch / images_per_sec
+    seconds = batch / images_per_sec if isinstance(images_per_sec, float) else 1.0
     info = {"batch": batch, "dtype": dtype, "image_size": image_size, "images_per_sec": images_per_sec}
     return benchmark("train step", seconds, variant=variant, peak_memory_mb=memory, **info, **work, **extra)
 
@@ -42,6 +42,11 @@ def layer(name, variant, direction, microseconds, **extra):
 def model(network, variant, microseconds, memory):
     info = {"network": network, "image_size": 32, "microseconds": microseconds, "peak_memory_mb": memory}
     return benchmark("models", microseconds / 1e6, variant=variant, batch=8, images_per_sec=1.0, **info)
+
+
+def without(entry, key):
+    del entry["extra_info"][key]
+    return entry
 
 
 def content(*benchmarks, not_run=()):
@@ -231,6 +236,10 @@ def test_on_a_cpu_lines_are_of_what_ran_in_turn():
         (json.dumps(content({"name": "test_a", "group": None, "extra_info": {}, "stats": {"median": 1}})), "test_a"),
         (json.dumps(content(step("a", 1.0), {**step("a", 1.0, device="another")})), "must come from one device"),
         (json.dumps({"profiles": [{}], "datetime": ""}), "incomplete"),
+        (json.dumps(content(without(step("a", 1.0), "bytes_per_step"))), "has no bytes_per_step"),
+        (json.dumps(content(without(layer("G1", "fused", "forward", 1.0), "direction"))), "has no direction"),
+        (json.dumps(content(step("a", "fast"))), "images_per_sec of benchmark test_train step[a] must be a number"),
+        (json.dumps(content(step("a", 1.0), not_run=["test_b"])), "not_run"),
     ],
 )
 def test_refuses_other_files_and_writes_nothing(write, capsys, text, expected):
@@ -259,6 +268,75 @@ def test_refuses_before_anything_is_measured(write, capsys, options, monkeypatch
     message = capsys.readouterr().err
     assert message.startswith(f"error: {options[-2] if len(options) > 1 else options[0]}"), message
     assert message.count("\n") == 1 and Path("afile").read_text() == "mine"
+
+
+@pytest.mark.parametrize("error, status", [(KeyboardInterrupt(), 130), (OSError("No space left on device"), 2)])
+def test_what_was_measured_is_not_lost(error, status, write, capsys, monkeypatch):
+    """Where it cannot be kept, or the run is stopped, a file is left, and what was there before stays whole."""
+    Path("benchmarks/results").mkdir(parents=True)
+    before = write("benchmarks/results/test-gpu-9000.json", complete())
+    good, left = Path(before).read_bytes(), content(step("fused-bf16", 2.0))
+
+    def measure(folder, *_):
+        write(folder / "benchmarks-0.json", left)
+        if isinstance(error, KeyboardInterrupt):
+            raise error
+        return [folder / "benchmarks-0.json"], True
+
+    def write_bytes(path, content):
+        path.write_text("half of")
+        raise error
+
+    monkeypatch.setitem(report.__globals__, "measure", measure)
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+    assert run("--run") == status
+    (kept,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("measured by then: ")]
+    file = Path(kept.removeprefix("measured by then: ").partition(";")[0])
+    assert json.loads(file.read_text()) == left
+    assert Path(before).read_bytes() == good and sorted(path.name for path in Path(before).parent.iterdir()) == [
+        "test-gpu-9000.json"
+    ]
+    shutil.rmtree(file.parent)
+
+
+@pytest.mark.parametrize("models", (True, False))
+def test_what_cannot_be_measured_is_refused_first(models, write, capsys, monkeypatch):
+    monkeypatch.setitem(report.__globals__, "measure", None)
+    monkeypatch.setattr(timing, "ON_GPU", False)
+    monkeypatch.setattr(timing, "device_name", lambda: DEVICE)
+    assert run("--run", *(["--models"] if models else [write("a.json", complete())])) == 2
+    message = capsys.readouterr().err
+    assert ("measured on a GPU only" if models else "a.json is from this machine") in message
+
+
+def test_benchmarks_that_end_with_their_process(tmp_path):
+    """What the processes before it wrote is reported all the same, and the status says that it is not all."""
+
+    def run(what, *command):
+        file = Path(command[3].partition("=")[2])
+        file.write_text('{"broke_off": true}' if file.stem.endswith("0") else '{"broke_off": tr')
+        return -11
+
+    assert report.__globals__["run_benchmarks"](run, tmp_path, []) == (tmp_path / "benchmarks-0.json", False)
+
+
+def test_best_stock_is_of_any_precision_where_ours_have_one():
+    entries = [
+        {"variant": variant, "dtype": dtype, "device": DEVICE, "images_per_sec": speed}
+        for variant, dtype, speed in (("eager-fp32", "float32", 3.0), ("eager-bf16", "bfloat16", 2.0))
+    ]
+    ours = {"variant": "fused-bf16", "dtype": "bfloat16", "device": DEVICE, "images_per_sec": 9.0}
+    assert tables.best_stock(ours, [*entries, ours]) == entries[0]
+    in_float32 = {**ours, "variant": "fused-fp32", "dtype": "float32"}
+    assert tables.best_stock(ours, [*entries, ours, in_float32]) == entries[1]
+    assert tables.best_stock(in_float32, [*entries, ours, in_float32]) == entries[0]
+
+
+def test_two_results_of_one_device_in_the_folder(write, capsys):
+    Path("benchmarks/results").mkdir(parents=True)
+    write("benchmarks/results/mine.json", complete())
+    assert run(write("b.json", complete())) == 2
+    assert "both from Test GPU 9000" in capsys.readouterr().err
 
 
 def test_other_json_in_the_folder_is_left_out_and_named(write, capsys):
@@ -301,17 +379,18 @@ def test_what_a_run_measures(models, on_gpu, tmp_path, monkeypatch):
     """On a GPU the networks of public GANs take minutes to compile: only where they are asked for."""
     commands = []
 
-    def started(command, cwd):
+    def run_to_its_end(command):
         commands.append(command[2:])
         if "benchmarks" in command:
             (tmp_path / "benchmarks-0.json").write_text('{"broke_off": false}')
-        return subprocess.CompletedProcess(command, 0)
+        return 0
 
-    monkeypatch.setattr(subprocess, "run", started)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
-    assert report.__globals__["measure"](tmp_path, False, models, True) == [tmp_path / "benchmarks-0.json"]
+    monkeypatch.setitem(report.__globals__, "run_to_its_end", run_to_its_end)
+    monkeypatch.setattr(timing, "ON_GPU", on_gpu)
+    measured = [tmp_path / "benchmarks-0.json", *([tmp_path / "profile.json"] if on_gpu else [])]
+    assert report.__globals__["measure"](tmp_path, False, models, True) == (measured, True)
     (benchmarks,) = (command for command in commands if "benchmarks" in command)
-    assert ("--ignore=benchmarks/bench_models.py" in benchmarks) == (on_gpu and not models)
+    assert ("--ignore=benchmarks/bench_models.py" in benchmarks) == (not models)
     assert any("gpu" in command for command in commands) == on_gpu
 
 
@@ -357,7 +436,8 @@ def test_goes_on_where_an_error_took_the_gpu_away(tmp_path):
         statuses.append(done.returncode)
         return done.returncode
 
-    file = report.__globals__["run_benchmarks"](run, tmp_path, [])
+    file, complete = report.__globals__["run_benchmarks"](run, tmp_path, [])
+    assert complete
     content = json.loads(file.read_text())
     assert [entry["name"] for entry in content["benchmarks"]] == ["test_a", "test_c"]
     assert [entry["fullname"].partition("::")[2] for entry in content["not_run"]] == ["test_b", "test_d"]

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from fastgan.data.checks import check_integer
+from fastgan.checks import check_integer
 
 
 def steps_per_epoch(dataset, batch_size):
@@ -58,7 +58,7 @@ def epoch_mirrored(count, seed, epoch):
     return torch.from_numpy(np.random.default_rng((seed, epoch, 1)).integers(0, 2, count, dtype=np.bool_))
 
 
-def batches(dataset, batch_size, *, seed, first_step=0, workers=0, pin_memory=False, flip=False):
+def batches(dataset, batch_size, *, seed, first_step=0, workers=0, flip=False):
     """Endless iterator of batches: uint8 (batch_size, nc, S, S), in the order of ``batch_indices``.
 
     Args:
@@ -67,7 +67,6 @@ def batches(dataset, batch_size, *, seed, first_step=0, workers=0, pin_memory=Fa
         seed: decides the order.
         first_step: number of the first batch; those before it are not read.
         workers: processes that decode images; 0 decodes in this one. Images in memory need none.
-        pin_memory: put batches in page-locked memory, for asynchronous copies to a GPU; ignored where there is none.
         flip: mirror half of the images left to right, chosen anew in every epoch, by ``seed`` and epoch only.
 
     Raises:
@@ -79,17 +78,10 @@ def batches(dataset, batch_size, *, seed, first_step=0, workers=0, pin_memory=Fa
     check_integer("seed", seed, 0)
     check_integer("first_step", first_step, 0)
     plan = _plan(len(dataset), batch_size, per_epoch, seed, first_step, flip)
-    pin_memory = pin_memory and torch.cuda.is_available()
     images = getattr(dataset, "images", None)
     if images is not None:
-        return _from_memory(images, plan, pin_memory)
-    return _on_demand(dataset, plan, workers, pin_memory)
-
-
-def _from_memory(images, plan, pin_memory):
-    for indices, mirrored in plan:
-        batch = _mirror(images.index_select(0, indices), mirrored)
-        yield batch.pin_memory() if pin_memory else batch
+        return (_mirror(images.index_select(0, indices), mirrored) for indices, mirrored in plan)
+    return _on_demand(dataset, plan, workers)
 
 
 def _mirror(batch, mirrored):
@@ -100,13 +92,12 @@ def _mirror(batch, mirrored):
     return batch
 
 
-def _on_demand(dataset, plan, workers, pin_memory):
+def _on_demand(dataset, plan, workers):
     loader = DataLoader(
         _WholeBatches(dataset),
         batch_size=None,  # the sampler's items are whole batches already
         sampler=([None if part is None else part.tolist() for part in parts] for parts in plan),
         num_workers=workers,
-        pin_memory=pin_memory,
         generator=torch.Generator(),  # otherwise the loader draws a seed from the global generator
     )
     unreadable = {}

@@ -9,8 +9,8 @@ from multiprocessing.pool import ThreadPool
 import torch
 from torch.utils.data import Dataset
 
+from fastgan.checks import check_integer
 from fastgan.data import sources
-from fastgan.data.checks import check_integer
 
 # name → the data set's own image side
 DATASETS = {

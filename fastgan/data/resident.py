@@ -3,8 +3,8 @@
 import torch
 
 from fastgan import backend
+from fastgan.checks import check_integer
 from fastgan.data.batches import epoch_mirrored, epoch_order, scale, steps_per_epoch
-from fastgan.data.checks import check_integer
 
 MEMORY_SHARE = 0.5  # of the GPU memory that is free: the networks, their activations and the optimizers want the rest
 _CHUNK = 64 << 20  # bytes that are on the GPU twice while the images are laid out there

@@ -143,10 +143,13 @@ def find(table, problem):
 
 
 def user_table_path(gpu):
-    """Where the user's own table of `gpu` is kept."""
+    """Where the user's own table of `gpu` is kept; None where the system knows of no home folder."""
     folder = os.environ.get("FASTGAN_CACHE")
     if not folder:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastgan"
+        try:
+            folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastgan"
+        except RuntimeError:  # in a container, of a user without a name
+            return None
     return Path(folder) / f"{slug(gpu)}.json"
 
 
@@ -166,7 +169,7 @@ def shipped_tables():
 def _tables(gpu):
     """{layer: {batch: Measurement}}, the shipped table of `gpu` overlaid with the user's."""
     merged = {}
-    for path in (shipped_table_path(gpu), user_table_path(gpu)):
+    for path in filter(None, (shipped_table_path(gpu), user_table_path(gpu))):
         for problem, measured in read_table(path, gpu).items():
             merged.setdefault(problem.layer, {})[problem.batch] = measured
     return merged

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 
+from fastgan.checks import check_integer
 from fastgan.data import DATASETS, MEMORY_SHARE
 from fastgan.models import IMAGE_SIZES
 from fastgan.training.devices import PRECISIONS
@@ -83,7 +84,13 @@ class TrainConfig:
         resumable=True,
         later=True,
     )
-    workers: int = _option(0, int, "processes that decode images; 0: none for images in memory", resumable=True)
+    workers: int = _option(
+        0,
+        int,
+        "decoders of pictures: threads before training for those that fit in memory (0: one a core, 8 at most), "
+        "processes during training for others (0: none)",
+        resumable=True,
+    )
     log_every: int = _option(10, int, "steps between rows of metrics.jsonl", resumable=True)
     save_every: int | None = _option(
         None, int, "steps between sample pictures and checkpoints (default: an epoch, at most 1000)", resumable=True
@@ -96,12 +103,12 @@ class TrainConfig:
         if self.image_size is not None:
             _check_choice("image_size", self.image_size, IMAGE_SIZES)
         for name in ("batch_size", "epochs", "log_every"):
-            _check_integer(name, getattr(self, name), 1)
+            check_integer(name, getattr(self, name), 1)
         for name, least, most in (("nz", 1, _MOST_NZ), ("seed", 0, _MOST_SEED), ("workers", 0, _MOST_WORKERS)):
-            _check_integer(name, getattr(self, name), least, most)
+            check_integer(name, getattr(self, name), least, most)
         for name, most in (("ngf", _MOST_WIDTH), ("ndf", _MOST_WIDTH), ("max_steps", None), ("save_every", None)):
             if getattr(self, name) is not None:
-                _check_integer(name, getattr(self, name), 1, most)
+                check_integer(name, getattr(self, name), 1, most)
         if self.batch_size == 1:
             raise ValueError("batch_size must be at least 2: batch normalisation compares the images of a batch; got 1")
         if not (_is_number(self.lr) and 0 < self.lr < math.inf):
@@ -165,12 +172,6 @@ def add_options(parser):
 def _check_choice(name, value, allowed):
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}; got {value!r}")
-
-
-def _check_integer(name, value, least, most=None):
-    if not isinstance(value, int) or isinstance(value, bool) or value < least or (most is not None and value > most):
-        allowed = f"of at least {least}" if most is None else f"from {least} to {most}"
-        raise ValueError(f"{name} must be an integer {allowed}; got {value!r}")
 
 
 def _is_number(value):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from fastgan.checks import check_integer
 from fastgan.files import check_writable
 from fastgan.training.checkpoints import load_generator
 from fastgan.training.devices import pick_device
@@ -33,9 +34,8 @@ def generate(checkpoint, out, *, num=64, seed=0, separate=False, device="auto"):
         ValueError: an argument that is not allowed, a checkpoint that cannot be used, or ``out`` exists.
     """
     most_pictures = MOST_SEPARATE if separate else MOST_IN_GRID
-    for name, value, least, most in (("num", num, 1, most_pictures), ("seed", seed, 0, 2**63 - 1)):
-        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-            raise ValueError(f"{name} must be an integer from {least} to {most}; got {value!r}")
+    check_integer("num", num, 1, most_pictures)
+    check_integer("seed", seed, 0, 2**63 - 1)
     _check_out(out, separate)
     out = Path(out)
     device = pick_device(device)
@@ -61,7 +61,7 @@ def _check_out(given, separate):
         if out.exists() and not (out.is_dir() and not any(out.iterdir())):
             raise ValueError(f"out {str(out)!r} must be a new or an empty folder")
     elif out.suffix.lower() != ".png":
-        raise ValueError(f"out must end in .png; got {str(out)!r} (for one file per picture: separate)")
+        raise ValueError(f"out must end in .png; got {str(out)!r} (for one file a picture: --separate)")
     elif out.exists():
         raise ValueError(f"out {str(out)!r} exists already: choose another name, or remove it")
     check_writable("out", given, folder=separate)

@@ -1,15 +1,13 @@
 """Whether a discriminator gives the same numbers on [real; fake] in one pass as on each of them in turn."""
 
 import copy
-import pickle
-import random
-from contextlib import contextmanager
 
-import numpy as np
 import torch
 from torch import nn
 
 from fastgan.batch_groups import batch_groups
+from fastgan.fusion import fused_groups
+from fastgan.random_numbers import random_numbers_kept
 from fastgan.training.weights import wants_default_layout
 
 # Of each kind, to try it on. Pieces of 2, 4 or 8 images, with statistics of their own, then hold both kinds.
@@ -59,7 +57,7 @@ def one_pass_obstacle(discriminator, real_images, fake_images):
     except Exception as error:  # the older weight_norm keeps a weight that torch does not copy; a lock, say
         return f"it cannot be copied to try it ({_in_short(error)})"
     try:
-        with torch.enable_grad(), _random_numbers_kept(real.device) as drawn:
+        with torch.enable_grad(), random_numbers_kept() as drawn:
             with batch_groups(2):
                 logits = together(torch.cat([real, fake]))
                 if not logits.dim() or len(logits) != len(real) + len(fake):
@@ -103,23 +101,6 @@ def _in_short(error):
     return f"{type(error).__name__}: {error}".partition("\n")[0].partition(". ")[0]
 
 
-@contextmanager
-def _random_numbers_kept(device):
-    """Global random generators stay as they are; gives a function that tells whether one has been used within."""
-
-    def state():
-        of_cuda = torch.cuda.get_rng_state(device).numpy() if device.type == "cuda" else None
-        return pickle.dumps((random.getstate(), np.random.get_state(), torch.get_rng_state().numpy(), of_cuda))
-
-    python, numpy, before = random.getstate(), np.random.get_state(), state()
-    try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            yield lambda: state() != before
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-
-
 def _close(ours, theirs):
     if not theirs.numel():
         return True
@@ -129,8 +110,6 @@ def _close(ours, theirs):
 
 def _stock_batch_norms(model):
     """BatchNorms that are called by themselves, which a hook shows on a fused model only for those left out."""
-    from fastgan.fusion import fused_groups
-
     fused = {id(module) for group in fused_groups(model).values() for module in group.modules}
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and id(module) not in fused:

@@ -11,6 +11,7 @@ import torch
 from fastgan.backend import held_choice, without_autocast
 from fastgan.batch_groups import batch_groups
 from fastgan.first_order import first_order
+from fastgan.fusion import fuse, fused_groups
 from fastgan.layout import contiguous
 from fastgan.losses import backward_bce, backward_bce_of_torch
 from fastgan.training.adam import ContiguousAdam, KernelAdam
@@ -91,8 +92,6 @@ class TrainStep:
         self.autocast_dtype = _AUTOCAST[precision]
 
         if fused:
-            from fastgan import fuse
-
             fuse(generator)
             fuse(discriminator)
         self._backward_bce = backward_bce if fused else backward_bce_of_torch
@@ -343,8 +342,6 @@ class TrainStep:
 
 
 def _fused_convolutions(network):
-    from fastgan.fusion import fused_groups
-
     return [group.modules[0] for group in fused_groups(network).values()]
 
 

@@ -12,6 +12,7 @@ from fastgan import backend
 from fastgan.files import check_writable
 from fastgan.ops import choice
 from fastgan.ops.tables import read_table, write_table
+from fastgan.tune.compiling import said
 from fastgan.tune.tables import why_no_table
 from fastgan.tune.workloads import SHAPE_HELP, problems_of
 
@@ -70,13 +71,19 @@ def main(arguments=None):
     try:
         measured, failures = tune(problems, report=_line, save=save_and_tell, processes=options.jobs)
     except KeyboardInterrupt:
-        then = f"what was measured by then is in {path}" if saved else "nothing was measured by then"
-        print(f"interrupted; {then}", file=sys.stderr)
+        print(f"interrupted; {_what_was_kept(path, saved)}", file=sys.stderr)
         return 130
     except OSError as error:
         return _refuse(f"{path} cannot be written: {error}")
+    except RuntimeError as error:  # the GPU, or the compilers: nothing more can be measured
+        print(f"fastgan.tune: {said(error)}; {_what_was_kept(path, saved)}", file=sys.stderr)
+        return 1
     _summary(measured, failures, path, time.perf_counter() - began)
     return 1 if failures else 0
+
+
+def _what_was_kept(path, saved):
+    return f"what was measured by then is in {path}" if saved else "nothing was measured by then"
 
 
 def _parser():
@@ -134,6 +141,10 @@ def _checked(out, gpu):
     """The file to write: `out` if it is given and may be replaced, else the user's own table of this GPU."""
     if out is None:
         out = choice.user_table_path(gpu)
+        if out is None:
+            raise ValueError(
+                "there is no home folder to keep the table in: name a file with --out, or set FASTGAN_CACHE"
+            )
         check_writable("the user's table", out)
         return out
     if Path(out).is_dir():
@@ -154,10 +165,17 @@ def _saver(path, gpu, versions):
     """A function that writes measurements to `path`, with those that are there already from the same versions."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        before = read_table(path, gpu, versions)
+        read_table(path, gpu, versions)
     for warning in caught:
         print(f"{warning.message}; it is replaced", file=sys.stderr)
-    return lambda measured: write_table(path, gpu, versions, {**before, **measured})
+
+    def save(measured):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            known = read_table(path, gpu, versions)  # again: another GPU's tuner may write to it, too
+        write_table(path, gpu, versions, {**known, **measured})
+
+    return save
 
 
 def _line(problem, result, seconds):

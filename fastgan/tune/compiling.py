@@ -49,10 +49,6 @@ class Compiler:
     def __exit__(self, *_):
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def __len__(self):
-        """How many different kernels were asked for."""
-        return len(self._started)
-
     def start(self, problem, tile):
         """Begin to compile what a Problem starts with our kernel in this tile: the list of its Futures."""
         return self._start_all(problem, Choice("triton", tile._asdict()))
@@ -66,7 +62,7 @@ class Compiler:
             return [self._start(launch) for launch in launches(problem, choice)]
         except Exception as error:  # a launcher that refuses a tile: a candidate that failed
             failed = Future()
-            failed.set_result(_said(error))
+            failed.set_result(said(error))
             return [failed]
 
     def _start(self, launch):
@@ -95,10 +91,11 @@ def _compile(launch):
     try:
         compile_launch(launch)
     except Exception as error:
-        return _said(error)
+        return said(error)
     return None
 
 
-def _said(error):
+def said(error):
+    """An error in one line."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}"[:200]

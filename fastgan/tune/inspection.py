@@ -17,7 +17,6 @@ from fastgan.ops.tables import read_table
 from fastgan.tune.compiling import launches, prepare, usable_cores
 from fastgan.tune.workloads import problems_of
 
-MATRIX_KERNELS = ("up_kernel", "up_narrow_kernel", "down_kernel", "weight_grad_kernel", "weight_grad_narrow_kernel")
 # Of one multiprocessor: bytes of shared memory, and of those the most that one program can have.
 _SHARED = {80: (164 << 10, 163 << 10), 90: (228 << 10, 227 << 10), 100: (228 << 10, 227 << 10)}
 TARGETS = tuple(_SHARED)

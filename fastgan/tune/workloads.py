@@ -7,6 +7,7 @@ import re
 import torch
 from torch import nn
 
+from fastgan.explanation import input_of
 from fastgan.fusion import fuse, fused_groups
 from fastgan.models import IMAGE_SIZES, Discriminator, Generator
 from fastgan.ops import implementations
@@ -94,18 +95,19 @@ def problems_of_model(model, shapes, dtype, *, input_grad=True):
         model = fuse(copy.deepcopy(model).to("meta", dtype))
         calls = []
         for group in fused_groups(model).values():
-            group.modules[0].register_forward_hook(_recorder(calls, group))
-        for shape in shapes:
+            group.modules[0].register_forward_hook(_recorder(calls, group), with_kwargs=True)
+        given = [torch.empty(shape, device="meta", dtype=dtype) for shape in shapes]
+        for x in given:
             with torch.no_grad():
-                model(torch.empty(shape, device="meta", dtype=dtype))
+                model(x)
     except Exception as error:
         raise ValueError(f"{type(model).__name__} cannot be followed: {type(error).__name__}: {error}") from error
-    first = [shape for shape in shapes] if not input_grad else []
     problems, before = [], None
     for group, x, y in calls:
         conv = group.modules[0]
         where = (conv.weight, isinstance(conv, nn.ConvTranspose2d), conv.stride, conv.padding)
-        wanted = [""] if tuple(x.shape) not in first else []
+        is_given = any(x is each or x._base is each for each in given)
+        wanted = [""] if input_grad or not is_given else []
         if before is not None and before[2].shape == x.shape:
             # As a training step runs it.
             if before[0].ends_in_activation:
@@ -118,8 +120,8 @@ def problems_of_model(model, shapes, dtype, *, input_grad=True):
 
 
 def _recorder(calls, group):
-    def hook(conv, args, output):
-        calls.append((group, args[0], output))
+    def hook(conv, args, kwargs, output):
+        calls.append((group, input_of(args, kwargs), output))
 
     return hook
 

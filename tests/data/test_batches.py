@@ -111,18 +111,6 @@ def test_fewer_images_than_one_batch(few_fakes):
             call()
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_pinned_batches(few_fakes):
-    dataset = data.load("fake", image_size=8)
-    assert next(data.batches(dataset, 4, seed=0, pin_memory=True)).is_pinned()
-
-
-def test_pinning_is_ignored_without_a_gpu(few_fakes, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert not next(data.batches(data.load("fake", image_size=8), 4, seed=0, pin_memory=True)).is_pinned()
-
-
 # Scaling
 
 

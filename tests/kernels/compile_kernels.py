@@ -36,6 +36,7 @@ from fastgan.kernels import (
 from fastgan.kernels.launch import TILES
 from fastgan.kernels.offline import compile_launch, compiling_for, record
 
+MATRIX_KERNELS = ("up_kernel", "up_narrow_kernel", "down_kernel", "weight_grad_kernel", "weight_grad_narrow_kernel")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 

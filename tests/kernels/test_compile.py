@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from tests.kernels.compile_kernels import MATRIX_KERNELS
 from tests.processes import run_compiling
 
 KERNELS = {
@@ -28,8 +29,6 @@ KERNELS = {
     "next_batch_kernel",
     "conv_epilogue_kernel",
 }
-
-MATRIX_KERNELS = ("up_kernel", "up_narrow_kernel", "down_kernel", "weight_grad_kernel", "weight_grad_narrow_kernel")
 
 
 def compiled(*arguments, **variables):

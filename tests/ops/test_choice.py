@@ -159,6 +159,19 @@ def test_where_the_users_table_is(monkeypatch, tmp_path):
     assert choice.user_table_path(GPU) == tmp_path / "home" / ".cache" / "fastgan" / name
 
 
+def test_a_user_without_a_home(monkeypatch):
+    monkeypatch.delenv("FASTGAN_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(choice.Path, "home", no_home)
+    assert choice.user_table_path(GPU) is None
+    write(choice.shipped_table_path, (PROBLEM, measured("triton", 30.0)))
+    assert choose(PROBLEM, CUDA).implementation == "triton"
+
+
 def _row(**changes):
     row = dict(PROBLEM._asdict(), implementation="triton", tile=TILE, triton_us=1.0, cudnn_us=2.0)
     return {**row, **changes}

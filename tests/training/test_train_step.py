@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-import fastgan
 from fastgan.training import TrainStep
+from fastgan.training import step as training_step
 from tests.training.small_gan import BATCH, NZ, make_networks, real_batches
 
 
@@ -82,8 +82,8 @@ def test_fused_and_stock_losses_agree_over_fifty_float32_steps():
 
 def test_fused_uses_fuse_and_keeps_the_callers_modules(monkeypatch):
     fused = []
-    original = fastgan.fuse
-    monkeypatch.setattr(fastgan, "fuse", lambda model: fused.append(model) or original(model))
+    original = training_step.fuse
+    monkeypatch.setattr(training_step, "fuse", lambda model: fused.append(model) or original(model))
     generator, discriminator = make_networks()
     parameters = list(generator.parameters())
     step = TrainStep(generator, discriminator, latent_dim=NZ, fused=True)

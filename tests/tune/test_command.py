@@ -135,6 +135,40 @@ def test_what_was_measured_before_an_interruption_is_kept(pretended, tmp_path, c
     assert str(path) in capsys.readouterr().err
 
 
+def test_an_error_that_takes_the_gpu_ends_the_tuning_in_one_line(pretended, tmp_path, capsys, monkeypatch):
+    from fastgan.tune import session
+
+    measure, calls = session.measure, []
+
+    def lost(problem, *arguments):
+        calls.append(problem)
+        if len(calls) == 2:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered\nCompile with TORCH_USE_CUDA_DSA")
+        return measure(problem, *arguments)
+
+    monkeypatch.setattr(session, "measure", lost)
+    path = tmp_path / "table.json"
+    assert command.main([SHAPE, "--batch", "4,8", "--out", str(path)]) == 1
+    assert list(read_table(path)) == calls[:1]
+    message = capsys.readouterr().err
+    assert "illegal memory access" in message and str(path) in message and message.count("\n") == 1
+
+
+def test_two_tuners_keep_what_each_of_them_measures(pretended, tmp_path, monkeypatch):
+    from fastgan.tune import session
+
+    measure, path, other = session.measure, tmp_path / "table.json", ["--batch", "8"]
+
+    def beside_another(problem, *arguments):
+        if other:
+            command.main([SHAPE, *[other.pop(0) for _ in range(2)], "--out", str(path)])
+        return measure(problem, *arguments)
+
+    monkeypatch.setattr(session, "measure", beside_another)
+    assert command.main([SHAPE, "--batch", "4", "--out", str(path)]) == 0
+    assert {problem.batch for problem in read_table(path)} == {4, 8}
+
+
 def test_an_interruption_before_anything_was_measured_claims_no_file(pretended, tmp_path, capsys, monkeypatch):
     from fastgan.tune import session
 

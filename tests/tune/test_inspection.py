@@ -9,7 +9,8 @@ import pytest
 
 from fastgan.ops.choice import shipped_tables
 from fastgan.ops.tables import Measurement, Problem, write_table
-from fastgan.tune.inspection import MATRIX_KERNELS, _occupancy
+from fastgan.tune.inspection import _occupancy
+from tests.kernels.compile_kernels import MATRIX_KERNELS
 from tests.processes import run_compiling
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "inspect_kernels.py"

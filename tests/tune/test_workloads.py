@@ -74,6 +74,21 @@ def test_any_model(training):
     assert not any("forward" in vars(m) for m in model.modules())
 
 
+class ByKeyword(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2, self.conv3 = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))
+
+    def forward(self, x):
+        return self.conv3(self.conv2(self.conv1(input=x)))
+
+
+def test_a_layer_within_may_look_like_the_first():
+    """Of the first one alone nobody wants the gradient of its input; called by keyword it is a layer too."""
+    problems = problems_of_model(ByKeyword(), [(4, 3, 8, 8)], BF16, input_grad=False)
+    assert [problem.kind for problem in problems].count("up") == 2
+
+
 def test_model_by_name():
     problems = problems_of([f"{__name__}:Small"], (4,), [BF16], (3, 6, 6))
     assert {p.kind for p in problems} == {"down+statistics", "weight_grad+float32", "up", "down", "down+normalized"}

@@ -1,0 +1,34 @@
+"""The global random generators of Python, NumPy and PyTorch, on the CPU and on every GPU."""
+
+import pickle
+import random
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+
+@contextmanager
+def random_numbers_kept():
+    """They stay as they are; gives a function that tells whether one of them has been drawn from within."""
+    # None of a GPU's during a capture, which has no state to ask for.
+    usable = torch.cuda.is_initialized() and not torch.cuda.is_current_stream_capturing()
+    on_gpus = list(torch.cuda.default_generators) if usable else []
+
+    def states():
+        of_torch = [torch.get_rng_state(), *(generator.get_state() for generator in on_gpus)]
+        return random.getstate(), np.random.get_state(), of_torch
+
+    def in_bytes():
+        python, numpy, of_torch = states()
+        return pickle.dumps((python, numpy, [state.numpy() for state in of_torch]))
+
+    (python, numpy, (of_cpu, *of_gpus)), before = states(), in_bytes()
+    try:
+        yield lambda: in_bytes() != before
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(of_cpu)
+        for generator, state in zip(on_gpus, of_gpus, strict=True):
+            generator.set_state(state)
