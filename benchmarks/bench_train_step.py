@@ -91,6 +91,6 @@ def copy_adam(source, target):
     """Give ``target`` the moments of ``source``; how it computes stays its own affair."""
     state = {}
     for index, moments in source.state_dict()["state"].items():
-        state[index] = {name: value.clone() for name, value in moments.items()}
-        state[index]["step"] = moments["step"].float().cpu()  # where Adam keeps it, unless it is fused or capturable
+        copies = state[index] = {name: value.clone() for name, value in moments.items()}
+        copies["step"] = copies["step"].float().cpu()  # where Adam keeps it, unless it is fused or capturable
     target.load_state_dict({"state": state, "param_groups": target.state_dict()["param_groups"]})

@@ -13,9 +13,9 @@ def batch_groups(groups):
     """Within it, fused modules in training take a batch as that many equal parts, one after the other.
 
     The results, the gradients and the running statistics are those of a call for each part, in that order. Only fused
-    BatchNorms know of it: whoever uses it makes sure that the model holds no other layer that mixes images. It is for
-    what the thread calls that enters it, and for what its backward runs again (checkpointing), on a GPU in a thread of
-    autograd's; compiled code, which knows of no threads, takes it for its own in any.
+    BatchNorms know of it: whoever uses it makes sure that the model holds no other layer that mixes images. It holds
+    for calls of the thread that entered it, and for what their backward recomputes (checkpointing), although on a GPU
+    autograd does that in another thread. Compiled code cannot tell threads apart, and obeys it in each.
     """
     return _groups.holding(groups)
 

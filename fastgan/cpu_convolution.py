@@ -39,9 +39,9 @@ _LEAST_CHANNELS = 16  # a narrow product leaves the CPU's vectors half empty
 # Xeon, where it is the same for weights that are not channels_last; an EPYC's convolutions wait less, and as products
 # they were not measured there).
 _WIDE_ELEMENTS, _FEW_POSITIONS = 2**21, 16
-# PyTorch computes eight channels of an image, whatever it has. Up to so many of them the product is ahead (1.3 to 5
-# times as fast in float32), if the low side has so many numbers for each; with fewer it is in a loop of nothing else,
-# but not in a training step. Half precision, whose product is in float32, stops at one channel.
+# PyTorch pads an image's channels to eight. Up to so many of them the product is 1.3 to 5 times as fast in float32, if
+# the low side has _LEAST_LOW numbers for each; with fewer it is faster in a loop of nothing else, but not in a training
+# step. Half precision, whose product is in float32, stops at one channel.
 _IMAGE_CHANNELS, _IMAGE_CHANNELS_IN_HALF, _LEAST_LOW = 3, 1, 2**17
 
 

@@ -62,7 +62,8 @@ def explain(model, *inputs):
         inputs: what to call it with, to show shapes too; without gradients, and on copies of its buffers.
 
     Returns:
-        An Explanation: a list of Row, one for each convolution in the order of `model.named_modules()`.
+        An Explanation, which prints as a table: a list of Row (path, pattern, shape, fused, implementation, reason),
+        one for each convolution in the order of `model.named_modules()`.
 
     Raises:
         TypeError: not an nn.Module, or a scripted one.

@@ -63,7 +63,7 @@ def why_not_operator(conv, batch_norm, negative_slope):
 def run_operator(x, conv, batch_norm, activation, negative_slope, activation_first, layer, **links):
     """(result, its Link or None) of the group as one operator; `layer` names it where the operator refuses its input.
 
-    By its layers where a setting that was changed since the group was matched is none of the operator's.
+    If a layer's setting was changed after matching to one that no operator supports, the layers run by themselves.
     `links`: x_link and gives_link of `fastgan.ops.layer.linked_conv_bn_act`.
     """
     changed = why_not_operator(conv, batch_norm, negative_slope)

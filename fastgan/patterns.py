@@ -18,7 +18,7 @@ _CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 _BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 _ACTIVATIONS = {nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid"}
 _CODE = ("forward", "_conv_forward")  # the methods that layers compute by
-# LeakyReLU's gradient is told from its result, where no BatchNorm lies between; stock's is not.
+# Our backward of convolution + LeakyReLU reads the activated result, stock's the input: it must not be overwritten.
 WRITTEN_TO = "what follows LeakyReLU changes its result in place"
 # What may give its input, or a view of it, as its result.
 PASSING_ON = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd)
@@ -133,8 +133,8 @@ _WRITING = {nn.ReLU: torch.relu_, nn.Tanh: torch.tanh_, nn.Sigmoid: torch.sigmoi
 def _forward_in_place(layer):
     """What a layer runs without kernels: an activation writes to its input, which nothing else needs.
 
-    Not LeakyReLU: backward would then need its result, which others may change in place, as they may stock's. A
-    BatchNorm is asked in its own way for each group of a batch.
+    Not LeakyReLU: in place, backward would need its result, and later code may overwrite that. A BatchNorm is asked in
+    its own way for each group of a batch.
     """
     if hooks_compute_weight(layer) or isinstance(layer, _BATCH_NORMS):
         return layer

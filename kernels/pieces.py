@@ -184,7 +184,7 @@ def conv_epilogue(
 
 @triton.jit
 def column_sums(x, ACROSS_WARPS: tl.constexpr = True):
-    """The sums of a tile over its rows; ACROSS_WARPS, where they are those of several warps, at a few registers more.
+    """The sums of a tile over its rows. ACROSS_WARPS: the rows lie in several warps; that takes a few registers more.
 
     Between warps `sum` alone would hand over what a thread has, eight neighbouring columns, through one bank of shared
     memory. So a thread first adds up its own rows, and a gather of everything from its own place gives columns side by

@@ -57,15 +57,15 @@ def store_grad_and_sums(
     beta_ptr,
     sums_ptr,  # (groups, 2, tiles, COLUMNS)
     group,
-    tile,
+    tile,  # its number among `tiles` of the group
     tiles,
-    vectors,
-    column,
+    vectors,  # of each column, its channel: where its mean, γ and so on are
+    column,  # of the result
     column_ok,
-    cell,
+    cell,  # offsets of the tile in out and y
     ok,
-    first_image,
-    first_row,
+    first_image,  # of the group
+    first_row,  # of the tile
     rows,
     count_h,  # as `position` has them
     count_w,

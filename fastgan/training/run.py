@@ -38,11 +38,11 @@ class Run:
     """What the loop needs. ``first_step`` updates are done already; it goes on until ``last_step`` are."""
 
     config: TrainConfig
-    out: Path
-    dataset: object
+    out: Path  # the folder of the run
+    dataset: object  # what `data.load` returns
     device: torch.device
     step: TrainStep
-    fixed_latent: torch.Tensor  # (SAMPLES, nz)
+    fixed_latent: torch.Tensor  # (SAMPLES, nz): the sample pictures are of these
     first_step: int = 0
     resident: data.ResidentImages | None = None  # the images, where they are on the GPU: the step's source
 
