@@ -21,7 +21,7 @@ from fastgan.cpu_products import (
     weight_grad_tap_by_tap,
 )
 from fastgan.layout import contiguous, suggests_channels_last
-from fastgan.ops.geometry import out_size, way_back
+from fastgan.ops.geometry import backward_where, out_size
 from fastgan.patterns import has_own_code, unfit_setting
 from fastgan.wanted import is_wanted
 
@@ -246,7 +246,7 @@ class Convolution(torch.autograd.Function):
             pass  # it maps what PyTorch has for both of them
         elif torch.is_grad_enabled():  # create_graph=True: autograd follows what gives the gradients
             if wants_x:
-                dx = Convolution.apply(dout, weight, *way_back(x.shape[2:], weight.shape[2:], *ctx.where[:3]))
+                dx = Convolution.apply(dout, weight, *backward_where(x.shape[2:], weight.shape[2:], *ctx.where[:3]))
                 if not (suggests_channels_last(x) or suggests_channels_last(weight)):
                     dx = contiguous(dx)
         else:

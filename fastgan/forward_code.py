@@ -139,6 +139,7 @@ class CodeCheck:
             raise Untraceable(f"it uses {name}, a {type(value).__name__}, which can change")
 
     def _chain(self, function, chain, cls):
+        """Check what a name with attributes, like torch.nn.ReLU, stands for, and have it watched."""
         name, *attributes = chain
         names = function.__globals__
         value = names.get(name, vars(builtins).get(name, names))
@@ -153,17 +154,7 @@ class CodeCheck:
         for i, attribute in enumerate(attributes):
             if isinstance(value, types.ModuleType) or (isinstance(value, type) and not _is_of_torch(value)):
                 name = f"{name}.{attribute}"
-                if isinstance(value, type):
-                    self._watch.attribute(value, attribute)
-                elif not _is_of_torch(value):
-                    self._watch.key(vars(value), attribute)
-                holder, value = value, getattr(value, attribute, names)
-                if value is names:
-                    raise Untraceable(f"it uses {name}, which is not there")
-                if not _is_of_torch(holder):
-                    self._guard(holder, attribute, value)
-                elif isinstance(holder, types.ModuleType) and _is_setting(value):
-                    raise Untraceable(f"it asks for {name}")
+                value = self._attribute(value, attribute, name)
             elif isinstance(value, type):  # a class of PyTorch: its methods are functions
                 name, value = f"{name}.{attribute}", getattr(value, attribute, None)
                 if value is None or (isinstance(value, types.MethodType) and i + 1 == len(attributes)):
@@ -177,6 +168,22 @@ class CodeCheck:
         if _draws(value):
             raise Untraceable(RANDOM)
         self.value(value, name)
+
+    def _attribute(self, holder, attribute, name):
+        """What a module, or a class that is none of PyTorch's, has under that name; it is watched."""
+        missing = object()
+        if isinstance(holder, type):
+            self._watch.attribute(holder, attribute)
+        elif not _is_of_torch(holder):
+            self._watch.key(vars(holder), attribute)
+        value = getattr(holder, attribute, missing)
+        if value is missing:
+            raise Untraceable(f"it uses {name}, which is not there")
+        if not _is_of_torch(holder):
+            self._guard(holder, attribute, value)
+        elif isinstance(holder, types.ModuleType) and _is_setting(value):
+            raise Untraceable(f"it asks for {name}")
+        return value
 
     def _method_above(self, cell, cls, name):
         """Check the method that `super().name` is, in a function of the class in the cell."""

@@ -67,6 +67,7 @@ class Reads:
         return ".".join(["self", *filter(None, [self._paths[id(module)]]), name])
 
     def _read(self, module, name):
+        """What the forward gets for module.name, noted: a computed attribute, its own, or its class's."""
         attributes, cls = object.__getattribute__(module, "__dict__"), type(module)
         of_class = next((vars(base)[name] for base in cls.__mro__ if name in vars(base)), MISSING)
         self._watch.children(module)
@@ -89,6 +90,7 @@ class Reads:
         return object.__getattribute__(module, name)
 
     def _constant(self, module, name, value):
+        """A value that the forward reads as it is: watched, and of lists a copy, which shows what is done to it."""
         full = self._named(module, name)
         frozen = freeze(value)
         if frozen is None:

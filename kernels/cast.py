@@ -4,9 +4,9 @@ import torch
 import triton
 import triton.language as tl
 
+from fastgan.kernels.addresses import Tables
 from fastgan.kernels.launch import launch
 from fastgan.kernels.pieces import wait_for_previous
-from fastgan.kernels.tables import Tables
 
 BLOCK = 4096
 

@@ -20,7 +20,7 @@ from fastgan.kernels.launch import (
     next_power_of_2,
     power_of_two,
 )
-from fastgan.kernels.patches import ALL, NO_BLOCK, block_constants, is_narrow, patch_sources, seen_numbers
+from fastgan.kernels.patches import ALL, NO_BLOCK, block_constants, fits_patches, patch_sources, seen_numbers
 from fastgan.kernels.pieces import (
     NOWHERE,
     conv_epilogue,
@@ -210,7 +210,7 @@ def down_kernel(
 
 def picks_patches(weight, out_size):
     """Whether tiles of whole rows of low, and patches.py for high, are a choice: rows are to fill the tiles."""
-    return is_narrow(weight, out_size[1]) and out_size[1] == next_power_of_2(out_size[1])
+    return fits_patches(weight, out_size[1]) and out_size[1] == next_power_of_2(out_size[1])
 
 
 def down(

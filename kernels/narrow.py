@@ -135,7 +135,7 @@ def up_narrow_kernel(
     tl.store(high_ptr + cell, out.to(high_ptr.dtype.element_ty), mask=ok)
 
 
-def is_narrow(weight, stride):
+def fits_one_program(weight, stride):
     """Whether the weight's columns, and all taps of all outputs of a position, are few enough for one program."""
     columns, *sizes = _columns(weight, stride).values()
     return weight.shape[1] <= MOST_CHANNELS and max(columns, math.prod(sizes)) <= MOST_COLUMNS

@@ -60,7 +60,7 @@ def patch_sources(
     return tl.where((w < W) & (tap_w < KW * B), source, 0)
 
 
-def is_narrow(weight, low_width):
+def fits_patches(weight, low_width):
     """Whether the patches' numbers are few enough for one program, and low's rows short enough for a block."""
     _, b, kh, kw = weight.shape
     columns = next_power_of_2(kh) * next_power_of_2(kw * b)

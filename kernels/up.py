@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from fastgan.kernels.launch import cdiv, channels_last, empty_nhwc, geometry, launch, matrix_tile, needs_int64
-from fastgan.kernels.narrow import is_narrow, up_narrow
+from fastgan.kernels.narrow import fits_one_program, up_narrow
 from fastgan.kernels.pieces import (
     NOWHERE,
     conv_epilogue,
@@ -237,7 +237,7 @@ def up(
         activated = None if activated is None else as_columns(activated)
         y = None if y is None else as_columns(y)
         stride = (1, 1)
-    elif not statistics and normalized is None and is_narrow(weight, stride):
+    elif not statistics and normalized is None and fits_one_program(weight, stride):
         epilogue = dict(
             bias=bias, batch_norm=batch_norm, eps=eps, activation=activation, slope=slope, activated=activated
         )

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from fastgan.kernels.launch import FEWEST_PROGRAMS, cdiv, geometry, launch, matrix_tile, needs_int64
-from fastgan.kernels.patches import ALL, block_constants, is_narrow
+from fastgan.kernels.patches import ALL, block_constants, fits_patches
 from fastgan.kernels.pieces import NOWHERE, load_block, multiply_add, wait_for_previous
 from fastgan.kernels.statistics import sum_rows
 from fastgan.kernels.weight_grad_narrow import narrow_tile, weight_grad_narrow_kernel
@@ -120,7 +120,7 @@ def weight_grad(low, high, weight, *, stride, padding, precision, tile=None):
     """
     (n, a, h, w), (_, b, kh, kw) = low.shape, weight.shape
     grad = torch.empty_like(weight)
-    if tile is None and is_narrow(weight, w):
+    if tile is None and fits_patches(weight, w):
         tile = narrow_tile(low)
     tile = tile or matrix_tile(a, kh * kw * b, n * h * w, low.dtype, copies=FEWEST_PROGRAMS)
     tiles = cdiv(a, tile.block_m)

@@ -19,8 +19,8 @@ import torch
 
 from fastgan.command_line import run_command
 from fastgan.ops.choice import shipped_tables
+from fastgan.ops.tables import why_no_table
 from fastgan.tune.inspection import TARGETS, inspect, launches_of_defaults, launches_of_tables
-from fastgan.tune.tables import why_no_table
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _COLUMNS = (

@@ -14,7 +14,7 @@ from fastgan.backend import is_batched
 from fastgan.checks import check_conv_bn_act
 from fastgan.ops.batch_norm import batch_norm_act, batch_norm_act_grad, batch_norm_grad_of_sums, vector_grads
 from fastgan.ops.convolution import activation_grad, conv, conv_statistics, plain_conv, weight_grad_of
-from fastgan.ops.geometry import way_back
+from fastgan.ops.geometry import backward_where
 from fastgan.ops.implementations import channels_last
 from fastgan.ops.operators import as_function, as_operator, is_watched
 from fastgan.ops.reference import conv_bn_act_reference
@@ -214,7 +214,7 @@ def _grads(form, dout, saved, wanted, layers):
             grads[at + 1] = torch.zeros_like(bias) if alone else grad.sum((0, 2, 3), dtype=bias.dtype)
         if not any(wanted[:at]):
             break
-        back = (weight, weight_copy), way_back(came.shape[2:], weight.shape[2:], *where)
+        back = (weight, weight_copy), backward_where(came.shape[2:], weight.shape[2:], *where)
         if i == 0:
             grads[0] = _through(form, grad, *back)[0]
         else:

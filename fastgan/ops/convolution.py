@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastgan.backend import is_batched
 from fastgan.ops.choice import choose, conv_problem, weight_grad_problem
-from fastgan.ops.geometry import missing_rows, out_size, way_back
+from fastgan.ops.geometry import backward_where, missing_rows, out_size
 from fastgan.ops.implementations import (
     channels_last,
     empty_result,
@@ -290,7 +290,7 @@ def _backward(ctx, x, weight, weight_copy, out, x_normalized, dout):
     if is_wanted(ctx, 1):  # first, so that dx need not wait in memory, or outside of the cache
         dweight = weight_grad_of(x, dz, weight, transposed, stride, padding)
     if is_wanted(ctx, 0):
-        where = way_back(x.shape[2:], weight.shape[2:], transposed, stride, padding)
+        where = backward_where(x.shape[2:], weight.shape[2:], transposed, stride, padding)
         if x_normalized:
             y, mean, invstd, _, *vectors = x_normalized
             act = (ctx.x_activation, ctx.x_slope)

@@ -20,7 +20,7 @@ def missing_rows(out_size, size, kernel, stride, padding):
     return [wanted - n for wanted, n in zip(out_size, sizes, strict=True)]
 
 
-def way_back(size, kernel, transposed, stride, padding):
+def backward_where(size, kernel, transposed, stride, padding):
     """(transposed, stride, padding, output_padding) of the convolution that takes a gradient back to that `size`."""
     return not transposed, stride, padding, [0, 0] if transposed else lost_rows(size, kernel, stride, padding)
 

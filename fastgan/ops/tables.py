@@ -97,6 +97,14 @@ def read_table(path, gpu=None, versions=None):
         return _ignored(path, f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else error)
 
 
+def why_no_table(path, gpu=None):
+    """Why a file is no table (of ``gpu``, if that is given), in words; None where it is one, or is not there."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        read_table(Path(path), gpu)
+    return str(caught[0].message).partition(f"{path}: ")[2] if caught else None
+
+
 def _ignored(path, why):
     warnings.warn(f"ignoring the table of measured convolutions {path}: {why}", RuntimeWarning, stacklevel=3)
     return {}

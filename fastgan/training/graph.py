@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
-from fastgan.kernels.tables import filled_after_capture
+from fastgan.kernels.addresses import filled_after_capture
 
 WARMUP_STEPS = 3  # before the capture: compilation, cuDNN's choice of algorithms, the optimizers' state
 

@@ -11,9 +11,8 @@ import torch
 from fastgan import backend
 from fastgan.files import check_writable
 from fastgan.ops import choice
-from fastgan.ops.tables import read_table, write_table
+from fastgan.ops.tables import read_table, why_no_table, write_table
 from fastgan.tune.compiling import said
-from fastgan.tune.tables import why_no_table
 from fastgan.tune.workloads import SHAPE_HELP, problems_of
 
 _MODELS, _BATCHES = ("dcgan28", "dcgan64", "dcgan128"), (64, 128, 256, 1024)

@@ -12,7 +12,7 @@ def candidates(problem):
     itemsize = DTYPES[problem.dtype].itemsize
     weight = torch.empty((problem.a, problem.b, *problem.kernel), device="meta")
     if problem.operation == "up" and problem.then != "statistics" and not _one_position(problem):
-        if narrow.is_narrow(weight, problem.stride):
+        if narrow.fits_one_program(weight, problem.stride):
             return list(narrow.TILES[itemsize])
     if problem.operation == "down" and problem.a == 1 and problem.then in ("", "epilogue"):
         return list(single.TILES)
@@ -24,7 +24,7 @@ def candidates(problem):
     if problem.operation == "down" and down.picks_patches(weight, problem.low):
         tiles += [tile._replace(block_n=_fit(tile.block_n, columns)) for tile in down.PATCH_TILES[itemsize]]
     if problem.operation == "weight_grad":
-        if patches.is_narrow(weight, problem.low[1]):
+        if patches.fits_patches(weight, problem.low[1]):
             tiles += [tile._replace(block_m=_fit(tile.block_m, rows)) for tile in weight_grad_narrow.TILES[itemsize]]
         tiles += [tile._replace(share=1) for tile in tiles]  # fewer parts, and half as many programs
     return list(dict.fromkeys(tiles))

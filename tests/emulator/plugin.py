@@ -12,8 +12,8 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # tests keep their tensors on the CPU
 from triton import JITFunction
 
 from fastgan.kernels import cast
+from fastgan.kernels.addresses import Tables
 from fastgan.kernels.offline import started_by
-from fastgan.kernels.tables import Tables
 from tests.emulator import launch as emulation
 
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastgan.kernels import adam, tables
+from fastgan.kernels import adam
 from fastgan.kernels.adam import BLOCK, AdamUpdate
+from fastgan.kernels.addresses import Tables, filled_after_capture
 from fastgan.kernels.offline import started_by
 from fastgan.training.adam import KernelAdam
 from tests.accuracy import assert_as_accurate_as_stock
@@ -142,7 +143,7 @@ def test_captured_and_replayed(device):
     with started_by(lambda *args, **kwargs: started.append((args, kwargs))):
         captured(contiguous(expected), *map(contiguous, rest), **options)  # a warm-up, on other tensors
         del started[:]
-        with tables.filled_after_capture() as kept:
+        with filled_after_capture() as kept:
             captured(contiguous(params), *map(contiguous, others), **options)
     assert len(kept) == len(started) == 2
     update = AdamUpdate()
@@ -169,10 +170,10 @@ class Allocations(TorchDispatchMode):
 
 
 def test_tables_of_a_capture_are_filled_at_its_end(device):
-    tensors, made = [torch.ones(5, device=device), torch.ones(2, device=device)], tables.Tables(block=4)
+    tensors, made = [torch.ones(5, device=device), torch.ones(2, device=device)], Tables(block=4)
     before = made(tensors)
     moved = [tensor.clone() for tensor in tensors]
-    with tables.filled_after_capture() as kept:
+    with filled_after_capture() as kept:
         # What a capture allocates can be what earlier kernels of the graph have given back: they write there again.
         with Allocations() as allocations:
             addresses, blocks = made(moved)
@@ -184,33 +185,33 @@ def test_tables_of_a_capture_are_filled_at_its_end(device):
     assert blocks is before[1] and blocks.tolist() == [[0, 0, 5], [0, 4, 5], [1, 0, 2]]
     # Calls outside of it get tables of their own, and another capture too.
     again = made(tensors)
-    with tables.filled_after_capture():
+    with filled_after_capture():
         others = made([tensor.clone() for tensor in tensors])
     assert len({table[0].data_ptr() for table in ((addresses,), before, again, others)}) == 4
     assert addresses.tolist() == [[tensor.data_ptr()] for tensor in moved]
 
 
 def test_a_capture_that_fails_leaves_no_empty_table(device):
-    tensors, made = [torch.ones(5, device=device), torch.ones(2, device=device)], tables.Tables(block=4)
+    tensors, made = [torch.ones(5, device=device), torch.ones(2, device=device)], Tables(block=4)
     made(tensors)
     moved = [tensor.clone() for tensor in tensors]
-    with pytest.raises(ZeroDivisionError), tables.filled_after_capture():
+    with pytest.raises(ZeroDivisionError), filled_after_capture():
         made(moved)
         raise ZeroDivisionError
     assert made(moved)[0].tolist() == [[tensor.data_ptr()] for tensor in moved]
 
 
 def test_a_capture_without_warm_up_is_refused(device):
-    tensors, made = [torch.ones(5, device=device), torch.ones(2, device=device)], tables.Tables(block=4)
-    with tables.filled_after_capture(), pytest.raises(RuntimeError, match="once with as many tensors"):
+    tensors, made = [torch.ones(5, device=device), torch.ones(2, device=device)], Tables(block=4)
+    with filled_after_capture(), pytest.raises(RuntimeError, match="once with as many tensors"):
         made(tensors)
     made(tensors[:1])
-    with tables.filled_after_capture(), pytest.raises(RuntimeError, match="once with as many tensors"):
+    with filled_after_capture(), pytest.raises(RuntimeError, match="once with as many tensors"):
         made(tensors)
 
 
 def test_tables_are_kept(device):
-    tensors, made = [torch.ones(5, device=device), torch.ones(2, device=device)], tables.Tables(block=4)
+    tensors, made = [torch.ones(5, device=device), torch.ones(2, device=device)], Tables(block=4)
     addresses, blocks = made(tensors)
     assert made(tensors)[0] is addresses and made(tensors)[1] is blocks
     moved = [tensor.clone() for tensor in tensors]

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from fastgan.kernels import patches, weight_grad_narrow
 from fastgan.kernels.down import PATCH_TILES, down, picks_patches
 from fastgan.kernels.launch import MatrixTile
-from fastgan.kernels.narrow import TILES, is_narrow
+from fastgan.kernels.narrow import TILES, fits_one_program
 from fastgan.kernels.single import TILES as SINGLE_TILES
 from fastgan.kernels.statistics import merge_statistics
 from fastgan.kernels.up import up
@@ -46,7 +46,7 @@ def test_image_layers(case, dtype, device):
     a, b, size, kernel, stride, padding, extra = case
     x, weight, bias = draw(dtype, device, (2, a, *size), (a, b, kernel, kernel), (b,))
     x, weight = x.contiguous(memory_format=torch.channels_last), weight / (a * kernel**2) ** 0.5
-    assert is_narrow(weight, (stride, stride))
+    assert fits_one_program(weight, (stride, stride))
 
     def stock(x, weight, bias):
         return torch.tanh(F.conv_transpose2d(x, weight, bias, stride, padding, extra))
@@ -73,7 +73,7 @@ def test_weight_gradients_of_image_layers(case, dtype, device):
 
     plain, exact = stock(x, weight, grad), stock(*(tensor.detach().double() for tensor in (x, weight, grad)))
     few_columns = b * kernel * kernel >= 10
-    assert patches.is_narrow(weight, size[1]) == few_columns
+    assert patches.fits_patches(weight, size[1]) == few_columns
     tiles = (None, MatrixTile(16, 1, 16, 4, 2) if few_columns else None, MatrixTile(32, 16, 16, 4, 2))
     own = weight_grad_narrow.TILES[dtype.itemsize] if few_columns and HAS_GPU else ()
     layouts = (torch.channels_last, torch.contiguous_format)
