@@ -17,9 +17,8 @@ from torch import fx, nn
 
 from fastgan import backend
 from fastgan.batch_groups import current_groups
-from fastgan.first_order import only_first_order
 from fastgan.graph_forward import GraphForward, Plan, is_graph_forward
-from fastgan.group_calls import run_groups, run_layers, run_operator, why_not_operator
+from fastgan.group_calls import run_layers, run_parts
 from fastgan.layout import in_stock_layout
 from fastgan.ops import layer as fused
 from fastgan.patterns import any_has_hooks, match
@@ -204,27 +203,8 @@ def _forward_in_groups(container, input):  # named as nn.Sequential's own argume
     return x
 
 
-def _runs_as_operator(group):
-    return not why_not_operator(group.modules[0], group.batch_norm, group.negative_slope)
-
-
 def _run_operators(groups, x):
     """Fused groups in a row, with the result where stock would put it."""
-    entry, link, first_order = x, None, only_first_order()
-    run = [group.modules[0] for group in groups], [len(group.modules) > 1 for group in groups]
-    result = None if first_order else run_groups(x, groups)
-    if result is not None:
-        return in_stock_layout(result, entry, *run)
-    for group, after in zip(groups, [*groups[1:], None], strict=True):
-        x, link = run_operator(
-            x,
-            group.modules[0],
-            group.batch_norm,
-            group.activation,
-            group.negative_slope,
-            group.activation_first,
-            group.names[0],
-            x_link=link,
-            gives_link=first_order and after is not None and _runs_as_operator(after),
-        )
-    return in_stock_layout(x, entry, *run)
+    y = run_parts(x, [group.part() for group in groups])
+    followed = [len(group.modules) > 1 for group in groups]
+    return in_stock_layout(y, x, [group.modules[0] for group in groups], followed)

@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import operator
 import threading
 import types
 import warnings
@@ -12,11 +11,11 @@ from torch import fx, nn
 from torch.fx.experimental.symbolic_shapes import guard_scalar
 
 from fastgan.batch_groups import batch_groups, current_groups
-from fastgan.first_order import only_first_order
 from fastgan.graph_patterns import find_groups
-from fastgan.group_calls import run_operator, run_stock
+from fastgan.group_calls import run_parts, run_stock
 from fastgan.layout import in_stock_layout
 from fastgan.ops import layer as fused
+from fastgan.patterns import Part
 from fastgan.tracing import TENSOR, Untraceable, trace
 from fastgan.watching import Watch, freeze
 
@@ -238,46 +237,51 @@ def plan_call(container, arguments):
 
 def _compile(graph, runs, name):
     """The function of the graph in which each of the runs is one call."""
-    # A call → the node that the run of calls in a row begins with, the convolutions in it, whether more follows each.
+    # A call → the node that the calls one after the other begin with, the convolutions in them, whether more follows.
     calls = {}
-    for run in runs:
-        group, first, last = run.group, run.nodes[0], run.nodes[-1]
-        x = first.args[0]
-        with graph.inserting_before(first):
-            paths = [node.target if node.op == "call_module" else None for node in run.nodes]
-            batch_norm = next((p for p, m in zip(paths, group.modules, strict=True) if m is group.batch_norm), None)
-            conv = graph.get_attr(paths[0])
-            norm = graph.get_attr(batch_norm) if batch_norm else None
-            slope = _negative_slope(graph, group, paths)
-            arguments = (x, conv, norm, group.activation, slope, group.activation_first, paths[0])
-            call = graph.call_function(run_group, arguments)
-        last.replace_all_uses_with(call)
-        for node in reversed(run.nodes):
+    for row in _in_rows(runs):
+        x = row[0].nodes[0].args[0]
+        with graph.inserting_before(row[0].nodes[0]):
+            parts = tuple(_part(graph, run) for run in row)
+            call = graph.call_function(run_row, (x, *parts))
+        row[-1].nodes[-1].replace_all_uses_with(call)
+        for node in reversed([node for run in row for node in run.nodes]):
             graph.erase_node(node)
         entry, convolutions, followed = calls.get(x, (x, (), ()))
-        calls[call] = entry, (*convolutions, conv), (*followed, len(run.nodes) > 1)
+        followed += tuple(len(run.nodes) > 1 for run in row)
+        calls[call] = entry, (*convolutions, *(conv for conv, *_ in parts)), followed
     for call, in_row in calls.items():
         others = [user for user in call.users if user not in calls]
         if others:
             with graph.inserting_after(call):
                 restored = graph.call_function(in_stock_layout, (call, *in_row))
             call.replace_all_uses_with(restored, lambda user, others=others: user in others)
-        elif len(call.users) == 1:
-            _link(graph, call, *call.users)
     code = graph.python_code("self")
     scope = dict(code.globals)
     exec(compile(code.src, f"<fused forward of {name}>", "exec"), scope)
     return scope["forward"]
 
 
-def _link(graph, call, after):
-    """Have the only call that takes the result of another get its Link as well."""
-    call.update_kwarg("gives_link", True)
-    with graph.inserting_after(call):
-        link = graph.call_function(operator.getitem, (call, 1))
-        result = graph.call_function(operator.getitem, (call, 0))
-    after.replace_input_with(call, result)
-    after.update_kwarg("x_link", link)
+def _in_rows(runs):
+    """The runs, those together of which each begins where the one before ends, and nobody else uses what passes."""
+    rows = []
+    for run in runs:
+        before = rows[-1][-1].nodes[-1] if rows else None
+        if before is not None and before.next is run.nodes[0] and list(before.users) == [run.nodes[0]]:
+            rows[-1].append(run)
+        else:
+            rows.append([run])
+    return rows
+
+
+def _part(graph, run):
+    """The Part of a run, of nodes: its modules, and numbers that may change, are read at each call."""
+    group = run.group
+    paths = [node.target if node.op == "call_module" else None for node in run.nodes]
+    batch_norm = next((p for p, m in zip(paths, group.modules, strict=True) if m is group.batch_norm), None)
+    norm = graph.get_attr(batch_norm) if batch_norm else None
+    settings = (group.activation, _negative_slope(graph, group, paths), group.activation_first)
+    return (graph.get_attr(paths[0]), norm, *settings, paths[0])
 
 
 def _negative_slope(graph, group, paths):
@@ -287,17 +291,14 @@ def _negative_slope(graph, group, paths):
     return group.negative_slope if path is None else graph.get_attr(f"{path}.negative_slope")
 
 
-def run_group(x, conv, batch_norm, activation, negative_slope, activation_first, layer, x_link=None, gives_link=False):
-    """Convolution, BatchNorm (if any) and activation (if any) of `x`, as one operator where it has kernels.
-
-    With `gives_link` (result, its Link or None).
-    """
+def run_row(x, *parts):
+    """Groups in a row, each as the fields of a Part: by operators where those have kernels, else by their layers."""
+    parts = [Part(*part) for part in parts]
     if fused.has_kernels_for(x):
-        links = dict(x_link=x_link, gives_link=gives_link and only_first_order())
-        y, link = run_operator(x, conv, batch_norm, activation, negative_slope, activation_first, layer, **links)
-        return (y, link) if gives_link else y
-    y = run_stock(x, conv, batch_norm, activation, negative_slope, activation_first)
-    return (y, None) if gives_link else y
+        return run_parts(x, parts)
+    for part in parts:
+        x = run_stock(x, part)
+    return x
 
 
 def _parameters(forward):

@@ -48,36 +48,48 @@ def _is_view(x):
     return isinstance(x, torch.Tensor) and not torch.compiler.is_compiling() and x._is_view()
 
 
-def run_stock(x, conv, batch_norm, activation, negative_slope, activation_first):
+def run_stock(x, part):
     """`run_layers` of a group of which the activation is known by its name."""
-    act = functools.partial(activate_, activation=activation, negative_slope=negative_slope)
-    acts, norms = [act] if activation else [], [] if batch_norm is None else [batch_norm]
-    return run_layers(x, conv, [conv, *acts, *norms] if activation_first else [conv, *norms, *acts], batch_norm)
+    conv, batch_norm = part.conv, part.batch_norm
+    act = functools.partial(activate_, activation=part.activation, negative_slope=part.negative_slope)
+    acts, norms = [act] if part.activation else [], [] if batch_norm is None else [batch_norm]
+    return run_layers(x, conv, [conv, *acts, *norms] if part.activation_first else [conv, *norms, *acts], batch_norm)
 
 
-def why_not_operator(conv, batch_norm, negative_slope):
+def run_parts(x, parts):
+    """Fused groups in a row, of which nobody else sees the results between, by operators."""
+    links = only_first_order()
+    result = None if links else run_as_chain(x, parts)
+    if result is not None:
+        return result
+    link = None
+    for part, after in zip(parts, [*parts[1:], None], strict=True):
+        gives_link = links and after is not None and not _why_not_operator(after)
+        x, link = _run_operator(x, part, x_link=link, gives_link=gives_link)
+    return x
+
+
+def _why_not_operator(part):
     """The setting with which the layers of a group, as they are now, are no operator's; "" if there is none."""
-    return unfit_setting(conv) or unfit_number(batch_norm, negative_slope)
+    return unfit_setting(part.conv) or unfit_number(part.batch_norm, part.negative_slope)
 
 
-def run_operator(x, conv, batch_norm, activation, negative_slope, activation_first, layer, **links):
-    """(result, its Link or None) of the group as one operator; `layer` names it where the operator refuses its input.
+def _run_operator(x, part, **links):
+    """(result, its Link or None) of the group as one operator.
 
     If a layer's setting was changed after matching to one that no operator supports, the layers run by themselves.
     `links`: x_link and gives_link of `fastgan.ops.layer.linked_conv_bn_act`.
     """
-    changed = why_not_operator(conv, batch_norm, negative_slope)
-    if changed and links.get("x_link") is not None:  # the layer before counts on this one's operator for its gradient
-        raise RuntimeError(f"layer {layer!r} was given {changed} after it was fused: fastgan.unfuse and fuse it again")
-    if changed:
-        return run_stock(x, conv, batch_norm, activation, negative_slope, activation_first), None
+    if _why_not_operator(part):
+        return run_stock(x, part), None
+    conv, batch_norm = part.conv, part.batch_norm
     if conv._forward_pre_hooks and hooks_compute_weight(conv):
         for hook in conv._forward_pre_hooks.values():
             hook(conv, (x,))
     vectors, options = _batch_norm_arguments(batch_norm, x) if batch_norm is not None else (_NO_VECTORS, _NO_BATCH_NORM)
-    if activation_first:
+    if part.activation_first:
         options["activation_first"] = True
-    if links.get("x_link") is None:
+    if links["x_link"] is None:
         x = with_stock_gradient(x, conv)
     try:
         return fused.linked_conv_bn_act(
@@ -89,17 +101,17 @@ def run_operator(x, conv, batch_norm, activation, negative_slope, activation_fir
             stride=conv.stride,
             padding=conv.padding,
             output_padding=conv.output_padding,
-            activation=activation,
-            negative_slope=negative_slope,
+            activation=part.activation,
+            negative_slope=part.negative_slope,
             weight_copy=weight_copy(conv),
             **options,
             **links,
         )
     except (ValueError, TypeError) as error:
-        raise type(error)(f"layer {layer!r}: {error}") from error
+        raise type(error)(f"layer {part.name!r}: {error}") from error
 
 
-def run_groups(x, groups):
+def run_as_chain(x, parts):
     """The result of fused groups in a row as one chain (see `fastgan.ops.chain`), or None where they are not one.
 
     That is for eager code, and for layers whose tensors are their own Parameters and buffers. It looks at modules as
@@ -109,8 +121,8 @@ def run_groups(x, groups):
         return None
     tensors, layers, batch_groups, dtype = [], [], current_groups(), fused.compute_dtype(x)
     casts = torch.is_autocast_enabled(x.device.type)
-    for group in groups:
-        found = _tensors_and_layer(group, dtype, casts, batch_groups)
+    for part in parts:
+        found = _tensors_and_layer(part, dtype, casts, batch_groups)
         if found is None:
             return None
         tensors += found[0]
@@ -118,25 +130,25 @@ def run_groups(x, groups):
     given = [tensor for tensor in tensors if tensor is not None]
     if is_watched([x, *given]):
         return None
-    pairs = zip(groups, layers, strict=True)
-    known = any([group.batch_norm is not None and not layer.batch_statistics for group, layer in pairs])
+    pairs = zip(parts, layers, strict=True)
+    known = any([part.batch_norm is not None and not layer.batch_statistics for part, layer in pairs])
     if known and torch.is_grad_enabled() and any([tensor.requires_grad for tensor in (x, *given)]):
         return None  # the operator with known statistics inside has no gradient
-    x = with_stock_gradient(x, groups[0].modules[0])
+    x = with_stock_gradient(x, parts[0].conv)
     return run_chain(x.to(dtype, memory_format=torch.channels_last), tensors, tuple(layers))
 
 
-def _tensors_and_layer(group, dtype, casts, batch_groups):
+def _tensors_and_layer(part, dtype, casts, batch_groups):
     """(the tensors of `run_chain`, the Layer) of a group as it is now, None where it is none of a chain.
 
     Args:
         dtype: that is computed in.
         casts: whether weights of another one are cast to it.
     """
-    conv, bn, slope = group.modules[0], group.batch_norm, group.negative_slope
+    conv, bn = part.conv, part.batch_norm
     own, copy = conv._parameters, weight_copy(conv)
     weight = own.get("weight")
-    if weight is None or "bias" not in own or conv._forward_pre_hooks or why_not_operator(conv, bn, slope):
+    if weight is None or "bias" not in own or conv._forward_pre_hooks or _why_not_operator(part):
         return None  # a parametrized weight, or a hook's, is computed at each look at it
     if weight.dtype not in backend.KERNEL_DTYPES or (weight.dtype != dtype and not casts):
         return None
@@ -145,13 +157,14 @@ def _tensors_and_layer(group, dtype, casts, batch_groups):
         return None
     learned = (weight, bias)
     copy = copy if copy is not None and copy.dtype == dtype else None
-    constants = (conv.transposed, conv.stride, conv.padding, conv.output_padding, group.activation, slope)
+    act = (part.activation, part.negative_slope)
+    constants = (conv.transposed, conv.stride, conv.padding, conv.output_padding, *act)
     if bn is None:
-        return (*learned, None, None, copy, None, None, None), Layer(*constants, name=group.names[0])
+        return (*learned, None, None, copy, None, None, None), Layer(*constants, name=part.name)
     own = bn._parameters
     running_mean, running_var, batches, batch_statistics = _statistics_of(bn)
     updates = bn.training and running_mean is not None
-    if (updates and type(bn.momentum) not in (float, int)) or (group.activation_first and not batch_statistics):
+    if (updates and type(bn.momentum) not in (float, int)) or (part.activation_first and not batch_statistics):
         return None
     gamma, beta = own.get("weight"), own.get("bias")
     if gamma is beta is running_mean is None or not own.keys() >= _VECTORS or isinstance(bn, nn.SyncBatchNorm):
@@ -160,11 +173,11 @@ def _tensors_and_layer(group, dtype, casts, batch_groups):
         if vector is not None and not vector.is_contiguous():
             return None
     layer = Layer(
-        *(*constants, group.activation_first, batch_statistics),
+        *(*constants, part.activation_first, batch_statistics),
         momentum=float(bn.momentum) if updates else 0.0,
         eps=bn.eps,
         groups=batch_groups if batch_statistics else 1,
-        name=group.names[0],
+        name=part.name,
     )
     return (*learned, gamma, beta, copy, running_mean, running_var, batches), layer
 

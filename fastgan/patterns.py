@@ -7,6 +7,7 @@ property that would change the numbers is looked at, and what does not fit stays
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -62,6 +63,22 @@ class Group:
         if self.activation != "leaky_relu":
             return 0.0
         return self.modules[1 if self.activation_first else -1].negative_slope
+
+    def part(self):
+        """What the operator is told of it, as it is now."""
+        settings = (self.activation, self.negative_slope, self.activation_first)
+        return Part(self.modules[0], self.batch_norm, *settings, self.names[0])
+
+
+class Part(NamedTuple):
+    """A fused group in a call: its layers and settings, and the name of its first layer for what is said of it."""
+
+    conv: nn.Module
+    batch_norm: nn.Module | None
+    activation: str | None
+    negative_slope: float
+    activation_first: bool
+    name: str
 
 
 def match(names, modules):

@@ -5,7 +5,7 @@ import copy
 import torch
 from torch import nn
 
-from fastgan import fusion
+from fastgan import group_calls
 from fastgan.ops import layer as fused
 
 
@@ -59,7 +59,7 @@ def count_operator_calls(monkeypatch):
         return operator(*args, **options)
 
     monkeypatch.setattr(fused, "has_kernels_for", lambda x: True)
-    monkeypatch.setattr(fusion, "run_groups", lambda x, groups: None)  # layer by layer
+    monkeypatch.setattr(group_calls, "run_as_chain", lambda x, parts: None)  # layer by layer
     monkeypatch.setattr(fused, "linked_conv_bn_act", counted)
     return calls
 
