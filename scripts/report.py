@@ -168,7 +168,7 @@ def report(root, results):
     runs, profiles, others = reading.load_folder(results)
     if not runs:
         raise ValueError(f"{results} holds no results: give a file, or measure with --run")
-    for name in others:
+    for name in sorted(set(others) - {"probe.json"}):  # which is read by people
         print(f"left out: {results / name} is neither of pytest-benchmark nor a profile")
     drawn = set()
     for run in runs:
