@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks import timing
+from benchmarks.reading import is_timed
 from fastgan.training import keep_freed_memory
 
 NOT_RUN = pytest.StashKey[list]()
@@ -82,10 +83,6 @@ def _reason(excinfo):
     return (lines[0] if plain else f"{excinfo.typename}: {lines[0]}")[:300]
 
 
-def _is_timed(entry):
-    return entry["group"] in (None, "ceilings") or bool(entry["extra_info"].get("images_per_sec"))
-
-
 def pytest_benchmark_update_machine_info(config, machine_info):
     """The hardware and the versions; not whose machine it is."""
     machine_info.pop("node", None)
@@ -105,8 +102,9 @@ def pytest_benchmark_update_json(config, benchmarks, output_json):
     output_json["not_run"] = config.stash.get(NOT_RUN, [])
     output_json["broke_off"] = config.stash.get(BROKE_OFF, False)
     # One that Ctrl-C broke off has no time.
-    output_json["benchmarks"] = [entry for entry in output_json["benchmarks"] if _is_timed(entry)]
-    for benchmark in output_json["benchmarks"]:
+    timed = [entry for entry in output_json["benchmarks"] if is_timed(entry["group"], entry["extra_info"])]
+    output_json["benchmarks"] = timed
+    for benchmark in timed:
         benchmark["stats"].pop("data", None)  # every single round: the file stays in the repository
     for kind, entries in config.stash[EARLIER].items():
         output_json[kind] = entries + output_json[kind]

@@ -124,7 +124,7 @@ def _json(path):
 def _run(path, content):
     entries = [_entry(path, benchmark) for benchmark in content["benchmarks"]]
     # What failed after its timing has no speed; its reason is in not_run.
-    entries = [e for e in entries if e["group"] == "ceilings" or e.get("images_per_sec")]
+    entries = [e for e in entries if is_timed(e["group"], e)]
     try:
         not_run = [
             {**(item["extra_info"] or {}), "fullname": str(item["fullname"]), "reason": str(item["reason"])}
@@ -142,21 +142,30 @@ def _run(path, content):
     return Run(first["device"], date, first["torch"], first.get("triton"), entries, not_run)
 
 
+def is_timed(group, about):
+    """Whether a benchmark of a group has its result in what it noted about itself."""
+    return group == "ceilings" or bool(about.get("images_per_sec"))
+
+
 def _entry(path, benchmark):
     try:
         name = benchmark["name"]
         entry = {**benchmark["extra_info"], "group": benchmark["group"], "seconds": float(benchmark["stats"]["median"])}
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} holds a benchmark that is incomplete: {error!r}") from error
-    timed = bool(entry.get("images_per_sec"))
-    missing = [key for key in (*_FIELDS, *_FIELDS_OF.get(entry["group"], ()) * timed) if key not in entry]
+    has_speed = bool(entry.get("images_per_sec"))
+    needed = _FIELDS + (_FIELDS_OF.get(entry["group"], ()) if has_speed else ())
+    missing = [key for key in needed if key not in entry]
     if missing:
         raise ValueError(f"{path}: benchmark {name} has no {', '.join(missing)} in its extra_info: is it one of ours?")
-    for key in sorted(_NUMBERS & entry.keys()) if timed else ():
-        if isinstance(entry[key], bool) or not isinstance(entry[key], int | float):
-            if not (key == "image_size" and entry[key] is None):
-                raise ValueError(f"{path}: {key} of benchmark {name} must be a number; got {entry[key]!r}")
+    for key in sorted(_NUMBERS & entry.keys()) if has_speed else ():
+        if not _is_number(entry[key]) and (key, entry[key]) != ("image_size", None):
+            raise ValueError(f"{path}: {key} of benchmark {name} must be a number; got {entry[key]!r}")
     return entry
+
+
+def _is_number(value):
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _profile(path, content):

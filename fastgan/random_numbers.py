@@ -19,14 +19,14 @@ def random_numbers_kept():
         of_torch = [torch.get_rng_state(), *(generator.get_state() for generator in on_gpus)]
         return random.getstate(), np.random.get_state(), of_torch
 
-    def in_bytes():
-        python, numpy, of_torch = states()
+    def in_bytes(python, numpy, of_torch):
         return pickle.dumps((python, numpy, [state.numpy() for state in of_torch]))
 
-    (python, numpy, (of_cpu, *of_gpus)), before = states(), in_bytes()
+    before = states()
     try:
-        yield lambda: in_bytes() != before
+        yield lambda: in_bytes(*states()) != in_bytes(*before)
     finally:
+        python, numpy, (of_cpu, *of_gpus) = before
         random.setstate(python)
         np.random.set_state(numpy)
         torch.set_rng_state(of_cpu)

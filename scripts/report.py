@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,21 +68,40 @@ def take_in_and_report(options):
     for file, content in zip(files, loaded, strict=True):
         if content.device == timing.device_name():
             raise ValueError(f"{file} is from this machine, which --run measures: give one of them")
-    folder, kept = Path(tempfile.mkdtemp(prefix="fastgan-report-")), False
-    try:
+    with kept_if_not_taken_in() as folder:
         measured, complete = measure(folder, options.full, options.models, not options.no_checks)
-        if not measured:
-            return 1
-        take_in([*files, *measured], [*loaded, *map(reading.load, measured)], options.root, results)
-        kept = True
-        return 0 if complete else 1
+        if measured:
+            take_in([*files, *measured], [*loaded, *map(reading.load, measured)], options.root, results)
+    return 0 if complete else 1
+
+
+@contextmanager
+def kept_if_not_taken_in():
+    """A new folder to measure in; after an error in the context, what can be taken in from there is left and named.
+
+    On a full disk, say, or after Ctrl-C: it is minutes of a machine's time.
+    """
+    folder, left = Path(tempfile.mkdtemp(prefix="fastgan-report-")), []
+    try:
+        yield folder
+    except BaseException:
+        left = _readable(folder)
+        raise
     finally:
-        # On a full disk, say, or after Ctrl-C: minutes of a machine's time.
-        left = [] if kept else [str(file) for file in sorted(folder.glob("*.json"))[-1:]]
         if left:
-            print(f"measured by then: {left[0]}; `report.py` takes it in", file=sys.stderr)
+            print(f"measured by then: {' '.join(map(str, left))}; `report.py` takes it in", file=sys.stderr)
         else:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _readable(folder):
+    """The profile and the latest file of timings in a folder that was measured in, where they are whole."""
+    parts = sorted(folder.glob("benchmarks-*.json"), key=lambda file: file.stat().st_mtime, reverse=True)
+    found = {}
+    for file in (*parts, folder / "profile.json"):
+        with suppress(ValueError):
+            found.setdefault(type(reading.load(file)), file)
+    return list(found.values())
 
 
 def take_in(files, loaded, root, results):

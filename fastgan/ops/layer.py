@@ -140,7 +140,8 @@ def _by_kernels(
     if all(vector is None for vector in vectors):
         return _without_batch_norm(*to_convolve, layer, of_x, gives_link)
     if not training:
-        return _with_known_statistics(*to_convolve, *map(_contiguous, vectors), layer, of_x), None
+        known = map(_contiguous, (running_mean, running_var))
+        return _with_known_statistics(*to_convolve, gamma, beta, *known, layer, of_x), None
     updates = (momentum, num_batches_tracked)
     return _with_batch_statistics(*to_convolve, *vectors, *updates, layer, process_group, of_x, gives_link)
 
