@@ -6,6 +6,7 @@ give another answer, and changes nothing that outlives the call.
 """
 
 import builtins
+import contextlib
 import dis
 import functools
 import operator
@@ -35,7 +36,7 @@ _MODES = (torch.no_grad, torch.enable_grad, torch.set_grad_enabled, torch.infere
 # What is neither in PyTorch's table of overridable functions nor in its native modules, and yet only calculates.
 # The modes are here because whoever traces looks at what is called under them.
 _KNOWN = frozenset(
-    [*_BUILTINS, *_MODES, torch.device, torch.Size]
+    [*_BUILTINS, *_MODES, contextlib.nullcontext, torch.device, torch.Size]
     + [F.sigmoid, F.tanh, F.hardsigmoid, F.hardswish, torch.broadcast_shapes, functools.reduce, functools.partial]
     + [torch.is_grad_enabled, torch.is_autocast_enabled, torch.jit.is_scripting]
     + [getattr(operator, name) for name in "add sub mul truediv floordiv mod pow neg matmul getitem itemgetter".split()]
@@ -64,8 +65,7 @@ def returns_something(module):
 
 
 def _is_replaced(forward):
-    ours = isinstance(forward, functools.partial) and forward.func.__module__.startswith("fastgan.")
-    return forward is not None and not ours
+    return forward is not None and not type(forward).__module__.startswith("fastgan.")
 
 
 def of_torch(function):
@@ -135,6 +135,9 @@ class CodeCheck:
             raise Untraceable(RANDOM)
         elif isinstance(value, types.MethodType):
             raise Untraceable(f"it calls {name}")
+        elif type(value) is functools.partial:
+            for part in (value.func, *value.args, *value.keywords.values()):
+                self.value(part, name)
         elif not is_constant(value):
             raise Untraceable(f"it uses {name}, a {type(value).__name__}, which can change")
 

@@ -2,15 +2,12 @@
 
 `fuse` changes neither modules nor parameters. It gives each container whose forward calls convolutions an instance
 attribute `forward` that runs them in fused groups; `unfuse` deletes it. An nn.Sequential is a chain as it stands
-(`_forward_in_groups`); what other forwards do with their children is traced (`fastgan.graph_forward`). Groups are
+(`SequentialForward`); what other forwards do with their children is traced (`fastgan.graph_forward`). Groups are
 matched again as soon as a layer is replaced or gets a hook, so such changes take effect, and train() and eval() do at
 every call.
 """
 
-import functools
-import weakref
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import fx, nn
@@ -21,7 +18,7 @@ from fastgan.graph_forward import GraphForward, Plan, is_graph_forward
 from fastgan.group_calls import run_layers, run_parts
 from fastgan.layout import in_stock_layout
 from fastgan.ops import layer as fused
-from fastgan.patterns import any_has_hooks, match
+from fastgan.patterns import any_has_hooks, code_of, has_same_code, inplace_flags, match
 
 
 def fuse(model):
@@ -47,8 +44,7 @@ def fuse(model):
         if isinstance(container, torch.jit.ScriptModule) or "forward" in container.__dict__:
             continue
         if any(map(_may_be_fused, groups_of(container))):
-            chain = is_sequential(container)
-            container.forward = functools.partial(_forward_in_groups, container) if chain else GraphForward(container)
+            container.forward = (SequentialForward if is_sequential(container) else GraphForward)(container)
     return model
 
 
@@ -92,10 +88,7 @@ def is_sequential(container):
 
 def is_fused(container):
     """Whether `fuse` took over the container's forward."""
-    forward = container.__dict__.get("forward")
-    return is_graph_forward(container) or (
-        isinstance(forward, functools.partial) and forward.func is _forward_in_groups
-    )
+    return isinstance(container.__dict__.get("forward"), SequentialForward | GraphForward)
 
 
 def _may_be_fused(group):
@@ -143,64 +136,78 @@ def fused_groups(model):
     return {path: group for path, group in all_groups(model).items() if group.fused}
 
 
-# Matching takes as long as a layer of a small network, so groups are kept until anything they depend on has changed.
-# Looking for changes has to be quick, too, and is done by comparing and testing whole tuples.
-@dataclass
-class _Kept:
-    modules: tuple  # the container's children, and their types: parametrizations change those
-    types: tuple
-    attributes: list  # the children's __dict__s: there are no hooks in them
-    groups: list
+class SequentialForward:
+    """Takes the place of an nn.Sequential's forward: its layers in their order, groups of them as one operator."""
 
+    def __init__(self, container):
+        self.container, self._kept = container, None
 
-_kept = weakref.WeakKeyDictionary()  # container → _Kept
+    def __getstate__(self):
+        return {"container": self.container}  # copies and pickles match anew
 
+    def __setstate__(self, state):
+        self.__init__(**state)
 
-def _kept_groups(container):
-    if torch.compiler.is_compiling():
-        return groups_of(container)
-    modules = tuple(container._modules.values())
-    kept = _kept.get(container)
-    if (
-        kept is not None
-        and kept.modules == modules
-        and kept.types == tuple(map(type, modules))
-        and not any_has_hooks(kept.attributes)
-    ):
+    def __call__(self, input):  # named as nn.Sequential's own argument
+        container = self.container
+        if not is_sequential(container):  # any more
+            return type(container).forward(container, input)
+        # A trace shows the layers, hooks on all modules want them called, and within torch.func's transforms nothing
+        # may be done in place; but only our groups take a batch in parts.
+        if isinstance(input, fx.Proxy) or (
+            (any(backend.HOOKS_OF_ALL) or backend.transformed()) and current_groups() == 1
+        ):
+            return type(container).forward(container, input)
+        x, groups, i = input, self._groups(), 0
+        while i < len(groups):
+            if not groups[i].fused:
+                x, i = groups[i].modules[0](x), i + 1
+                continue
+            end = i + 1
+            while end < len(groups) and groups[end].fused:
+                end += 1
+            # Asked once for groups in a row: none moves x to another device, or to a dtype without kernels.
+            if fused.has_kernels_for(x):
+                x = _run_operators(groups[i:end], x)
+            else:
+                for group in groups[i:end]:
+                    x = run_layers(x, group.modules[0], group.forwards, group.batch_norm)
+            i = end
+        return x
+
+    def _groups(self):
+        """Those of the container as it stands. Matching takes as long as a layer of a small network: they are kept."""
+        container = self.container
+        if torch.compiler.is_compiling():
+            return groups_of(container)
+        modules, kept = tuple(container._modules.values()), self._kept
+        if kept is None or not kept.holds(modules):
+            kept = _Kept(modules, groups_of(container))
+            self._kept = None if any_has_hooks(kept.attributes) else kept
         return kept.groups
-    groups = groups_of(container)
-    attributes = [module.__dict__ for module in modules]
-    if any_has_hooks(attributes):
-        _kept.pop(container, None)
-    else:
-        _kept[container] = _Kept(modules, tuple(map(type, modules)), attributes, groups)
-    return groups
 
 
-def _forward_in_groups(container, input):  # named as nn.Sequential's own argument
-    """What an nn.Sequential runs."""
-    if not is_sequential(container):  # any more
-        return type(container).forward(container, input)
-    # A trace shows the layers, hooks on all modules want them called, and within torch.func's transforms nothing may be
-    # done in place; but only our groups take a batch in parts.
-    if isinstance(input, fx.Proxy) or ((any(backend.HOOKS_OF_ALL) or backend.transformed()) and current_groups() == 1):
-        return type(container).forward(container, input)
-    x, groups, i = input, _kept_groups(container), 0
-    while i < len(groups):
-        if not groups[i].fused:
-            x, i = groups[i].modules[0](x), i + 1
-            continue
-        end = i + 1
-        while end < len(groups) and groups[end].fused:
-            end += 1
-        # Asked once for groups in a row: none moves x to another device, or to a dtype without kernels.
-        if fused.has_kernels_for(x):
-            x = _run_operators(groups[i:end], x)
-        else:
-            for group in groups[i:end]:
-                x = run_layers(x, group.modules[0], group.forwards, group.batch_norm)
-        i = end
-    return x
+class _Kept:
+    """The Groups of modules in a row, and what they depend on.
+
+    It is asked at every call, so whole tuples are compared and tested.
+    """
+
+    def __init__(self, modules, groups):
+        self.modules, self.groups = modules, groups
+        self._types = tuple(map(type, modules))  # parametrizations change those
+        self._code = code_of(self._types)
+        self.attributes = [module.__dict__ for module in modules]  # there are no hooks in them
+        self._flags = inplace_flags(modules) if any(group.asks_who_writes for group in groups) else ()
+
+    def holds(self, modules):
+        return (
+            self.modules == modules
+            and self._types == tuple(map(type, modules))
+            and has_same_code(self._code)
+            and not any_has_hooks(self.attributes)
+            and all([own.get("inplace") is flag for own, flag in self._flags])
+        )
 
 
 def _run_operators(groups, x):

@@ -15,7 +15,7 @@ from fastgan.graph_patterns import find_groups
 from fastgan.group_calls import run_parts, run_stock
 from fastgan.layout import in_stock_layout
 from fastgan.ops import layer as fused
-from fastgan.patterns import Part
+from fastgan.patterns import Part, inplace_flags
 from fastgan.tracing import TENSOR, Untraceable, trace
 from fastgan.watching import Watch, freeze
 
@@ -23,7 +23,7 @@ from fastgan.watching import Watch, freeze
 MOST_PLANS = 32
 _PLANNING = threading.RLock()  # to trace is not for two threads at once
 # What decides whether a layer may be part of an operator, and is not its type.
-_DECISIVE = frozenset(["groups", "dilation", "padding", "padding_mode", "negative_slope", "inplace", "num_features"])
+_DECISIVE = frozenset(["groups", "dilation", "padding", "padding_mode", "negative_slope", "num_features"])
 
 
 class GraphForward:
@@ -179,9 +179,16 @@ def _as_it_was(guarded, parents):
     """Whether what was read is the same, and the modules have the same children, as far as torch.compile can tell."""
     for holder, name, value in guarded:
         now = getattr(holder, name, None)
-        if now is not value if callable(value) else _constant(now) != value:
+        if isinstance(value, functools.partial):  # to torch.compile no two of them are the same object
+            if not isinstance(now, functools.partial) or _parts(now) != _parts(value):
+                return False
+        elif now is not value if callable(value) else _constant(now) != value:
             return False
     return all([_children(module) == children for module, children in parents])
+
+
+def _parts(partial):
+    return partial.func, partial.args, partial.keywords
 
 
 def _children(module):
@@ -228,6 +235,9 @@ def plan_call(container, arguments):
         for path in run.passed():  # none of these may get a BatchNorm of the run's
             for module in container.get_submodule(path).modules():
                 plan.watch.children(module)
+    if any(run.group.asks_who_writes for run in runs):
+        for own, _ in inplace_flags(modules):
+            plan.watch.key(own, "inplace")
     plan.watch.start()
     plan.groups = [run.group for run in runs]
     if any(group.fused for group in plan.groups):

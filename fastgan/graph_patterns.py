@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from fastgan.patterns import PASSING_ON, WRITTEN_TO, Group, match_first
+from fastgan.patterns import WRITTEN_TO, Group, match_first, passes_on, writes_to_input
 from fastgan.tracing import IN_PLACE
 
 _FUNCTIONS = {
@@ -89,7 +89,7 @@ def changes_in_place(node, module=None):
         module: that which it calls, if it calls one.
     """
     if node.op == "call_module":
-        return bool(getattr(module, "inplace", False))
+        return module is not None and writes_to_input(module)
     if _has_mutable_schema(node.target):
         return True
     name = _name(node)
@@ -147,7 +147,7 @@ def is_written_to(node, container=None):
             module = container.get_submodule(user.target) if user.op == "call_module" else None
             if changes_in_place(user, module):
                 return True
-            if _name(user) in _VIEWING if module is None else isinstance(module, PASSING_ON):
+            if _name(user) in _VIEWING if module is None else passes_on(module):
                 views.append(user)
     return False
 

@@ -21,8 +21,8 @@ _ACTIVATIONS = {nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.Tanh: "tanh", nn
 _CODE = ("forward", "_conv_forward")  # the methods that layers compute by
 # Our backward of convolution + LeakyReLU reads the activated result, stock's the input: it must not be overwritten.
 WRITTEN_TO = "what follows LeakyReLU changes its result in place"
-# What may give its input, or a view of it, as its result.
-PASSING_ON = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd)
+# The layers of PyTorch that may give their input, or a view of it, as their result.
+_PASSING_ON = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd)
 _WEIGHT_HOOKS = (SpectralNorm, WeightNorm)  # the older norms compute the weight before each call
 
 
@@ -56,6 +56,11 @@ class Group:
     def ends_in_activation(self):
         """Whether it is a convolution and an activation, and nothing else."""
         return self.fused and self.activation is not None and self.batch_norm is None
+
+    @property
+    def asks_who_writes(self):
+        """Whether it depends on what changes its result in place: see `WRITTEN_TO`."""
+        return self.reason == WRITTEN_TO or (self.activation == "leaky_relu" and self.batch_norm is None)
 
     @property
     def negative_slope(self):
@@ -137,11 +142,30 @@ def _join(group, name, module):
 def _is_written_to(followers):
     """Whether the first of the modules that is given the result, or a view of it, changes it in place."""
     for module in followers:
-        if getattr(module, "inplace", False):
+        if writes_to_input(module):
             return True
-        if not isinstance(module, PASSING_ON):
+        if not passes_on(module):
             return False
     return False
+
+
+def writes_to_input(module):
+    """Whether a module changes its input in place, as far as the flags of its layers tell."""
+    if isinstance(module, nn.Sequential):
+        return _is_written_to(module.children())
+    return any([getattr(part, "inplace", False) for part in (module.modules() if passes_on(module) else [module])])
+
+
+def passes_on(module):
+    """Whether a module may give its input, or a view of it, as its result.
+
+    Of somebody's own, one without parameters may: noise or an augmentation that is turned off, say.
+    """
+    if isinstance(module, nn.Sequential):
+        return all(map(passes_on, module.children()))
+    if type(module).__module__.startswith("torch.nn."):
+        return isinstance(module, _PASSING_ON)
+    return next(module.parameters(), None) is None
 
 
 _WRITING = {nn.ReLU: torch.relu_, nn.Tanh: torch.tanh_, nn.Sigmoid: torch.sigmoid_}
@@ -187,6 +211,25 @@ def any_has_hooks(attributes):
 def has_own_code(own):
     """Whether a method that a layer computes by was replaced on the instance, by its `__dict__`."""
     return "forward" in own or "_conv_forward" in own
+
+
+def code_of(types):
+    """[(type, name, function)] of the methods that layers of these types compute by."""
+    return [(each, name, getattr(each, name)) for each in dict.fromkeys(types) for name in _CODE if hasattr(each, name)]
+
+
+def has_same_code(code):
+    """Whether all of that is still there: somebody may patch a class of layers."""
+    for each, name, function in code:
+        if getattr(each, name) is not function:
+            return False
+    return True
+
+
+def inplace_flags(modules):
+    """[(attributes, flag)] of all layers in the modules that can be told to write to their input."""
+    parts = [vars(part) for module in modules for part in module.modules()]
+    return [(own, own["inplace"]) for own in parts if "inplace" in own]
 
 
 def hooks_compute_weight(conv):

@@ -6,7 +6,7 @@ from operator import is_
 
 import torch
 
-from fastgan.patterns import hooks_of
+from fastgan.patterns import code_of, has_same_code, hooks_of
 
 MISSING = object()  # an attribute or a name that is not there
 _CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.memory_format)
@@ -22,6 +22,9 @@ def freeze(value):
     if isinstance(value, list | tuple):
         parts = tuple(map(freeze, value))
         return None if None in parts else (type(value), parts)
+    if type(value) is functools.partial:
+        parts = freeze((value.func, value.args, tuple(value.keywords.items())))
+        return None if parts is None else (type(value), parts)
     return None
 
 
@@ -70,7 +73,7 @@ class Watch:
         self._tensors[id(mapping), name] = mapping, name, type(mapping.get(name))
 
     def called(self, modules):
-        """Watch the types and hooks of modules that are called; what they hold is theirs."""
+        """Watch the types, their code and the hooks of modules that are called; what they hold is theirs."""
         self._called = list(dict.fromkeys(modules))
 
     def _note(self, holder, name, get):
@@ -80,12 +83,13 @@ class Watch:
             self._pairs.append((get, name))
             self._expected.append(value)
             self._frozen.append(_snapshot(value))
-            self._can_change |= _holds_lists(value)
+            self._can_change |= _can_change(value)
 
     def start(self):
         """All is noted: take what is compared at every call."""
         self._children = [(m._modules, list(m._modules), list(m._modules.values())) for m in self.parents.values()]
         self._types = list(map(type, self._called))
+        self._code = code_of(self._types)
         self._forwards = [m.__dict__.get("forward") for m in self._called]
         self._hooks = list(map(_hooks, self._called))
         self._hooked = [module for module, hooks in zip(self._called, self._hooks, strict=True) if any(hooks)]
@@ -95,7 +99,7 @@ class Watch:
         for modules, names, values in self._children:
             if [*modules] != names or [*modules.values()] != values:
                 return False
-        if [*map(type, self._called)] != self._types:
+        if [*map(type, self._called)] != self._types or not has_same_code(self._code):
             return False
         called = self._called
         if [m.__dict__.get("forward") for m in called] != self._forwards:
@@ -118,8 +122,9 @@ def _snapshot(value):
     return freeze(value) or id(value)
 
 
-def _holds_lists(value):
-    return isinstance(value, list) or (isinstance(value, tuple) and any(map(_holds_lists, value)))
+def _can_change(value):
+    """Whether it may become unequal to what it was and stay the same object."""
+    return isinstance(value, list | functools.partial) or (isinstance(value, tuple) and any(map(_can_change, value)))
 
 
 def _hooks(module):

@@ -1,9 +1,11 @@
 """fuse, unfuse and explain against the same modules run by torch, on the reference path."""
 
 import copy
+import gc
 import io
 import pickle
 import re
+import weakref
 
 import pytest
 import torch
@@ -359,11 +361,34 @@ def test_a_sequential_that_is_none():
     assert_close(model(x), stock(x))
 
 
-@pytest.mark.parametrize("between", [nn.Identity(), nn.Dropout(0.5).eval(), nn.Flatten(2)], ids=str)
+class NoNoise(nn.Module):
+    def forward(self, x):
+        return x
+
+
+BETWEEN = [nn.Identity(), nn.Dropout(0.5).eval(), nn.Flatten(2), NoNoise(), nn.Sequential(NoNoise(), nn.Flatten(2))]
+
+
+@pytest.mark.parametrize("between", BETWEEN, ids=str)
 def test_leaky_relu_whose_result_is_changed_as_a_view(between):
     """Our backward reads the result; what comes of it as a new tensor may be changed."""
     layers = [nn.Conv2d(3, 3, 3), nn.LeakyReLU(0.2), between]
     (row,) = fastgan.explain(fastgan.fuse(nn.Sequential(*layers, nn.ReLU(inplace=True))))
     assert row.pattern == "Conv2d" and "changes its result in place" in row.reason
+    (row,) = fastgan.explain(fastgan.fuse(nn.Sequential(*layers, nn.Sequential(nn.ReLU(inplace=True), nn.Tanh()))))
+    assert row.pattern == "Conv2d"
     (row,) = fastgan.explain(fastgan.fuse(nn.Sequential(*layers, nn.Softplus(), nn.ReLU(inplace=True))))
     assert row.pattern == "Conv2d + LeakyReLU"
+
+
+def test_a_model_that_its_layers_reach_is_freed():
+    """Through a hook, here: features that are kept."""
+    alive = []
+    for _ in range(2):
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Sequential(nn.Conv2d(4, 4, 3)), nn.Conv2d(4, 1, 3))
+        model[2][0].register_forward_hook(lambda *_, model=model: None)
+        fastgan.fuse(model)(torch.randn(2, 3, 8, 8))
+        alive.append(weakref.ref(model))
+        del model
+    gc.collect()
+    assert [each() for each in alive] == [None, None]

@@ -1,6 +1,7 @@
 """fuse inside forwards whose way depends on what can change: after the change they do as stock does."""
 
 import copy
+import functools
 import sys
 import threading
 import types
@@ -103,6 +104,10 @@ def list_of_numbers(self, x):
     return self.head(x) * self.numbers[0]
 
 
+def a_partial(self, x):
+    return self.resize(self.head(x))
+
+
 def plain(self, x):
     return self.head(x)
 
@@ -122,6 +127,7 @@ CHANGES = {
     parameter_or_none: lambda model: setattr(model, "scale", nn.Parameter(torch.tensor(3.0).double())),
     not_there_yet: _set("factor", 0.5),
     list_of_numbers: lambda model: model.numbers.__setitem__(0, 3.0),
+    a_partial: lambda model: model.resize.keywords.update(scale_factor=3),
     a_global: with_global(3.0),
     plain: lambda model: model.conv1.__dict__.update(padding_mode="circular"),
 }
@@ -130,7 +136,8 @@ CHANGES = {
 def network(function):
     cls = type(function.__name__, (Base,), {"forward": function})
     stock, model = make_pair(cls)
-    stock.numbers, model.numbers = [2.0], [2.0]
+    for each in (stock, model):
+        each.numbers, each.resize = [2.0], functools.partial(F.interpolate, scale_factor=2)
     return stock, model
 
 
@@ -153,7 +160,16 @@ def test_change(function, monkeypatch):
     assert_same(model, stock)
 
 
-COMPILED = [class_attribute, child_attribute, child_mode, iterates, module_or_none, parameter_or_none, a_global]
+COMPILED = [
+    class_attribute,
+    child_attribute,
+    child_mode,
+    iterates,
+    module_or_none,
+    parameter_or_none,
+    a_partial,
+    a_global,
+]
 
 
 @pytest.mark.parametrize("function", COMPILED, ids=lambda f: f.__name__)
@@ -169,6 +185,18 @@ def test_change_of_compiled(function, monkeypatch):
     for changed in (stock, model):
         CHANGES[function](changed)
     torch.testing.assert_close(compiled(x), stock(x))
+
+
+def test_patched_layers(monkeypatch):
+    """Of a class, after they were called."""
+    stock, model = network(plain)
+    calls = count_operator_calls(monkeypatch)
+    fastgan.fuse(model)
+    assert_same(model, stock)
+    assert calls
+    unpatched = nn.BatchNorm2d.forward
+    monkeypatch.setattr(nn.BatchNorm2d, "forward", lambda self, x: 2 * unpatched(self, x))
+    assert_same(model, stock)
 
 
 def test_children_in_a_loop(monkeypatch):

@@ -90,9 +90,13 @@ def run_chain(x, tensors, layers):
         layers: a tuple of Layers. One without `batch_statistics` has no BatchNorm, or takes its running statistics, and
             then nothing of the chain has a gradient.
     """
-    if torch.is_grad_enabled() and any([each is not None and each.requires_grad for each in (x, *tensors)]):
-        return _Chain.apply(x, *tensors, layers)
-    return _forward(x, *tensors, layers, False)
+    wanted = [each is not None and each.requires_grad for each in (x, *tensors)]
+    if not (torch.is_grad_enabled() and any(wanted)):
+        return _forward(x, *tensors, layers, False)
+    frozen = 0 if wanted[0] else (wanted.index(True) - 1) // TENSORS  # layers that backward never comes to
+    if frozen:
+        x = _forward(x, *tensors[: frozen * TENSORS], layers[:frozen], False)
+    return _Chain.apply(x, *tensors[frozen * TENSORS :], layers[frozen:])
 
 
 class _Chain(torch.autograd.Function):

@@ -10,6 +10,8 @@ from fastgan.fusion import fused_groups
 from fastgan.random_numbers import random_numbers_kept
 from fastgan.training.weights import wants_default_layout
 
+# What PyTorch's layers decide by that may be set later: whether they are fused, mix images or draw random numbers.
+_SETTINGS = ("momentum", "padding_mode", "padding", "dilation", "groups", "p")
 # Of each kind, to try it on. Pieces of 2, 4 or 8 images, with statistics of their own, then hold both kinds.
 IMAGES = 7
 TOLERANCE = 1e-6
@@ -24,14 +26,18 @@ def seen_of(discriminator, real_images):
     for module in modules:  # and, as they come, what they hold: it is asked at each step, so by the shortest way
         modules += [each for each in module._modules.values() if each is not None]
         own = module.__dict__
-        hooks = len(own["_forward_hooks"]), len(own["_forward_pre_hooks"])
-        settings = None if type(module).__module__.startswith("torch.nn.") else _settings(own)
-        seen.append((module, type(module), own["training"], own.get("forward"), own.get("momentum"), hooks, settings))
+        hooks = own["_forward_hooks"], own["_forward_pre_hooks"], own["_backward_hooks"], own["_backward_pre_hooks"]
+        hooks = [*map(len, hooks)] if any(hooks) else None
+        kind = type(module)
+        code = kind, kind.forward, own.get("forward"), own.get("_conv_forward")
+        of_torch = kind.__module__.startswith("torch.nn.")
+        settings = [*map(own.get, _SETTINGS)] if of_torch else _settings(own) + _settings(vars(kind))
+        seen.append((module, code, own["training"], hooks, settings))
     return min(len(real_images), IMAGES), seen
 
 
 def _settings(attributes):
-    """What somebody's own module may decide by: its flags and numbers."""
+    """What somebody's own module may decide by: the flags and numbers among its attributes, or its class's."""
     return [(name, value) for name, value in attributes.items() if type(value) in (bool, int, float, str)]
 
 

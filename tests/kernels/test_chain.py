@@ -168,6 +168,44 @@ def test_two_results_before_their_backwards(device, replays):
     assert_buffers_close(model, stock)
 
 
+def test_layers_that_backward_never_comes_to_keep_nothing(device, replays):
+    """Frozen first layers: what they made goes, and they may change before backward."""
+    stock, model = pair(device)
+    for seed in range(4 if replays else 1):
+        found, kept = [], []
+        for one in (model, stock):
+            one[:8].requires_grad_(False)
+            saved = {}
+            with torch.autograd.graph.saved_tensors_hooks(
+                lambda tensor, saved=saved: saved.update({tensor.data_ptr(): tensor.nbytes}) or tensor, lambda t: t
+            ):
+                loss = one(draw(device, seed)).square().sum()
+            kept.append(sum(saved.values()))
+            with torch.no_grad():
+                one[2].weight.mul_(1.1)
+            found.append(torch.autograd.grad(loss, [p for p in one.parameters() if p.requires_grad]))
+        torch.testing.assert_close(*found, **TOLERANCE)
+        assert kept[0] < 1.5 * kept[1]
+    assert_buffers_close(model, stock)
+
+
+def test_what_follows_leaky_relu_is_told_to_write_to_it(device, replays):
+    """After the layers were called without that."""
+
+    def make():
+        torch.manual_seed(0)
+        layers = nn.Conv2d(3, 4, 3), nn.LeakyReLU(0.2), nn.Sequential(nn.ELU()), nn.Conv2d(4, 2, 3)
+        return nn.Sequential(*layers).to(memory_format=torch.channels_last)
+
+    stock, model = pair(device, make)
+    for inplace in [False] * 3 + [True] * 3:
+        found = []
+        for one in (model, stock):
+            one[2][0].inplace = inplace
+            found.append(torch.autograd.grad(one(draw(device)).square().sum(), list(one.parameters())))
+        torch.testing.assert_close(*found, **TOLERANCE)
+
+
 def test_memory_goes_as_backward_comes(device, monkeypatch):
     """What a layer has kept is not kept until the whole chain is done."""
     model, kept, alive = pair(device)[1], [], []

@@ -219,9 +219,11 @@ class _FadingIn(nn.Module):
 class _Mixing(nn.Module):
     """A batch mean that somebody may turn on."""
 
+    share = 0.0
+
     def __init__(self):
         super().__init__()
-        self.layers, self.share = _sequential(), 0.0
+        self.layers = _sequential()
 
     def forward(self, x):
         return self.layers(x - self.share * x.mean(0, keepdim=True))
@@ -269,10 +271,13 @@ def _followed(make, change, steps, batch_of=lambda i: 4):
     (
         lambda model: model[1].register_forward_hook(lambda *_: None),
         lambda model: model[0].register_forward_pre_hook(lambda *_: None),
+        lambda model: model[0].register_full_backward_hook(lambda *_: None),
+        lambda model: model[1].register_full_backward_pre_hook(lambda *_: None),
+        lambda model: setattr(model[0], "_conv_forward", model[0]._conv_forward),
         fastgan.unfuse,
         lambda model: model.__setitem__(1, type("Own", (nn.BatchNorm2d,), {})(4).double()),
     ),
-    ids=("hook", "pre-hook", "unfused", "another class"),
+    ids=("hook", "pre-hook", "backward", "before backward", "code", "unfused", "another class"),
 )
 def test_it_is_tried_anew_after_changes(change):
     with pytest.warns(UserWarning, match="two passes.*unfused in 1"):
@@ -288,9 +293,21 @@ def test_it_is_tried_anew_in_another_mode():
         _followed(make, lambda model, i: model.train(i > 0), steps=3)
 
 
-def test_it_is_tried_anew_with_another_setting():
+@pytest.mark.parametrize("of_class", (False, True))
+def test_it_is_tried_anew_with_another_setting(of_class):
+    class Mixing(_Mixing):
+        pass
+
+    def change(model, i):
+        (Mixing if of_class else model).share = 0.5 * (i > 1)
+
     with pytest.warns(UserWarning, match="two passes.*share a batch"):
-        _followed(_Mixing, lambda model, i: setattr(model, "share", 0.5 * (i > 1)), steps=4)
+        _followed(Mixing, change, steps=4)
+
+
+def test_it_is_tried_anew_where_a_layer_is_stock_from_then_on():
+    with pytest.warns(UserWarning, match="two passes.*unfused in norm"):
+        _followed(_FadingIn, lambda model, i: vars(model.conv).update(padding_mode="reflect") if i else None, steps=3)
 
 
 def test_it_is_not_tried_for_ever():
