@@ -16,7 +16,7 @@ from tests.random_networks import build, sources
 
 # The same examples in every run, so that a failure in CI is a failure here.
 reproducible = settings(
-    max_examples=500, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    max_examples=350, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
 
 
@@ -25,7 +25,7 @@ def steps(network, inputs):
     return [one_step(network.train(i < 2), [x], seed=i) for i, x in enumerate(inputs)]
 
 
-@settings(reproducible, max_examples=10)
+@settings(reproducible, max_examples=7)
 @given(sources())
 def test_kernels_of_first_order(source):
     """Where a layer takes over a part of the backward of the one before, gradients are those that they were."""

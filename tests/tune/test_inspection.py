@@ -9,9 +9,9 @@ import pytest
 
 from fastgan.ops.choice import shipped_tables
 from fastgan.ops.tables import Measurement, Problem, write_table
-from fastgan.tune.inspection import _occupancy
+from fastgan.tune.inspection import _occupancy, _plain, launches_of_tables
 from tests.kernels.compile_kernels import MATRIX_KERNELS
-from tests.processes import run_compiling
+from tests.processes import main_of, run_compiling
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "inspect_kernels.py"
 FIELDS = {
@@ -41,17 +41,17 @@ def assert_good_for_hopper(rows):
             assert row["matrix_instruction"] == "wgmma", row
 
 
-def test_every_kernel_in_its_default_configuration():
+def test_every_kernel_in_its_default_configuration_and_in_those_of_the_tables():
     rows = rows_of("--dtype", "bf16")
     assert all(row.keys() == FIELDS and row["target"] == "sm_90" and 0 < row["occupancy"] <= 1 for row in rows)
     assert_good_for_hopper(rows)
     kernels = {row["kernel"] for row in rows}
     assert {"tile_statistics_kernel", "conv_epilogue_kernel", "merge_statistics_kernel", "bce_kernel"} <= kernels
-
-
-@pytest.mark.skipif(not shipped_tables(), reason="no table has been measured yet")
-def test_every_configuration_in_the_tables():
-    assert_good_for_hopper(rows_of("--only-tables"))
+    found = {json.dumps([row["kernel"], row["config"]]) for row in rows}
+    tables = {launch.key: launch for launch in launches_of_tables(shipped_tables())}
+    assert tables
+    for launch in tables.values():
+        assert json.dumps([launch.kernel, {name: _plain(value) for name, value in launch.options.items()}]) in found
 
 
 @pytest.mark.parametrize("target, instruction", (("sm_80", "mma"), ("sm_90", "wgmma"), ("sm_100", "tcgen05")))
@@ -66,18 +66,24 @@ def test_a_table(target, instruction, tmp_path):
     assert row["config"]["BLOCK_M"] == 64 and row["config"]["num_stages"] == 3
     assert row["matrix_instruction"] == instruction
     assert row["spill_bytes"] == 0 and row["registers"] > 0 and row["shared_bytes"] > 0
+    if target != "sm_90":
+        return
     printed = inspect("--target", target, "--only-tables", "--table", tmp_path / "table.json").stdout
     assert "registers" in printed and "64×64×32×4×3" in printed
 
 
-def test_bad_input(tmp_path):
-    done = inspect("--table", tmp_path / "nothing.json")
-    assert done.returncode == 2 and "nothing.json" in done.stderr
-    assert inspect("--target", "sm_70").returncode == 2
+def test_bad_input(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # which the script takes out
+    main = main_of("inspect_kernels")
+    assert main(["--table", str(tmp_path / "nothing.json")]) == 2
+    assert "nothing.json" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["--target", "sm_70"])
+    capsys.readouterr()
     (tmp_path / "notes.json").write_text('{"mine": 1}')
-    done = inspect("--table", tmp_path / "notes.json")
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("error: --table") and "notes.json" in done.stderr and done.stderr.count("\n") == 1
+    assert main(["--table", str(tmp_path / "notes.json")]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: --table") and "notes.json" in err and err.count("\n") == 1
 
 
 INTERRUPTED = """
