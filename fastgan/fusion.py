@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from fastgan import backend
 from fastgan.batch_groups import current_groups
-from fastgan.graph_forward import GraphForward, Plan, is_graph_forward
+from fastgan.graph_forward import GraphForward, Plan, is_graph_forward, look_like_own
 from fastgan.group_calls import run_layers, run_parts
 from fastgan.layout import in_stock_layout
 from fastgan.ops import layer as fused
@@ -141,6 +141,7 @@ class SequentialForward:
 
     def __init__(self, container):
         self.container, self._kept = container, None
+        look_like_own(self, container)
 
     def __getstate__(self):
         return {"container": self.container}  # copies and pickles match anew

@@ -46,11 +46,7 @@ class GraphForward:
         self._plans, self._count, self._warned = {}, 0, False
         # A constant to torch.compile, which cannot trace a trace; what comes of it is an attribute that it can guard.
         self._find = torch.compiler.assume_constant_result(lambda key: self._find_plan(key))
-        # What torch.export, torch.jit.trace and others ask a forward for is as it is of the container's own.
-        own = types.MethodType(self._forward, self.container)
-        self.__signature__, self.__name__ = inspect.signature(own), "forward"
-        if hasattr(own, "__code__"):
-            self.__code__ = own.__code__
+        look_like_own(self, self.container)
 
     def __getstate__(self):
         return {"container": self.container}  # copies and pickles trace anew
@@ -169,6 +165,14 @@ def _constant(value):
     """The value; a number that torch.compile keeps variable becomes one that it compiles for."""
     compiling = torch.compiler.is_compiling() and isinstance(value, int | float)
     return guard_scalar(value) if compiling else value
+
+
+def look_like_own(forward, container):
+    """Give it what torch.export, torch.jit.trace and others ask a forward for, as it is of the container's own."""
+    own = types.MethodType(type(container).forward, container)
+    forward.__signature__, forward.__name__ = inspect.signature(own), "forward"
+    if hasattr(own, "__code__"):
+        forward.__code__ = own.__code__
 
 
 def is_graph_forward(container):

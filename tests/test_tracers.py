@@ -63,6 +63,16 @@ def test_export(strict, training):
     assert_close(exported.module()(y, flip=True), stock(y, flip=True))
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_of_a_sequential(strict):
+    stock, model = make_pair(block)
+    fastgan.fuse(model)
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    for network in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert inspect.signature(network.forward) == inspect.signature(stock.forward)
+        assert_close(torch.export.export(network.eval(), (x,), strict=strict).module()(x), stock.eval()(x))
+
+
 def test_draft_export():
     _, model = make_pair(Plain)
     x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
