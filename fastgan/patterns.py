@@ -214,8 +214,9 @@ def has_own_code(own):
 
 
 def code_of(types):
-    """[(type, name, function)] of the methods that layers of these types compute by."""
-    return [(each, name, getattr(each, name)) for each in dict.fromkeys(types) for name in _CODE if hasattr(each, name)]
+    """[(type, name, function)] of the methods that PyTorch's own layers among these types compute by."""
+    own = [each for each in dict.fromkeys(types) if each.__module__.startswith("torch.nn.")]
+    return [(each, name, getattr(each, name)) for each in own for name in _CODE if hasattr(each, name)]
 
 
 def has_same_code(code):
