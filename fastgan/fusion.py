@@ -18,7 +18,9 @@ from fastgan.graph_forward import GraphForward, Plan, is_graph_forward, look_lik
 from fastgan.group_calls import run_layers, run_parts
 from fastgan.layout import in_stock_layout
 from fastgan.ops import layer as fused
-from fastgan.patterns import any_has_hooks, code_of, has_same_code, inplace_flags, match
+from fastgan.patterns import any_has_hooks, code_of, has_same_code, inplace_flags, match, parents_in
+
+_SEQUENTIAL_FORWARD, _SEQUENTIAL_ITER = nn.Sequential.forward, nn.Sequential.__iter__  # somebody may patch them
 
 
 def fuse(model):
@@ -83,7 +85,7 @@ def check_module(model):
 def is_sequential(container):
     """Whether its type runs its children one after the other, in their order."""
     kind = type(container)
-    return kind.forward is nn.Sequential.forward and kind.__iter__ is nn.Sequential.__iter__
+    return kind.forward is _SEQUENTIAL_FORWARD and kind.__iter__ is _SEQUENTIAL_ITER
 
 
 def is_fused(container):
@@ -199,7 +201,9 @@ class _Kept:
         self._types = tuple(map(type, modules))  # parametrizations change those
         self._code = code_of(self._types)
         self.attributes = [module.__dict__ for module in modules]  # there are no hooks in them
-        self._flags = inplace_flags(modules) if any(group.asks_who_writes for group in groups) else ()
+        asking = modules if any(group.asks_who_writes for group in groups) else ()
+        self._flags = inplace_flags(asking)
+        self._inner = [(part._modules, list(part._modules.values())) for part in parents_in(asking)]
 
     def holds(self, modules):
         return (
@@ -208,6 +212,7 @@ class _Kept:
             and has_same_code(self._code)
             and not any_has_hooks(self.attributes)
             and all([own.get("inplace") is flag for own, flag in self._flags])
+            and all([list(inner.values()) == children for inner, children in self._inner])
         )
 
 

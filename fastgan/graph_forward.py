@@ -15,7 +15,7 @@ from fastgan.graph_patterns import find_groups
 from fastgan.group_calls import run_parts, run_stock
 from fastgan.layout import in_stock_layout
 from fastgan.ops import layer as fused
-from fastgan.patterns import Part, inplace_flags
+from fastgan.patterns import Part, inplace_flags, parents_in
 from fastgan.tracing import TENSOR, Untraceable, trace
 from fastgan.watching import Watch, freeze
 
@@ -242,6 +242,8 @@ def plan_call(container, arguments):
     if any(run.group.asks_who_writes for run in runs):
         for own, _ in inplace_flags(modules):
             plan.watch.key(own, "inplace")
+        for part in parents_in(modules):
+            plan.watch.children(part)
     plan.watch.start()
     plan.groups = [run.group for run in runs]
     if any(group.fused for group in plan.groups):

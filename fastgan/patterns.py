@@ -150,10 +150,13 @@ def _is_written_to(followers):
 
 
 def writes_to_input(module):
-    """Whether a module changes its input in place, as far as the flags of its layers tell."""
+    """Whether a module changes its input in place, as far as the flags and the order of its layers tell."""
     if isinstance(module, nn.Sequential):
         return _is_written_to(module.children())
-    return any([getattr(part, "inplace", False) for part in (module.modules() if passes_on(module) else [module])])
+    parts = list(module.modules())
+    if not passes_on(module):  # a block, of which the first layer most likely is given the input
+        parts = [next(part for part in parts if not part._modules)]
+    return any([getattr(part, "inplace", False) for part in parts])
 
 
 def passes_on(module):
@@ -231,6 +234,11 @@ def inplace_flags(modules):
     """[(attributes, flag)] of all layers in the modules that can be told to write to their input."""
     parts = [vars(part) for module in modules for part in module.modules()]
     return [(own, own["inplace"]) for own in parts if "inplace" in own]
+
+
+def parents_in(modules):
+    """The modules that have children, of these and all below them."""
+    return [part for module in modules for part in module.modules() if part._modules]
 
 
 def hooks_compute_weight(conv):

@@ -366,6 +366,15 @@ class NoNoise(nn.Module):
         return x
 
 
+class Residual(nn.Module):
+    def __init__(self, *layers):
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x):
+        return x + self.layers(x)
+
+
 BETWEEN = [nn.Identity(), nn.Dropout(0.5).eval(), nn.Flatten(2), NoNoise(), nn.Sequential(NoNoise(), nn.Flatten(2))]
 
 
@@ -377,6 +386,10 @@ def test_leaky_relu_whose_result_is_changed_as_a_view(between):
     assert row.pattern == "Conv2d" and "changes its result in place" in row.reason
     (row,) = fastgan.explain(fastgan.fuse(nn.Sequential(*layers, nn.Sequential(nn.ReLU(inplace=True), nn.Tanh()))))
     assert row.pattern == "Conv2d"
+    (row,) = fastgan.explain(fastgan.fuse(nn.Sequential(*layers, Residual(nn.ReLU(inplace=True), nn.PReLU()))))
+    assert row.pattern == "Conv2d"
+    (row,) = fastgan.explain(fastgan.fuse(nn.Sequential(*layers, Residual(nn.PReLU(), nn.ReLU(inplace=True)))))
+    assert row.pattern == "Conv2d + LeakyReLU"
     (row,) = fastgan.explain(fastgan.fuse(nn.Sequential(*layers, nn.Softplus(), nn.ReLU(inplace=True))))
     assert row.pattern == "Conv2d + LeakyReLU"
 
@@ -392,3 +405,13 @@ def test_a_model_that_its_layers_reach_is_freed():
         del model
     gc.collect()
     assert [each() for each in alive] == [None, None]
+
+
+def test_a_patched_sequential(monkeypatch):
+    stock, model = make_pair(block)
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    fastgan.fuse(model)(x)
+    forward = nn.Sequential.forward
+    monkeypatch.setattr(nn.Sequential, "forward", lambda self, input: 2 * forward(self, input))
+    for network in (model, fastgan.fuse(copy.deepcopy(stock))):
+        assert_close(network(x), stock(x))

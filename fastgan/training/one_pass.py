@@ -29,16 +29,22 @@ def seen_of(discriminator, real_images):
         hooks = own["_forward_hooks"], own["_forward_pre_hooks"], own["_backward_hooks"], own["_backward_pre_hooks"]
         hooks = [*map(len, hooks)] if any(hooks) else None
         kind = type(module)
-        code = kind, kind.forward, own.get("forward"), own.get("_conv_forward")
+        code = kind, getattr(kind, "forward", None), own.get("forward"), own.get("_conv_forward")
         of_torch = kind.__module__.startswith("torch.nn.")
-        settings = [*map(own.get, _SETTINGS)] if of_torch else _settings(own) + _settings(vars(kind))
-        seen.append((module, code, own["training"], hooks, settings))
+        settings = [*map(own.get, _SETTINGS)] if of_torch else _settings(own) + _class_flags(kind)
+        seen.append((module, code, module.training, hooks, settings))
     return min(len(real_images), IMAGES), seen
 
 
 def _settings(attributes):
-    """What somebody's own module may decide by: the flags and numbers among its attributes, or its class's."""
+    """What somebody's own module may decide by: the flags and numbers among its attributes."""
     return [(name, value) for name, value in attributes.items() if type(value) in (bool, int, float, str)]
+
+
+def _class_flags(kind):
+    """The same of its class, and those that it comes from. Whole numbers there are counters as a rule."""
+    own = kind.__mro__[: kind.__mro__.index(nn.Module)]
+    return [(n, value) for each in own for n, value in vars(each).items() if type(value) in (bool, float, str)]
 
 
 def one_pass_obstacle(discriminator, real_images, fake_images):

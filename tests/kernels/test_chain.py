@@ -57,6 +57,13 @@ def scores_in_both_modes(model, x):
     return known + scores(model.train(), x)
 
 
+class InAForward(nn.Sequential):
+    def forward(self, x):
+        for layer in self:
+            x = layer(x)
+        return x
+
+
 @pytest.mark.parametrize("loss", (scores_of_layers, scores_in_both_modes))
 def test_running_statistics_that_a_graph_holds_may_move_on(loss, replays, device):
     stock = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.LeakyReLU(0.2), nn.Conv2d(4, 2, 3)).to(device)
@@ -189,19 +196,24 @@ def test_layers_that_backward_never_comes_to_keep_nothing(device, replays):
     assert_buffers_close(model, stock)
 
 
-def test_what_follows_leaky_relu_is_told_to_write_to_it(device, replays):
+@pytest.mark.parametrize("how", ("flag", "replaced"))
+@pytest.mark.parametrize("kind", (nn.Sequential, InAForward))
+def test_what_follows_leaky_relu_is_told_to_write_to_it(kind, how, device, replays):
     """After the layers were called without that."""
 
     def make():
         torch.manual_seed(0)
         layers = nn.Conv2d(3, 4, 3), nn.LeakyReLU(0.2), nn.Sequential(nn.ELU()), nn.Conv2d(4, 2, 3)
-        return nn.Sequential(*layers).to(memory_format=torch.channels_last)
+        return kind(*layers).to(memory_format=torch.channels_last)
 
     stock, model = pair(device, make)
     for inplace in [False] * 3 + [True] * 3:
         found = []
         for one in (model, stock):
-            one[2][0].inplace = inplace
+            if how == "flag":
+                one[2][0].inplace = inplace
+            else:
+                one[2][0] = nn.ELU(inplace=inplace)
             found.append(torch.autograd.grad(one(draw(device)).square().sum(), list(one.parameters())))
         torch.testing.assert_close(*found, **TOLERANCE)
 

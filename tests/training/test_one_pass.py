@@ -293,16 +293,44 @@ def test_it_is_tried_anew_in_another_mode():
         _followed(make, lambda model, i: model.train(i > 0), steps=3)
 
 
-@pytest.mark.parametrize("of_class", (False, True))
-def test_it_is_tried_anew_with_another_setting(of_class):
+@pytest.mark.parametrize("where", ("instance", "class", "base"))
+def test_it_is_tried_anew_with_another_setting(where, monkeypatch):
     class Mixing(_Mixing):
-        pass
+        share = 0.0
+
+    monkeypatch.setattr(_Mixing, "share", 0.0)
+    if where == "base":
+        del Mixing.share
 
     def change(model, i):
-        (Mixing if of_class else model).share = 0.5 * (i > 1)
+        {"instance": model, "class": Mixing, "base": _Mixing}[where].share = 0.5 * (i > 1)
 
     with pytest.warns(UserWarning, match="two passes.*share a batch"):
         _followed(Mixing, change, steps=4)
+
+
+def test_counters_of_a_class_are_no_settings():
+    class Counting(nn.Module):
+        calls = 0
+
+        def forward(self, x):
+            Counting.calls += 1
+            return x
+
+    step = _followed(lambda: nn.Sequential(Counting(), *_sequential()), lambda model, i: None, steps=10)
+    assert step.one_pass
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("prepare", (lambda part: torch.compile(part, backend="eager"), torch.jit.script))
+def test_parts_that_are_compiled(prepare):
+    """By somebody else: they have their attributes elsewhere."""
+    generator, _ = make_networks()
+    discriminator = nn.Sequential(prepare(nn.Conv2d(2, 2, 1)), *_sequential()).double()
+    step = TrainStep(generator, discriminator, latent_dim=NZ)
+    for images in real_batches(2):
+        losses = step(images)
+    assert losses["loss_d"].isfinite()
 
 
 def test_it_is_tried_anew_where_a_layer_is_stock_from_then_on():
