@@ -7,6 +7,7 @@ from torch import nn
 
 from fastgan.batch_groups import batch_groups
 from fastgan.fusion import fused_groups
+from fastgan.patterns import hooks_of
 from fastgan.random_numbers import random_numbers_kept
 from fastgan.training.weights import wants_default_layout
 
@@ -26,7 +27,7 @@ def seen_of(discriminator, real_images):
     for module in modules:  # and, as they come, what they hold: it is asked at each step, so by the shortest way
         modules += [each for each in module._modules.values() if each is not None]
         own = module.__dict__
-        hooks = own["_forward_hooks"], own["_forward_pre_hooks"], own["_backward_hooks"], own["_backward_pre_hooks"]
+        hooks = hooks_of(module)
         hooks = [*map(len, hooks)] if any(hooks) else None
         kind = type(module)
         code = kind, getattr(kind, "forward", None), own.get("forward"), own.get("_conv_forward")
@@ -36,15 +37,15 @@ def seen_of(discriminator, real_images):
     return min(len(real_images), IMAGES), seen
 
 
-def _settings(attributes):
+def _settings(attributes, kinds=(bool, int, float, str)):
     """What somebody's own module may decide by: the flags and numbers among its attributes."""
-    return [(name, value) for name, value in attributes.items() if type(value) in (bool, int, float, str)]
+    return [(name, value) for name, value in attributes.items() if type(value) in kinds]
 
 
 def _class_flags(kind):
     """The same of its class, and those that it comes from. Whole numbers there are counters as a rule."""
     own = kind.__mro__[: kind.__mro__.index(nn.Module)]
-    return [(n, value) for each in own for n, value in vars(each).items() if type(value) in (bool, float, str)]
+    return [flag for each in own for flag in _settings(vars(each), (bool, float, str))]
 
 
 def one_pass_obstacle(discriminator, real_images, fake_images):

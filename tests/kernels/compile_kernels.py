@@ -1,14 +1,12 @@
 """Compile every kernel for a GPU that need not be there: `python tests/kernels/compile_kernels.py 90 80`.
 
-With `--dtypes bfloat16 float32` it is in these; with `--tiles bfloat16`, the matrix kernels in every tile that a tuner
-may choose.
+With `--tiles bfloat16` it is the matrix kernels in every tile that a tuner may choose.
 
 Runs the operators on small CPU tensors, starting nothing, so what is compiled is what they would start, with the
 argument types and compile-time constants that they would pass. Prints one JSON line a kernel: its name, target, dtype,
 tile, the matrix instructions and the widths of asynchronous copies in its PTX, registers, stack and shared memory.
 """
 
-import argparse
 import json
 import re
 import subprocess
@@ -39,6 +37,7 @@ from fastgan.kernels.launch import TILES
 from fastgan.kernels.offline import compile_launch, compiling_for, record
 
 MATRIX_KERNELS = ("up_kernel", "up_narrow_kernel", "down_kernel", "weight_grad_kernel", "weight_grad_narrow_kernel")
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def workload(dtype, batch=8):
@@ -181,16 +180,16 @@ def _waits_first(code):
 
 
 def main(arguments):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("capabilities", nargs="+", type=int)
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "float16", "bfloat16"])
-    parser.add_argument("--tiles", metavar="DTYPE")
-    options = parser.parse_args(arguments)
-    for dtype in [getattr(torch, name) for name in ([options.tiles] if options.tiles else options.dtypes)]:
-        for launch in every_tile(dtype) if options.tiles else record(workload(dtype)):
-            for capability in options.capabilities:
-                of_each = dtype == torch.bfloat16 and capability == 90 and not options.tiles
-                row = report(launch, capability, reads_code=of_each)
+    dtypes, launches_of = _DTYPES, lambda dtype: record(workload(dtype))
+    if "--tiles" in arguments:
+        at = arguments.index("--tiles")
+        dtypes, launches_of = [getattr(torch, arguments[at + 1])], every_tile
+        arguments = arguments[:at]
+    for dtype in dtypes:
+        for launch in launches_of(dtype):
+            for capability in arguments:
+                of_each = dtype == torch.bfloat16 and capability == "90" and launches_of is not every_tile
+                row = report(launch, int(capability), reads_code=of_each)
                 print(json.dumps(dict(row, dtype=str(dtype).removeprefix("torch."))), flush=True)
 
 
