@@ -1,5 +1,6 @@
 """Which implementation the operators run: our Triton kernels, or the plain-torch reference beside each operator."""
 
+import functools
 import importlib.util
 import os
 import threading
@@ -13,6 +14,7 @@ _CHOICES = ("auto", "triton", "reference")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 # What the kernels compute with. Everything else, float64 say, goes to the reference.
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+OLDEST = 70  # the compute capability from which on Triton compiles for GPUs of NVIDIA's
 # The dictionaries of the hooks that are registered for every module there is.
 HOOKS_OF_ALL = (
     modules._global_forward_pre_hooks,
@@ -72,6 +74,20 @@ def interpreted():
 
 
 @torch.compiler.assume_constant_result
+def capability(index):
+    """10 · major + minor of the compute capability of GPU number `index`; 0 of another maker's GPU, and of none."""
+    return _capability(index)
+
+
+@functools.cache
+def _capability(index):
+    if torch.version.hip is not None or not torch.cuda.is_available():
+        return 0
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+@torch.compiler.assume_constant_result
 def transformed():
     """Whether we are inside of torch.func's transforms (grad, vmap, jvp, …) or of forward-mode differentiation.
 
@@ -118,6 +134,8 @@ def select(device, dtype):
         return "reference", f"the tensors are on {device.type!r}"
     elif not HAS_TRITON:
         return "reference", "the triton package is not installed"
+    elif 0 < (has := capability(device.index)) < OLDEST:
+        return "reference", f"Triton needs compute capability {OLDEST / 10}, this GPU has {has / 10}"
     if dtype not in KERNEL_DTYPES:
         return "reference", f"no kernels for {dtype}"
     if transformed():

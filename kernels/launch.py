@@ -1,11 +1,12 @@
 """What every launch has in common: the device, the compiler options, and the sizes of tiles."""
 
-import functools
 import threading
 from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
+
+from fastgan.backend import capability
 
 INT32_ELEMENTS = 2**31  # tensors of more elements need 64-bit offsets
 FEWEST_READERS = 1024  # programs that only read: a few for each multiprocessor of a large GPU
@@ -35,13 +36,7 @@ def compiler_options(capability):
 
 def _capability(device):
     """10 · major + minor of a GPU of NVIDIA's; 0 for another, and where Triton interprets."""
-    return _capability_of(device.index) if device.type == "cuda" and torch.version.hip is None else 0
-
-
-@functools.cache
-def _capability_of(index):
-    major, minor = torch.cuda.get_device_capability(index)
-    return 10 * major + minor
+    return capability(device.index) if device.type == "cuda" else 0
 
 
 def tell(*launched):

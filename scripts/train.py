@@ -12,7 +12,7 @@ import torch
 
 import fastgan
 from fastgan.command_line import run_command
-from fastgan.ops.choice import has_table
+from fastgan.ops.choice import has_table, relatives
 from fastgan.training import TrainConfig, new_run, resumed_run, train
 from fastgan.training.config import add_options
 
@@ -38,14 +38,25 @@ def describe(run):
         f"{config.batch_size} an epoch; {how}, {config.precision} on {run.device}{where}; run folder {run.out}",
         flush=True,
     )
-    if config.fused and run.device.type == "cuda" and not has_table(gpu := torch.cuda.get_device_name(run.device)):
-        print(
-            f"nobody has measured convolutions on {gpu} yet, so cuDNN computes them: `python -m fastgan.tune` finds, "
-            "in some minutes, where our kernels are faster",
-            flush=True,
-        )
+    if config.fused and run.device.type == "cuda":
+        advise_tuning(run.device)
     if run.first_step:
         print(f"going on after step {run.first_step} of {run.last_step}", flush=True)
+
+
+def advise_tuning(device):
+    """Say so if nobody has measured convolutions on a GPU of this name."""
+    gpu = torch.cuda.get_device_name(device)
+    if has_table(gpu):
+        return
+    meanwhile = "cuDNN computes them"
+    if others := relatives(device.index or 0):
+        meanwhile += f", but for those in which our kernels are far ahead on {' and '.join(others)}"
+    print(
+        f"nobody has measured convolutions on {gpu} yet, so {meanwhile}: `python -m fastgan.tune` finds, in some "
+        "minutes, where our kernels are faster",
+        flush=True,
+    )
 
 
 def explain(run):

@@ -6,7 +6,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastgan
-from fastgan import explanation
+from fastgan import backend, explanation
 from fastgan.ops import choice
 from fastgan.ops.tables import Measurement, write_table
 
@@ -21,6 +21,7 @@ def model(monkeypatch, tmp_path):
     monkeypatch.setenv("FASTGAN_CACHE", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: GPU)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(backend, "capability", lambda index: 0)
     choice.forget()
     on = dict(device="cuda", dtype=torch.bfloat16)
     with FakeTensorMode():
@@ -43,7 +44,7 @@ def test_with_inputs(model):
     assert (first.implementation, first.runs_as) == ("triton", "fused, triton")
     assert first.reason == "ours 5.0 µs, cuDNN 9.0 µs at batch 8"
     assert second.implementation == "cudnn"
-    assert second.reason == f"not in the table of {GPU}: cuDNN is the safe choice"
+    assert second.reason == f"neither in the table of {GPU} nor like what is: cuDNN is the safe choice"
 
 
 def test_without_inputs(model):
@@ -68,14 +69,15 @@ def test_layers_called_by_keyword():
 def test_the_mode_decides_what_follows(model):
     """In eval mode BatchNorm is part of the epilogue: another kernel, and not measured here."""
     first, _ = fastgan.explain(model.eval(), torch.empty(INPUT))
-    assert first.implementation == "cudnn" and "not in the table" in first.reason
+    assert first.implementation == "cudnn" and "neither in the table" in first.reason
 
 
 def test_autocast_decides_the_dtype(model, monkeypatch):
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type: True)
-    monkeypatch.setattr(torch, "get_autocast_dtype", lambda device_type: torch.float16)
-    first, _ = fastgan.explain(model, torch.empty(INPUT))
-    assert "not in the table" in first.reason
+    for dtype, said in ((torch.float16, "in bfloat16, the nearest measured"), (torch.float32, "neither in the table")):
+        monkeypatch.setattr(torch, "get_autocast_dtype", lambda device_type, dtype=dtype: dtype)
+        first, _ = fastgan.explain(model, torch.empty(INPUT))
+        assert said in first.reason
 
 
 def test_forced(model, monkeypatch):

@@ -1,9 +1,9 @@
 """Which implementation computes a convolution: our Triton matrix kernel or cuDNN, shape by shape, as it was measured.
 
 The tables are `kernels/configs/<gpu>.json`, measured by `python -m fastgan.tune`; the user's own, in
-`$FASTGAN_CACHE`, `$XDG_CACHE_HOME/fastgan` or `~/.cache/fastgan`, wins over the one that is shipped. A batch that
-was not measured takes the choice of the nearest measured one of the same layer, if that is within a factor of two.
-For everything else cuDNN with our fused passes around it is the safe choice.
+`$FASTGAN_CACHE`, `$XDG_CACHE_HOME/fastgan` or `~/.cache/fastgan`, wins over the one that is shipped. What is not in
+them is decided by what is like it (`nearest.py`), on this GPU or on a relative. For everything else cuDNN with our
+fused passes around it is the safe choice.
 """
 
 import functools
@@ -15,14 +15,12 @@ from typing import NamedTuple
 import torch
 
 from fastgan import backend
+from fastgan.ops.nearest import nearest
 from fastgan.ops.tables import Problem, read_table, slug
 
-# Of a Problem that was not measured with what follows it: by how much our kernel, which has that inside, may be slower
-# than cuDNN, which needs a pass of its own. On the way back to an activation the pass is worth 40 % of ours; on the way
-# back to BatchNorm our epilogue takes about as long as the pass (both as an H200's table has it). For an epilogue that
-# reads nothing but vectors cuDNN stays the safe choice.
-LEADS = {"epilogue": 1.0, "activated": 1.3, "normalized": 1.0, "float32": 1.05}
-FARTHEST_BATCH = 2  # the largest factor between a batch and the measured one whose choice it takes
+# The GPUs with a table that comes with fastgan, by compute capability. GPUs of the same one are relatives: they run the
+# same machine code, with as much shared memory and as many registers for it.
+RELATIVES = {90: ("NVIDIA H100 80GB HBM3", "NVIDIA H200")}
 
 
 class Choice(NamedTuple):
@@ -91,55 +89,54 @@ _NOT_ON_CUDA = Choice("triton", None, "the tensors are not on CUDA")
 @functools.lru_cache(maxsize=4096)
 def _choose(problem, index, forced):
     gpu = torch.cuda.get_device_name(index)
-    measured = find(_tables(gpu), problem)
+    found, where = _nearest(problem, index)
     if forced:
-        tile = measured.tile if measured is not None else None
-        return Choice("triton", tile, "FASTGAN_BACKEND=triton")
-    if measured is not None:
-        return Choice(measured.implementation, measured.tile, _why(measured, problem))
+        return Choice("triton", found and found.measurement.tile, "FASTGAN_BACKEND=triton")
+    if found is not None:
+        return Choice(found.implementation, found.measurement.tile, _why(found, problem, where if where != gpu else ""))
     if has_table(gpu):
-        return Choice("cudnn", None, f"not in the table of {gpu}: cuDNN is the safe choice")
+        return Choice("cudnn", None, f"neither in the table of {gpu} nor like what is: cuDNN is the safe choice")
     return Choice("cudnn", None, f"no table of {gpu} (python -m fastgan.tune measures one): cuDNN is the safe choice")
 
 
-def _why(measured, problem):
+def _nearest(problem, index):
+    """(Found or None, the GPU where it was measured) of what decides `problem`: on this GPU, or on a relative of it."""
+    gpu = torch.cuda.get_device_name(index)
+    found = [(nearest(_tables(gpu), problem), gpu)]
+    for relative in relatives(index):
+        one = nearest(_tables(relative), problem)
+        found.append((one and one._replace(differences=one.differences + 1), relative))
+    return min((one for one in found if one[0]), key=lambda one: one[0].differences, default=(None, gpu))
+
+
+def relatives(index):
+    """The names of other GPUs with a table that comes with fastgan, which GPU number `index` is like."""
+    gpu = torch.cuda.get_device_name(index)
+    return [name for name in RELATIVES.get(backend.capability(index), ()) if name != gpu]
+
+
+def _why(found, problem, relative):
+    measured, of = found.measurement, found.problem
     if measured.triton_us is None:
-        return f"cuDNN {measured.cudnn_us:.1f} µs, no right kernel of ours, at batch {measured.batch}"
-    at = f"at batch {measured.batch}" + (", the nearest measured" if measured.batch != problem.batch else "")
-    return f"ours {measured.triton_us:.1f} µs, cuDNN {measured.cudnn_us:.1f} µs {at}"
+        why = f"cuDNN {measured.cudnn_us:.1f} µs, no right kernel of ours, at batch {of.batch}"
+    else:
+        why = f"ours {measured.triton_us:.1f} µs, cuDNN {measured.cudnn_us:.1f} µs at batch {of.batch}"
+    if (of.low, of.high) != (problem.low, problem.high):
+        why += f" of {of.shape}"
+    if of.dtype != problem.dtype:
+        why += f" in {of.dtype}"
+    if relative:
+        why += f" on {relative}"
+    if of != problem:
+        why += ", the nearest measured"
+    if found.implementation != measured.implementation:
+        why += ": no lead to rely on elsewhere"
+    return why
 
 
 def has_table(gpu):
     """Whether any convolution was measured on a GPU of this name."""
     return bool(_tables(gpu))
-
-
-def find(table, problem):
-    """The measurement that decides `problem`, or None.
-
-    That of the same layer at the same batch; else at the nearest batch, by their quotient and up to FARTHEST_BATCH (of
-    two as near the larger). With something that follows, and was not measured with it, that without, but for LEADS; a
-    weight gradient that was measured in float32 only, that.
-    """
-    batches = table.get(problem.layer)
-    if batches is None and problem.kind == "weight_grad":
-        batches = table.get(problem.layer._replace(kind="weight_grad+float32"))
-    if batches is None:
-        if problem.then not in LEADS:
-            return None
-        plain = find(table, problem._replace(kind=problem.operation))
-        if plain is None or plain.triton_us is None:
-            return plain
-        ours = plain.triton_us <= LEADS[problem.then] * plain.cudnn_us
-        return plain._replace(implementation="triton" if ours else "cudnn")
-    if problem.batch in batches:
-        return batches[problem.batch]
-
-    def distance(batch):
-        return max(batch, problem.batch) / min(batch, problem.batch), -batch
-
-    nearest = min(batches, key=distance)
-    return batches[nearest] if distance(nearest)[0] <= FARTHEST_BATCH else None
 
 
 def user_table_path(gpu):

@@ -1,18 +1,24 @@
 """Which device computes, and what it can compute in."""
 
+import re
+import warnings
+
 import torch
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 
 def pick_device(name="auto"):
-    """The torch.device for "auto" (CUDA if there is one, else the CPU), "cpu", "cuda" or "cuda:N".
+    """The torch.device for "auto" (CUDA if there is one that torch can use, else the CPU), "cpu", "cuda" or "cuda:N".
 
     Raises:
-        ValueError: another name, or a CUDA device that this machine does not have.
+        ValueError: another name, or a CUDA device that this machine does not have or this build of torch cannot use.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cuda" and (why := _why_unusable()):
+            warnings.warn(f"the CPU computes: {why}", stacklevel=2)
+            name = "cpu"
     try:
         device = torch.device(name)
     except (RuntimeError, TypeError):
@@ -24,7 +30,23 @@ def pick_device(name="auto"):
             raise ValueError(f"device {name!r} needs CUDA, which this machine or this build of torch does not have")
         if (device.index or 0) >= torch.cuda.device_count():
             raise ValueError(f"device {name!r} is not there: this machine has {torch.cuda.device_count()} CUDA devices")
+        if why := _why_unusable(device.index):
+            raise ValueError(f"device {name!r} cannot be used: {why}")
     return device
+
+
+def _why_unusable(index=None):
+    """None, or why torch starts nothing on this CUDA device: its builds leave out code for the oldest GPUs."""
+    major, minor = torch.cuda.get_device_capability(index)
+    built_for = torch.cuda.get_arch_list()
+    known = [match for arch in built_for if (match := re.match(r"(sm|compute)_(\d+)\d", arch))]  # none for ROCm
+    # Machine code runs on GPUs of the same generation; PTX, which the driver compiles, on later ones too.
+    if not known or any(int(a[2]) == major or (a[1] == "compute" and int(a[2]) < major) for a in known):
+        return None
+    return (
+        f"this build of torch, for {', '.join(built_for)}, has no code for {torch.cuda.get_device_name(index)}, "
+        f"of compute capability {major}.{minor}"
+    )
 
 
 def check_precision(precision, device):

@@ -6,9 +6,10 @@ import warnings
 import pytest
 import torch
 
+from fastgan import backend
 from fastgan.kernels.launch import MatrixTile
 from fastgan.ops import choice
-from fastgan.ops.choice import Choice, choose, conv_problem, find, weight_grad_problem
+from fastgan.ops.choice import Choice, choose, conv_problem, weight_grad_problem
 from fastgan.ops.tables import Measurement, Problem, read_table, slug, write_table
 
 GPU = "NVIDIA T800 Nonsuch"
@@ -27,6 +28,7 @@ def gpu(monkeypatch, tmp_path):
     """A machine with an unheard-of GPU, an empty cache of the user's and no shipped table."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: GPU)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(backend, "capability", lambda index: 0)
     monkeypatch.setenv("FASTGAN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(choice, "shipped_table_path", lambda gpu: tmp_path / "shipped" / f"{slug(gpu)}.json")
     monkeypatch.delenv("FASTGAN_BACKEND", raising=False)
@@ -64,7 +66,7 @@ def test_measured_shapes(monkeypatch):
 @pytest.mark.parametrize(
     "change",
     (
-        dict(dtype="float16"),
+        dict(dtype="tf32"),
         dict(kind="up"),
         dict(low=(5, 4)),
         dict(high=(9, 8)),
@@ -80,7 +82,7 @@ def test_what_is_not_in_the_table_is_cudnns(change):
     write(choice.shipped_table_path, (PROBLEM, measured()))
     found = choose(PROBLEM._replace(**change), CUDA)
     assert found[:2] == ("cudnn", None)
-    assert found.why == f"not in the table of {GPU}: cuDNN is the safe choice"
+    assert found.why == f"neither in the table of {GPU} nor like what is: cuDNN is the safe choice"
 
 
 def test_unknown_gpu():
@@ -89,55 +91,51 @@ def test_unknown_gpu():
     assert GPU in found.why and "fastgan.tune" in found.why
 
 
-@pytest.mark.parametrize(
-    "batch, expected", ((31, None), (32, 64), (90, 64), (91, 128), (128, 128), (400, 256), (512, 256), (513, None))
-)
-def test_nearest_batch_within_a_factor_of_two(batch, expected):
-    table = {PROBLEM.layer: {n: measured(batch=n) for n in (64, 128, 256)}}
-    found = find(table, PROBLEM._replace(batch=batch))
-    assert (found and found.batch) == expected
-
-
-def test_of_two_batches_as_near_the_larger():
-    table = {PROBLEM.layer: {n: measured(batch=n) for n in (64, 256)}}
-    assert find(table, PROBLEM._replace(batch=128)).batch == 256
-
-
 def test_nearest_batch_is_named():
     write(choice.shipped_table_path, (PROBLEM, measured()))
     assert choose(PROBLEM._replace(batch=100), CUDA).why.endswith("at batch 128, the nearest measured")
 
 
-def test_an_epilogue_that_was_not_measured_follows_the_plain_convolution():
-    plain, epilogue = (PROBLEM._replace(kind=kind) for kind in ("up", "up+epilogue"))
-    assert find({plain.layer: {128: measured()}}, epilogue).implementation == "triton"
-    both = {plain.layer: {128: measured()}, epilogue.layer: {128: measured("cudnn")}}
-    assert find(both, epilogue).implementation == "cudnn"
-    assert find({epilogue.layer: {128: measured()}}, plain) is None
+def test_what_is_like_a_measured_one_is_named():
+    write(choice.shipped_table_path, (PROBLEM, measured()))
+    larger = PROBLEM._replace(batch=32, low=(8, 8), high=(16, 16), dtype="float16")
+    assert choose(larger, CUDA) == Choice(
+        "triton",
+        TILE,
+        "ours 10.0 µs, cuDNN 20.0 µs at batch 128 of 512@4×4 256@8×8 k4 s2 p1 in bfloat16, the nearest measured",
+    )
+    write(choice.shipped_table_path, (PROBLEM, measured(cudnn_us=12.0)))
+    choice.forget()
+    assert choose(PROBLEM, CUDA).implementation == "triton"
+    found = choose(larger, CUDA)
+    assert found.implementation == "cudnn" and found.why.endswith("the nearest measured: no lead to rely on elsewhere")
 
 
-@pytest.mark.parametrize(
-    "kind, most", [("down+activated", 13.0), ("up+normalized", 10.0), ("weight_grad+float32", 10.5)]
-)
-def test_what_was_not_measured_with_what_follows(kind, most):
-    """cuDNN needs a pass of its own for it, so ours may be somewhat slower without; but not by any factor."""
-    plain, more = (PROBLEM._replace(kind=name) for name in (kind.partition("+")[0], kind))
-    for triton_us, wanted in ((5.0, "triton"), (most - 0.1, "triton"), (most + 0.1, "cudnn"), (None, "cudnn")):
-        implementation = "triton" if triton_us == 5.0 else "cudnn"
-        table = {plain.layer: {128: measured(implementation)._replace(triton_us=triton_us, cudnn_us=10.0)}}
-        assert find(table, more).implementation == wanted
-        assert find(table, plain).implementation == implementation
-    table[more.layer] = {128: measured()}
-    assert find(table, more).implementation == "triton"
-    assert find({}, more) is None
+def test_a_relative_has_a_say_where_nothing_was_measured(monkeypatch):
+    """A GPU of the same compute capability, of which a table comes with fastgan; and its lead must be a large one."""
+    monkeypatch.setattr(choice, "RELATIVES", {90: ("NVIDIA T900", GPU)})
+    far, near = PROBLEM, PROBLEM._replace(kind="down")
+    rows = {far: measured(), near: measured(cudnn_us=12.0)}
+    write_table(choice.shipped_table_path("NVIDIA T900"), "NVIDIA T900", VERSIONS, rows)
+    assert not choice.relatives(0) and choose(far, CUDA).implementation == "cudnn"
+
+    choice.forget()
+    monkeypatch.setattr(backend, "capability", lambda index: 90)
+    assert choice.relatives(0) == ["NVIDIA T900"] and not choice.has_table(GPU)
+    assert choose(far, CUDA).implementation == "triton"
+    assert choose(far, CUDA).why == "ours 10.0 µs, cuDNN 20.0 µs at batch 128 on NVIDIA T900"
+    assert choose(near, CUDA).implementation == "cudnn"
+
+    choice.forget()  # what was measured on the GPU itself wins, and what is as like there
+    write(choice.shipped_table_path, (far, measured("cudnn", 30.0)))
+    assert choose(far, CUDA).why == "ours 30.0 µs, cuDNN 20.0 µs at batch 128"
+    assert choose(far._replace(dtype="float16"), CUDA).why.endswith("in bfloat16, the nearest measured")
 
 
-def test_a_weight_gradient_follows_the_one_that_was_measured():
-    plain, wide = (PROBLEM._replace(kind=kind) for kind in ("weight_grad", "weight_grad+float32"))
-    table = {wide.layer: {128: measured()}}
-    assert find(table, plain) == find(table, wide) == measured()
-    table[plain.layer] = {128: measured("cudnn")}
-    assert find(table, plain) == measured("cudnn") and find(table, wide) == measured()
+def test_every_shipped_table_has_relatives(monkeypatch):
+    monkeypatch.undo()
+    measured_on = {json.loads(path.read_text(encoding="utf-8"))["gpu"] for path in choice.shipped_tables()}
+    assert measured_on == {gpu for relatives in choice.RELATIVES.values() for gpu in relatives}
 
 
 def test_the_users_table_wins_measurement_by_measurement():
@@ -270,6 +268,6 @@ def test_a_choice_is_made_once(monkeypatch):
     """Every convolution of every step asks: from the second time on nothing is read and nothing looked for."""
     write(choice.shipped_table_path, (PROBLEM, measured()))
     first = choose(PROBLEM, CUDA)
-    for name in ("read_table", "find", "_why"):
+    for name in ("read_table", "nearest", "_why"):
         monkeypatch.setattr(choice, name, None)
     assert choose(PROBLEM, CUDA) is first

@@ -159,6 +159,8 @@ def test_devices_and_precisions(monkeypatch):
             pick_device(name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 6))
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_80", "sm_90a", "compute_120"])
     assert pick_device() == cuda and pick_device("cuda:0").index == 0
     with pytest.raises(ValueError, match="1 CUDA device"):
         pick_device("cuda:1")
@@ -175,3 +177,29 @@ def test_devices_and_precisions(monkeypatch):
                     check_precision(precision, cuda)
             else:
                 check_precision(precision, cuda)
+
+
+@pytest.mark.parametrize(
+    "capability, built_for, usable",
+    (
+        ((6, 1), ["sm_75", "sm_80", "sm_90a", "sm_120", "compute_120"], False),
+        ((8, 9), ["sm_75", "sm_80"], True),
+        ((13, 0), ["sm_75", "sm_120"], False),
+        ((13, 0), ["sm_75", "compute_120"], True),
+        ((9, 4), ["gfx942"], True),
+    ),
+)
+def test_a_gpu_that_torch_was_not_built_for(capability, built_for, usable, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an old GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: built_for)
+    if usable:
+        assert pick_device() == torch.device("cuda") == pick_device("cuda")
+        return
+    said = f"no code for an old GPU, of compute capability {capability[0]}.{capability[1]}"
+    with pytest.warns(UserWarning, match=f"the CPU computes: .*{said}"):
+        assert pick_device() == torch.device("cpu")
+    with pytest.raises(ValueError, match=f"device 'cuda:0' cannot be used: .*{said}"):
+        pick_device("cuda:0")

@@ -1,0 +1,120 @@
+"""What a table of measured convolutions says of one that may not be in it.
+
+That of the same layer is taken as it is. What was measured of a convolution like it decides for ours only if ours was
+ahead by a MARGIN for each way in which the two differ. In the tables of an H100 and an H200, whose memory is half again
+as fast, the lead of ours differs by 16 % at most, and from batch 128 to 1024 no lead of this much is lost.
+"""
+
+import math
+from typing import NamedTuple
+
+from fastgan.ops.tables import Measurement, Problem
+
+# Of a Problem that was not measured with what follows it: by how much our kernel, which has that inside, may be slower
+# than cuDNN, which needs a pass of its own. On the way back to an activation the pass is worth 40 % of ours; on the way
+# back to BatchNorm our epilogue takes about as long as the pass (both as an H200's table has it). For an epilogue that
+# reads nothing but vectors cuDNN stays the safe choice.
+LEADS = {"epilogue": 1.0, "activated": 1.3, "normalized": 1.0, "float32": 1.05}
+FARTHEST_BATCH = 2  # the largest factor between a batch and the measured one whose choice it takes
+MARGIN = 1.25
+MOST_DIFFERENCES = 3
+_HALF = {"float16", "bfloat16"}
+
+
+class Found(NamedTuple):
+    """A measurement, what it was measured of, and in how many ways that differs from what was asked for."""
+
+    measurement: Measurement
+    problem: Problem
+    differences: int = 0
+
+    @property
+    def implementation(self):
+        """Ours, "triton", if that was the faster and, of another convolution, by far enough; else "cudnn"."""
+        measured = self.measurement
+        if self.differences and measured.implementation == "triton":
+            return "triton" if measured.triton_us * MARGIN**self.differences <= measured.cudnn_us else "cudnn"
+        return measured.implementation
+
+
+def nearest(table, problem):
+    """The Found of {layer: {batch: Measurement}} that decides `problem`, or None: of the same layer, or of one like it.
+
+    Like it is a convolution of the same channels, kernel, stride and padding, at another size (by powers of two, as
+    blocks of rows are) or in the other half precision: at the batch where it has as many positions. It differs by one
+    for each of both, and for each factor of two in positions but the first.
+    """
+    if measured := find(table, problem):
+        return Found(measured, problem._replace(batch=measured.batch))
+    found = [
+        Found(find(table, like), like, differences)
+        for like in _alike(table, problem)
+        if (differences := _differences(like, problem)) <= MOST_DIFFERENCES
+    ]
+    return min(found, key=lambda one: (one.differences, _factor(one.problem, problem)), default=None)
+
+
+def find(table, problem):
+    """The Measurement of the same layer that decides `problem`, or None.
+
+    That at the same batch; else at the nearest one, by their quotient and up to FARTHEST_BATCH (of two as near the
+    larger). With something that follows, and was not measured with it, that without, but for LEADS; a weight gradient
+    that was measured in float32 only, that.
+    """
+    batches = table.get(problem.layer)
+    if batches is None and problem.kind == "weight_grad":
+        batches = table.get(problem.layer._replace(kind="weight_grad+float32"))
+    if batches is None:
+        if problem.then not in LEADS:
+            return None
+        plain = find(table, problem._replace(kind=problem.operation))
+        if plain is None or plain.triton_us is None:
+            return plain
+        ours = plain.triton_us <= LEADS[problem.then] * plain.cudnn_us
+        return plain._replace(implementation="triton" if ours else "cudnn")
+    if problem.batch in batches:
+        return batches[problem.batch]
+
+    def distance(batch):
+        return max(batch, problem.batch) / min(batch, problem.batch), -batch
+
+    nearest_batch = min(batches, key=distance)
+    return batches[nearest_batch] if distance(nearest_batch)[0] <= FARTHEST_BATCH else None
+
+
+def _alike(table, problem):
+    """The Problems like `problem` for which the table has a measurement, each at a batch that was measured."""
+    for layer, batches in table.items():
+        like = layer._replace(kind=problem.kind)
+        if _is_like(like, problem):
+            for one in (like._replace(batch=batch) for batch in batches):
+                if (measured := find(table, one)) and measured.batch == one.batch:
+                    yield one
+
+
+def _is_like(layer, problem):
+    one = problem._replace(batch=0, dtype=layer.dtype, low=layer.low, high=layer.high)
+    return (
+        one == layer
+        and (layer.dtype == problem.dtype or {layer.dtype, problem.dtype} <= _HALF)
+        # A single position is a matrix product, and stays one.
+        and ((1, 1) == layer.low) == ((1, 1) == problem.low)
+        and all(map(_is_power_of_two, layer.low, problem.low))
+        and all(a * d == b * c for a, b, c, d in zip(layer.low, layer.high, problem.low, problem.high, strict=True))
+    )
+
+
+def _is_power_of_two(size, other):
+    quotient, rest = divmod(max(size, other), min(size, other))
+    return not rest and not quotient & (quotient - 1)
+
+
+def _differences(like, problem):
+    sizes, dtypes = (like.low, like.high) != (problem.low, problem.high), like.dtype != problem.dtype
+    return sizes + dtypes + max(0, math.ceil(math.log2(_factor(like, problem))) - 1)
+
+
+def _factor(like, problem):
+    """By which the numbers of positions of both differ."""
+    here, there = (one.batch * math.prod(one.low) for one in (like, problem))
+    return max(here, there) / min(here, there)
