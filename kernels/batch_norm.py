@@ -8,7 +8,16 @@ import torch
 import triton
 import triton.language as tl
 
-from fastgan.kernels.launch import cdiv, empty_nhwc, launch, needs_int64, next_power_of_2, reduction_tile, rows_tile
+from fastgan.kernels.launch import (
+    cdiv,
+    empty_nhwc,
+    launch,
+    needs_int64,
+    next_power_of_2,
+    reduction_tile,
+    rows_tile,
+    warps_for,
+)
 from fastgan.kernels.pieces import (
     activate,
     activation_grad,
@@ -230,6 +239,7 @@ def batch_norm_grad_sums(grad, y, mean, invstd, gamma, beta, *, activation, slop
         (programs, cdiv(channels, block_c), groups),
         *(grad, y, mean, invstd, gamma, beta, dz, parts, rows, channels),
         device=y.device,
+        num_warps=warps_for(block_r, block_c),
         ACTIVATION=activation,
         SLOPE=slope,
         INT64=needs_int64(y),

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from fastgan.kernels.launch import cdiv, launch, needs_int64, rows_tile
+from fastgan.kernels.launch import cdiv, launch, needs_int64, rows_tile, warps_for
 from fastgan.kernels.pieces import conv_epilogue, program_from_the_end, wait_for_previous
 
 
@@ -46,6 +46,7 @@ def conv_epilogue_(y, *, bias, batch_norm, eps, activation, slope):
         (cdiv(rows, block_r), cdiv(channels, block_c)),
         *(y, bias, *batch_norm, eps, rows, channels),
         device=y.device,
+        num_warps=warps_for(block_r, block_c),
         ACTIVATION=activation,
         SLOPE=slope,
         INT64=needs_int64(y),

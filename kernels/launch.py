@@ -165,6 +165,14 @@ def reduction_tile(rows, columns):
     return power_of_two(rows, 1, 32), power_of_two(columns, 1, 64)
 
 
+def warps_for(block_rows, block_columns):
+    """The warps of a program that changes such a block in place: four, or as many as it has elements for.
+
+    More would do again what others do, and might read what those have already changed.
+    """
+    return power_of_two(block_rows * block_columns // 32, 1, 4)
+
+
 def merge_tile(parts, columns):
     """(block_parts, block_columns) for putting (parts, columns) partial results together.
 

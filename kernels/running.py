@@ -37,7 +37,9 @@ def update_running_kernel(
     mean = _moved(mean, mean_ptr, GROUPS, c, c_ok, C, momentum)
     var = _moved(var, var_ptr, GROUPS, c, c_ok, C, momentum)
     if batches_ptr is not None and tl.program_id(0) == 0:
-        tl.store(batches_ptr, tl.load(batches_ptr) + GROUPS)
+        batches = tl.load(batches_ptr) + GROUPS
+        tl.debug_barrier()  # all warps read it, one writes
+        tl.store(batches_ptr, batches)
     tl.store(running_mean_ptr + c, mean.to(running_mean_ptr.dtype.element_ty), mask=c_ok)
     tl.store(running_var_ptr + c, var.to(running_var_ptr.dtype.element_ty), mask=c_ok)
 

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastgan.kernels.launch import cdiv, launch, merge_tile, needs_int64, power_of_two, statistics_tile
+from fastgan.kernels.launch import cdiv, launch, merge_tile, needs_int64, power_of_two, statistics_tile, warps_for
 from fastgan.kernels.pieces import activate, channel_vector, column_sums, mean_and_m2, wait_for_previous
 
 WIDE = 64  # columns of a block from which `column_sums` is quicker than `sum`
@@ -101,6 +101,7 @@ def tile_statistics(y, bias=None, *, activation=None, slope=0.0, groups=1):
         (programs, cdiv(channels, block_c), groups),
         *(y, bias, *tiles, rows, channels),
         device=y.device,
+        num_warps=warps_for(block_r, block_c),
         ACTIVATION=activation,
         SLOPE=slope,
         INT64=needs_int64(y),

@@ -120,7 +120,10 @@ def weight_grad(low, high, weight, *, stride, padding, precision, tile=None):
     """
     (n, a, h, w), (_, b, kh, kw) = low.shape, weight.shape
     grad = torch.empty_like(weight)
-    if tile is None and fits_patches(weight, w):
+    patches_fit = fits_patches(weight, w)
+    if tile is not None and tile.block_n == ALL and not patches_fit:
+        tile = None  # a tile of patches, which have no room here
+    if tile is None and patches_fit:
         tile = narrow_tile(low)
     tile = tile or matrix_tile(a, kh * kw * b, n * h * w, low.dtype, copies=FEWEST_PROGRAMS)
     tiles = cdiv(a, tile.block_m)

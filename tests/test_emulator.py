@@ -175,6 +175,33 @@ def test_warps_that_write_the_same_byte_at_once():
     refused("different values", "shr.u32 %r3, %r2, 5; st.shared.b32 [4], %r3;", x, x, shared=8)
 
 
+def test_race_between_warps_in_global_memory():
+    """What a warp writes, with another one that reads it: before the next barrier either may come first."""
+    read, barrier = "ld.global.b32 %r3, [%rd1];", "bar.sync 0;"
+    write, write_later = "st.global.b32 [%rd2], %r3;", "st.global.b32 [%rd2+128], %r3;"
+    x = torch.randn(96)
+    emulate(read + write, x, x)  # each its own
+    emulate(read + barrier + write_later, x, x)
+    refused("a warp writes what another one reads", read + write_later, x, x)
+    refused("a warp writes what another one reads", write_later + read, x, x)
+    # The upper warp does again what the lower one does, and only that one stores.
+    lower = "and.b32 %r3, %r2, 31; setp.eq.b32 %p1, %r3, %r2; shl.b32 %r3, %r3, 2; cvt.u64.u32 %rd3, %r3;"
+    lower += "add.s64 %rd4, %rd5, %rd3; ld.global.b32 %r3, [%rd4]; {} @%p1 st.global.b32 [%rd4], %r3;"
+    whole = "ld.param.b64 %rd5, [kernel_param_1];"
+    refused("a warp writes what another one reads", whole + lower.format(""), x, x)
+    emulate(whole + lower.format(barrier), x, x)
+
+
+def test_race_between_blocks():
+    read, write = "ld.global.b32 %r3, [%rd1];", "st.global.b32 [%rd2], %r3;"
+    x, out = torch.randn(64), torch.zeros(64)
+    emulate(read + write, x, out, grid=(2,))  # both write the same
+    refused("a block (reads|writes) what another one (reads|writes)", read + write, x, x, grid=(2,))
+    number = "mov.u32 %r3, %ctaid.x;"
+    refused("blocks write different values", number + write, x, out, grid=(2,))
+    emulate(number + "red.global.gpu.relaxed.add.u32 [%rd2], %r3;", x, out, grid=(2,))
+
+
 COPY = """
     shl.b32 %r3, %r2, 2;
     setp.lt.u32 %p1, %r2, %r1;

@@ -16,6 +16,7 @@ from fastgan.ops.tables import Measurement, Problem
 # reads nothing but vectors cuDNN stays the safe choice.
 LEADS = {"epilogue": 1.0, "activated": 1.3, "normalized": 1.0, "float32": 1.05}
 FARTHEST_BATCH = 2  # the largest factor between a batch and the measured one whose choice it takes
+FARTHEST_SIZE = 2  # and between heights, or widths: a program of an image's layers takes whole rows
 MARGIN = 1.25
 MOST_DIFFERENCES = 3
 _HALF = {"float16", "bfloat16"}
@@ -40,9 +41,9 @@ class Found(NamedTuple):
 def nearest(table, problem):
     """The Found of {layer: {batch: Measurement}} that decides `problem`, or None: of the same layer, or of one like it.
 
-    Like it is a convolution of the same channels, kernel, stride and padding, at another size (by powers of two, as
-    blocks of rows are) or in the other half precision: at the batch where it has as many positions. It differs by one
-    for each of both, and for each factor of two in positions but the first.
+    Like it is a convolution of the same channels, kernel, stride and padding, at sides of half or twice the length, or
+    in the other half precision. It differs by one for each of both, and for each factor of two between the numbers of
+    positions but the first.
     """
     if measured := find(table, problem):
         return Found(measured, problem._replace(batch=measured.batch))
@@ -99,14 +100,11 @@ def _is_like(layer, problem):
         and (layer.dtype == problem.dtype or {layer.dtype, problem.dtype} <= _HALF)
         # A single position is a matrix product, and stays one.
         and ((1, 1) == layer.low) == ((1, 1) == problem.low)
-        and all(map(_is_power_of_two, layer.low, problem.low))
+        and all(
+            max(a, b) in (min(a, b), FARTHEST_SIZE * min(a, b)) for a, b in zip(layer.low, problem.low, strict=True)
+        )
         and all(a * d == b * c for a, b, c, d in zip(layer.low, layer.high, problem.low, problem.high, strict=True))
     )
-
-
-def _is_power_of_two(size, other):
-    quotient, rest = divmod(max(size, other), min(size, other))
-    return not rest and not quotient & (quotient - 1)
 
 
 def _differences(like, problem):

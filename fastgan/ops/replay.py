@@ -74,7 +74,9 @@ class Replayed:
 
 
 def _surroundings():
-    return choice.generation(), backend.forces_triton(), backend.matmul_precision(torch.float32)
+    """What else decides about it. PyTorch's convolutions give another layout where they are not cuDNN's."""
+    precision = backend.matmul_precision(torch.float32)
+    return choice.generation(), backend.forces_triton(), precision, torch._C._get_cudnn_enabled()
 
 
 def _signature(arguments):

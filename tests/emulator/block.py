@@ -36,6 +36,13 @@ class Block:
                 self._registers[f"%{name}.{axis}"] = np.full(self.threads, value, np.uint32)
 
     def run(self):
+        self._execute()
+        try:
+            self.memory.end_block()
+        except PTXError as error:
+            raise PTXError(f"{error}\n  at the end of {self._program.name}, block {self._position}") from error
+
+    def _execute(self):
         at, instructions = 0, self._program.instructions
         while at < len(instructions):
             op = instructions[at]

@@ -103,13 +103,18 @@ class _CountedGlobal:
             sectors = len(np.unique(mine // 32))
             self._block.note("global", sectors, -(-len(mine) * size // 32))
 
-    def load(self, addresses, size):
+    def load(self, addresses, size, warps):
         self._note(addresses, size)
-        return self._memory.load(addresses, size)
+        return self._memory.load(addresses, size, warps)
 
-    def store(self, addresses, data):
+    def store(self, addresses, data, warps):
         self._note(addresses, data.shape[1])
-        self._memory.store(addresses, data)
+        self._memory.store(addresses, data, warps)
+
+    def barrier(self):
+        self._memory.barrier()
+
+    end_block = barrier
 
 
 def count_block(kernel, grid, *args, device, **options):

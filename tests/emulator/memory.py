@@ -6,6 +6,8 @@ import numpy as np
 
 from tests.emulator.program import PTXError
 
+NOBODY, MANY = -1, -2
+
 
 def _check_alignment(addresses, size):
     if (addresses % size).any():
@@ -13,7 +15,12 @@ def _check_alignment(addresses, size):
 
 
 class _Region:
-    """The bytes from a tensor's first element to its last."""
+    """The bytes from a tensor's first element to its last, and who touched them.
+
+    Attributes:
+        readers, writers: for each byte the block that did so, NOBODY or MANY.
+        loads, stores: [(first bytes, size, warps)] of the running block since its last barrier.
+    """
 
     def __init__(self, tensor):
         self.shape, self.dtype = tuple(tensor.shape), tensor.dtype
@@ -21,27 +28,85 @@ class _Region:
         size = (last + 1) * tensor.element_size() if tensor.numel() else 0
         self.start, self.end = tensor.data_ptr(), tensor.data_ptr() + size
         self.bytes = np.frombuffer((ctypes.c_uint8 * size).from_address(self.start), np.uint8) if size else None
+        self.readers, self.writers = np.full(size, NOBODY, np.int32), np.full(size, NOBODY, np.int32)
+        self.loads, self.stores = [], []
+
+    def check_races(self, block):
+        """What the block's warps did since its last barrier, among each other and beside earlier blocks; forget it."""
+        if self.loads and self.stores:
+            readers = np.zeros(len(self.bytes), np.uint32)
+            for first, size, warps in self.loads:
+                np.bitwise_or.at(readers, _cells(first, size), _bits(warps)[:, None])
+            for first, size, warps in self.stores:
+                if (readers[_cells(first, size)] & ~_bits(warps)[:, None]).any():
+                    raise self.race("a warp writes what another one reads, with no barrier in between,")
+        for first, size, _ in self.loads:
+            cells = _cells(first, size)
+            if not np.isin(self.writers[cells], (NOBODY, block)).all():
+                raise self.race("a block reads what another one writes,")
+            before = self.readers[cells]
+            self.readers[cells] = np.where((before == NOBODY) | (before == block), block, MANY)
+        for first, size, _ in self.stores:
+            cells = _cells(first, size)
+            if not np.isin(self.readers[cells], (NOBODY, block)).all():
+                raise self.race("a block writes what another one reads,")
+            self.writers[cells] = block
+        self.loads, self.stores = [], []
+
+    def race(self, what):
+        return PTXError(f"a race: {what} in the tensor of {self.shape} {self.dtype}")
+
+
+def _cells(first, size):
+    return first[:, None] + np.arange(size)
+
+
+def _bits(warps):
+    """Sets of warps, a bit each."""
+    return np.left_shift(np.uint32(1), warps.astype(np.uint32))
 
 
 class GlobalMemory:
-    """The tensors' bytes; there is nothing around them."""
+    """The tensors' bytes; there is nothing around them.
+
+    Blocks run in any order, and so do warps between two barriers: of two that touch the same byte none may write it.
+    Atomic operations may; they name no warps.
+    """
 
     def __init__(self, tensors):
         self._regions = [_Region(tensor) for tensor in tensors]
+        self._block = 0
 
-    def load(self, addresses, size):
-        """(n, size) bytes at the n addresses."""
+    def load(self, addresses, size, warps=None):
+        """(n, size) bytes at the addresses that threads of the n warps read."""
         data = np.empty((len(addresses), size), np.uint8)
-        for region, here, cells in self._cells(addresses, size):
-            data[here] = region.bytes[cells]
+        for region, here, first in self._found(addresses, size):
+            data[here] = region.bytes[_cells(first, size)]
+            if warps is not None:
+                region.loads.append((first, size, warps[here]))
         return data
 
-    def store(self, addresses, data):
-        for region, here, cells in self._cells(addresses, data.shape[1]):
+    def store(self, addresses, data, warps=None):
+        size = data.shape[1]
+        for region, here, first in self._found(addresses, size):
+            cells = _cells(first, size)
+            others = (region.writers[cells] != NOBODY) & (region.writers[cells] != self._block)
+            if warps is not None and (others & (region.bytes[cells] != data[here])).any():
+                raise region.race("blocks write different values to the same byte")
             region.bytes[cells] = data[here]
+            if warps is not None:
+                region.stores.append((first, size, warps[here]))
 
-    def _cells(self, addresses, size):
-        """(region, which of the addresses lie in it, (n, size) positions of their bytes) for each region with any."""
+    def barrier(self):
+        for region in self._regions:
+            region.check_races(self._block)
+
+    def end_block(self):
+        self.barrier()
+        self._block += 1
+
+    def _found(self, addresses, size):
+        """(region, which of the addresses lie in it, their first bytes there) for each region with any."""
         _check_alignment(addresses, size)
         left = np.arange(len(addresses))
         for region in self._regions:
@@ -50,7 +115,7 @@ class GlobalMemory:
             inside = (addresses[left] >= region.start) & (addresses[left] + size <= region.end)
             if inside.any():
                 here = left[inside]
-                yield region, here, (addresses[here] - region.start)[:, None] + np.arange(size)
+                yield region, here, addresses[here] - region.start
                 left = left[~inside]
         if len(left):
             raise PTXError(self._outside(int(addresses[left[0]]), size))

@@ -19,10 +19,8 @@ def load(block, op):
     targets, dtype = vector(op.operands[0]), TYPES[op.type]
     active, size = block.active(), len(targets) * dtype.itemsize
     addresses = block.addresses(op.operands[1])[active]
-    if op.modifiers[0] == "global":
-        data = block.memory.load(addresses, size)
-    else:
-        data = block.shared.load(addresses, size, block.warp[active])
+    memory = block.memory if op.modifiers[0] == "global" else block.shared
+    data = memory.load(addresses, size, block.warp[active])
     for i, target in enumerate(targets):
         values = np.zeros(block.threads, dtype)
         values[active] = data.view(dtype)[:, i]
@@ -34,11 +32,8 @@ def store(block, op):
     active = block.active()
     addresses = block.addresses(op.operands[0])[active]
     values = np.stack([block.read(source, op.type)[active] for source in vector(op.operands[1])], 1)
-    data = values.view(np.uint8)
-    if op.modifiers[0] == "global":
-        block.memory.store(addresses, data)
-    else:
-        block.shared.store(addresses, data, block.warp[active])
+    memory = block.memory if op.modifiers[0] == "global" else block.shared
+    memory.store(addresses, values.view(np.uint8), block.warp[active])
 
 
 @instruction(r"(atom|red)\.global\.gpu\.relaxed\.add\.u32")
@@ -63,7 +58,7 @@ def copy(block, op):
     data = np.zeros((len(active), size), np.uint8)
     for fewer in np.unique(read[read > 0]):
         some = read == fewer
-        data[some, :fewer] = block.memory.load(source[some], int(fewer))
+        data[some, :fewer] = block.memory.load(source[some], int(fewer), block.warp[active][some])
     block.copies.append((block.shared.begin_copy(to, size, block.warp[active]), data))
 
 
@@ -84,6 +79,7 @@ def wait_for_copies(block, op):
 def barrier(block, op):
     block.whole()
     block.shared.barrier()
+    block.memory.barrier()
 
 
 @instruction(r"fence\.proxy\.async\.shared::cta")

@@ -81,8 +81,9 @@ def test_the_same_layer_counts_as_measured():
     (
         (dict(dtype="float16"), 1),
         (dict(batch=32, low=(8, 8), high=(16, 16)), 1),
-        (dict(batch=32, low=(4, 16), high=(8, 32), dtype="float16"), 2),
+        (dict(batch=64, low=(4, 8), high=(8, 16), dtype="float16"), 2),
         (dict(low=(8, 8), high=(16, 16)), 2),  # four times the positions: one factor of two more than a batch may have
+        (dict(batch=8, low=(16, 16), high=(32, 32)), None),
         (dict(batch=256, low=(2, 2), high=(4, 4)), 1),
         (dict(batch=512), 1),
         (dict(batch=16), 2),

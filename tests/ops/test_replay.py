@@ -114,13 +114,15 @@ def test_another_kind_of_argument_is_another_plan():
         assert replayed.calls == 2 * count + 2
 
 
-@pytest.mark.parametrize("change", ("precision", "backend", "tables"))
+@pytest.mark.parametrize("change", ("precision", "backend", "tables", "cudnn"))
 def test_what_a_function_asks_for_besides_is_another_plan(change, monkeypatch):
     replayed = check(tanh_grad, pairs(3, 1, 2, 3, 4))
     if change == "precision":
         torch.backends.cudnn.conv.fp32_precision = "tf32"  # tests/conftest.py undoes it
     elif change == "backend":
         monkeypatch.setenv("FASTGAN_BACKEND", "triton")
+    elif change == "cudnn":
+        monkeypatch.setattr(torch.backends.cudnn, "enabled", False)
     else:
         choice.forget()
     replayed.replay(*pairs(1, 1, 2, 3, 4)[0])
