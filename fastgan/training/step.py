@@ -52,8 +52,9 @@ class TrainStep:
         compile: ``torch.compile`` both networks, each on its own; batches then have one fixed shape.
         cuda_graph: on CUDA, capture the whole step, both updates and the drawing of latents included, in one CUDA
             graph after three steps, and replay it from then on. Batches of another shape still run, uncaptured. A
-            replay repeats what was captured: after changing what the networks consist of, train() or eval(), or an
-            optimizer's options other than the learning rate, call ``forget_graph()``. Without CUDA it has no effect.
+            replay repeats what was captured, what Python decided by chance included: after changing what the networks
+            consist of, train() or eval(), or an optimizer's options other than the learning rate, call
+            ``forget_graph()``. Without CUDA it has no effect.
         one_pass: run the discriminator's update over [real; fake] in one pass in which each half has its own batch
             statistics: the same numbers as two passes with half the launches, but the activations of both halves are
             alive at once. None: with fused layers. The first step tries on copies whether it really gives the same
