@@ -90,7 +90,9 @@ def bits(value):
         ("rem.s32 %r4, %r3, 4;", -7, -3),
         ("shr.s32 %r4, %r3, 40;", -7, -1),
         ("shr.u32 %r4, %r3, 32;", -7, 0),
-        ("bfe.u32 %r4, %r3, 4, 8;", 0xABC3, 0xBC),
+        ("shf.l.wrap.b32 %r4, %r3, 7, 4;", 0xABC00001, 0x7A),
+        ("shf.r.wrap.b32 %r4, %r3, 7, 36;", 0xABC00001, 0x7ABC0000),  # by 4: wrapped
+        ("bar.warp.sync -1; bfe.u32 %r4, %r3, 4, 8;", 0xABC3, 0xBC),
         ("bfe.s32 %r4, %r3, 4, 8;", 0xABC3, 0xBC - 256),
         ("bfi.b32 %r4, -1, %r3, 8, 4;", 0x10001, 0x10F01),
         ("prmt.b32 %r4, %r3, 0, 0x7B10U;", 0x80112233, 0x00FF2233),

@@ -112,6 +112,16 @@ def shift(block, op):
     block.write(to, shifted)
 
 
+@instruction(r"shf\.[lr]\.wrap\.b32")
+def funnel_shift(block, op):
+    """32 of the 64 bits of two registers, the second above the first: the upper ones to the left, else the lower."""
+    to, *operands = op.operands
+    low, high, by = (block.read(operand, "u32").astype(np.uint64) for operand in operands)
+    both, by = high << np.uint64(32) | low, by & np.uint64(31)
+    shifted = (both << by) >> np.uint64(32) if "l" in op.modifiers else both >> by
+    block.write(to, shifted.astype(np.uint32))
+
+
 @instruction(r"bfe\.[us](32|64)")
 def extract_bits(block, op):
     to, value, start, length = op.operands

@@ -82,6 +82,11 @@ def barrier(block, op):
     block.memory.barrier()
 
 
+@instruction(r"bar\.warp\.sync")
+def warp_barrier(block, op):
+    """Nothing: the lanes of a warp are at the same instruction anyway."""
+
+
 @instruction(r"fence\.proxy\.async\.shared::cta")
 def fence(block, op):
     block.whole()
