@@ -100,6 +100,8 @@ def bits(value):
         ("mov.b32 {_, %rs1}, %r3; cvt.s32.s16 %r4, %rs1;", 0x8001FFFF, 0x8001 - 65536),
         ("cvt.s8.s32 %rs1, %r3; cvt.s32.s16 %r4, %rs1;", 0x1F0, -16),
         ("add.s16x2 %r4, %r3, 0x20001;", 0x7000FFFF, 0x70020000),
+        ("add.f16x2 %r4, %r3, 0x3C004000;", 0x3C00C200, 0x4000BC00),
+        ("sub.bf16x2 %r4, %r3, 0x3F804000;", 0x3F80C000, 0x0000C080),
         ("popc.b32 %r4, %r3;", 0xF00F0001, 9),
         ("cvt.rn.f32.s32 %r4, %r3;", -3, bits(-3.0)),
         ("cvt.rzi.s32.f32 %r4, %r3;", bits(-2.75), -2),

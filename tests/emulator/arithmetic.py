@@ -31,11 +31,16 @@ def extreme(block, op):
     block.write(to, function(*(block.read(value, op.type) for value in values)))
 
 
-@instruction(r"add\.s16x2")
-def add_halves(block, op):
+@instruction(r"(add|sub)\.(s16|f16|bf16)x2")
+def two_halves(block, op):
     to, *values = op.operands
     a, b = (np.ascontiguousarray(block.read(value, "b32")).view(np.uint16) for value in values)
-    block.write(to, (a + b).view(np.uint32))
+    type_ = op.type.removesuffix("x2")
+    if type_ == "s16":
+        result = _TWO[op.name](a, b)
+    else:
+        result = from_floats(_TWO[op.name](as_floats(a, type_), as_floats(b, type_)), type_)
+    block.write(to, result.view(np.uint32))
 
 
 @instruction(rf"not\.(pred|{_INTEGER})|(neg|abs)\.(s(16|32|64)|f32)|ex2\.approx(\.ftz)?\.f32|sqrt\.rn\.f32")
