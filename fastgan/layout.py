@@ -72,6 +72,11 @@ def _has_channels_last_weight(conv):
     return any([suggests_channels_last(each) for each in (conv.parameters() if weight is None else (weight,))])
 
 
+def fastest_format(images):
+    """The memory format that layers are fastest in: channels_last of images (N, C, H, W), else the default one."""
+    return torch.channels_last if images.dim() == 4 else torch.contiguous_format
+
+
 def contiguous(y):
     """y in the default layout, and with its strides: where sizes of one make a tensor contiguous as it is, too."""
     y = y.contiguous()

@@ -1,20 +1,21 @@
 """For kernels over the elements of many tensors: tables in GPU memory that say where those are."""
 
+import threading
 from contextlib import contextmanager
 
 import torch
 
-_captured = None  # within `filled_after_capture`: all tables that were asked for, and what is to be filled
+# .captured: of a thread within `filled_after_capture`, all tables that it asked for, and what is to be filled.
+_of_thread = threading.local()
 
 
 @contextmanager
 def filled_after_capture():
-    """Around the capture of a CUDA graph, which cannot copy from the host: tables made within are filled at its end.
+    """Around a capture of a CUDA graph, which cannot copy from the host: tables of this thread are filled at its end.
 
     Yields the list of them. Whoever replays the graph keeps it: the graph knows no more of a table than its address.
     """
-    global _captured
-    tables, unfilled = _captured = [], []
+    tables, unfilled = _of_thread.captured = [], []
     try:
         yield tables
     except BaseException:
@@ -22,14 +23,14 @@ def filled_after_capture():
             owner.forget()
         raise
     finally:
-        _captured = None
+        _of_thread.captured = None
     for owner, rows in unfilled:
         owner.table.copy_(_host(rows, owner.table.device), non_blocking=True)
 
 
 def _host(rows, device):
     """The rows in memory from which a copy to the device need not be waited for."""
-    return torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return torch.tensor(rows, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
 
 
 class _Table:
@@ -43,17 +44,16 @@ class _Table:
 
     def of(self, key, rows, device):
         """The table of `rows()`, which are others when `key` is another."""
-        if _captured is not None:
-            return self._in_capture(key, rows)
+        if captured := getattr(_of_thread, "captured", None):
+            return self._in_capture(key, rows, *captured)
         if key != self._key:
             self._key, self.table = key, _host(rows(), device).to(device, non_blocking=True)
         if self._spare is None or self._spare.shape != self.table.shape:
             self._spare = torch.empty_like(self.table)
         return self.table
 
-    def _in_capture(self, key, rows):
+    def _in_capture(self, key, rows, tables, unfilled):
         # Memory that is allocated within a capture may be what earlier kernels of the graph write to, at each replay.
-        tables, unfilled = _captured
         if key != self._key:
             rows = rows()
             if self._spare is None or self._spare.shape != (len(rows), len(rows[0])):

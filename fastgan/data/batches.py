@@ -87,7 +87,7 @@ def batches(dataset, batch_size, *, seed, first_step=0, workers=0, flip=False):
 def _mirror(batch, mirrored):
     """Mirror those images of a batch that `mirrored`, one bool each, names; None names none. In place."""
     if mirrored is not None:
-        which = torch.as_tensor(mirrored)
+        which = torch.as_tensor(mirrored, device="cpu")
         batch[which] = batch[which].flip(-1)
     return batch
 
@@ -101,8 +101,10 @@ def _on_demand(dataset, plan, workers):
         generator=torch.Generator(),  # otherwise the loader draws a seed from the global generator
     )
     unreadable = {}
+    with torch.device("cpu"):  # whatever the default is: the loader draws a number from that generator
+        loaded = iter(loader)
     try:
-        for batch, more in loader:
+        for batch, more in loaded:
             if isinstance(batch, ValueError):
                 raise batch
             if more and not unreadable:

@@ -136,7 +136,8 @@ def _open_source(name, root, image_size, seed):
 
 def _decode_all(source, threads):
     """Every image of the source that can be read: uint8 (N, nc, S, S)."""
-    images = torch.empty(len(source), source.nc, source.image_size, source.image_size, dtype=torch.uint8)
+    size = (len(source), source.nc, source.image_size, source.image_size)
+    images = torch.empty(size, dtype=torch.uint8, device="cpu")
     rows = images.numpy()
 
     def decode(index):

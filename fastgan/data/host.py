@@ -195,6 +195,6 @@ class _Slot:
     """A batch on its way to the GPU, and how far it is: `sent` to the GPU, `read` there."""
 
     def __init__(self, shape, device):
-        self.pinned = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+        self.pinned = torch.empty(shape, dtype=torch.uint8, device="cpu", pin_memory=True)
         self.on_gpu = torch.empty(shape, dtype=torch.uint8, device=device)
         self.sent, self.read = torch.cuda.Event(), torch.cuda.Event()

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 
 from fastgan.kernels.addresses import filled_after_capture
+from fastgan.layout import fastest_format
 
 WARMUP_STEPS = 3  # before the capture: compilation, cuDNN's choice of algorithms, the optimizers' state
 
@@ -21,10 +22,11 @@ def capturing(graph, **options):
         with torch.cuda.graph(graph, **options):
             yield
     except BaseException:
-        # A capture that failed may leave its stream the current one, and torch 2.11's generators as if it went on:
-        # they would draw nothing more.
+        # A capture that failed may leave its stream the current one, and the generator of torch before 2.13 as if it
+        # went on: that would draw nothing more. With another state it does, but no more in step with earlier graphs.
         torch.cuda.set_stream(current)
-        for generator in torch.cuda.default_generators:
+        if torch.__version__ < "2.13":
+            generator = torch.cuda.default_generators[torch.cuda.current_device()]
             generator.graphsafe_set_state(generator.clone_state())
         raise
     finally:
@@ -39,7 +41,7 @@ class StepGraph:
     decided: whoever changes the networks or the optimizers in kind (not in value) starts again with `forget`.
 
     Args:
-        step: function of a batch of images (N, C, H, W), or of None, that returns {name: 0-dim tensor}. Whatever it
+        step: function of a batch of images (N, ...), or of None, that returns {name: 0-dim tensor}. Whatever it
             reads must stay where it is in memory.
         device: the CUDA device.
     """
@@ -87,7 +89,7 @@ class StepGraph:
 
     def _capture(self, images):
         # In the layout that the step computes in, or a copy more is made, and kept, within it.
-        self._images = None if images is None else images.clone(memory_format=torch.channels_last)
+        self._images = None if images is None else images.clone(memory_format=fastest_format(images))
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self._device)
         try:

@@ -15,7 +15,7 @@ def draw_latents(count, nz, seed):
     a seed a torch.Generator may stand: it goes on where it was.
     """
     random = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
-    return torch.stack([torch.randn(nz, generator=random) for _ in range(count)])
+    return torch.stack([torch.randn(nz, generator=random, device="cpu") for _ in range(count)])
 
 
 @torch.no_grad()

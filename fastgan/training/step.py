@@ -4,7 +4,7 @@ import copy
 import math
 import warnings
 import weakref
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 
@@ -12,11 +12,11 @@ from fastgan.backend import held_choice, without_autocast
 from fastgan.batch_groups import batch_groups
 from fastgan.first_order import first_order
 from fastgan.fusion import fuse, fused_groups
-from fastgan.layout import contiguous
+from fastgan.layout import contiguous, fastest_format
 from fastgan.losses import backward_bce, backward_bce_of_torch
 from fastgan.training.adam import ContiguousAdam, KernelAdam
 from fastgan.training.devices import check_precision
-from fastgan.training.graph import StepGraph
+from fastgan.training.graph import WARMUP_STEPS, StepGraph
 from fastgan.training.one_pass import one_pass_obstacle, seen_of
 from fastgan.training.weights import (
     keep_compilable,
@@ -271,7 +271,9 @@ class TrainStep:
         if self.discriminator in self._in_default_layout:
             real_images, fake_images = contiguous(real_images), contiguous(fake_images)
         obstacle = one_pass_obstacle(self.discriminator, real_images, fake_images)
-        if self._trials > _MOST_TRIALS:
+        to_be_captured = self._graph is not None and not self._graph.captured
+        # A capture cannot try it, and repeats what ran before.
+        if self._trials > (max(1, WARMUP_STEPS - 1) if to_be_captured else _MOST_TRIALS):
             obstacle = obstacle or "it changes at every step, and to try it each time takes longer"
         self._tried[images] = seen
         if obstacle is not None:
@@ -279,8 +281,19 @@ class TrainStep:
             warnings.warn(f"the discriminator takes real and fake images in two passes: {obstacle}", stacklevel=2)
         return self.one_pass
 
+    @contextmanager
     def _autocast(self):
-        return nullcontext() if self.autocast_dtype is None else torch.autocast(self.device.type, self.autocast_dtype)
+        """In the dtype of `precision`. Within somebody's autocast PyTorch keeps casts of weights beyond this one's end,
+        and so beyond updates, and in a captured step beyond the end of their memory."""
+        if self.autocast_dtype is None:
+            yield
+            return
+        torch.clear_autocast_cache()
+        try:
+            with torch.autocast(self.device.type, self.autocast_dtype):
+                yield
+        finally:
+            torch.clear_autocast_cache()
 
     @property
     def lr(self):
@@ -369,8 +382,8 @@ def _latent_shape(latent_dim):
 def _stacked(real_images, fake_images):
     """[real; fake] in channels_last and in the dtype of the fake ones, each read and written once."""
     size = (len(real_images) + len(fake_images), *fake_images.shape[1:])
-    layout = torch.channels_last if len(size) == 4 else torch.contiguous_format
-    images = torch.empty(size, dtype=fake_images.dtype, device=fake_images.device, memory_format=layout)
+    where = dict(device=fake_images.device, memory_format=fastest_format(fake_images))
+    images = torch.empty(size, dtype=fake_images.dtype, **where)
     images[: len(real_images)] = real_images
     images[len(real_images) :] = fake_images
     return images

@@ -70,6 +70,15 @@ def test_the_global_generator_is_left_alone(numbered):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_a_default_device_is_for_others(numbered):
+    """Batches are on the CPU, wherever tensors are made by default."""
+    dataset, options = numbered
+    expected = take(dataset, 4, flip=True, **options)
+    with torch.device("meta"):
+        taken = take(dataset, 4, flip=True, **options)
+    assert torch.equal(taken, expected)
+
+
 def test_batch_indices_are_the_order_of_batches(numbered):
     dataset, options = numbered
     indices = itertools.islice(data.batch_indices(dataset, 4, seed=3, first_step=1), 5)

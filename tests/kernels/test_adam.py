@@ -1,5 +1,7 @@
 """Adam's kernel against torch's Adam in float64."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -189,6 +191,15 @@ def test_tables_of_a_capture_are_filled_at_its_end(device):
         others = made([tensor.clone() for tensor in tensors])
     assert len({table[0].data_ptr() for table in ((addresses,), before, again, others)}) == 4
     assert addresses.tolist() == [[tensor.data_ptr()] for tensor in moved]
+
+
+def test_a_capture_of_another_thread_fills_none_of_ours(device):
+    tensors, others = [torch.ones(3, device=device)], [torch.ones(3, device=device)]
+    with ThreadPoolExecutor(1) as pool:
+        with filled_after_capture():
+            made = Tables(block=4)
+            assert pool.submit(made, tensors).result()[0].tolist() == [[tensors[0].data_ptr()]]
+        assert made(others)[0].tolist() == [[others[0].data_ptr()]]
 
 
 def test_a_capture_that_fails_leaves_no_empty_table(device):

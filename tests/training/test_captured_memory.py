@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 from fastgan.training import TrainStep, graph
 from fastgan.training.step import _fused_convolutions
@@ -99,6 +100,53 @@ def test_no_replay_writes_to_moments_that_loading_replaced(captured_step):
     with pytest.raises(ValueError, match="parameter group"):
         step.load_state_dict(state)
     assert not step._graph.captured
+
+
+@pytest.mark.parametrize("shape", ((16,), (2, 4, 4, 4)))
+def test_images_of_other_dimensions(shape, monkeypatch, triton_backend):
+    """Vectors, and volumes: no convolutions of ours, but a step."""
+
+    def layers(last):
+        if len(shape) == 1:
+            return [nn.Linear(16, 8), nn.LeakyReLU(), nn.Linear(8, last)]
+        return [nn.Conv3d(2, 4, 3, padding=1), nn.LeakyReLU(), nn.Conv3d(4, last, 3, padding=1)]
+
+    torch.manual_seed(0)
+    generator = nn.Sequential(*layers(16 if len(shape) == 1 else 2))
+    networks = generator, nn.Sequential(*layers(1), nn.Flatten(), nn.LazyLinear(1))
+    networks[1](torch.zeros(1, *shape))
+    simulate_graphs(monkeypatch)
+    losses = []
+    for captures in (False, True):
+        step = TrainStep(*copy.deepcopy(networks), latent_dim=shape, one_pass=False)
+        step._graph = graph.StepGraph(step._step, torch.device("cpu")) if captures else None
+        torch.manual_seed(2)
+        images = torch.rand(5, 3, *shape, generator=torch.Generator().manual_seed(1))
+        losses.append([list(step(batch).values()) for batch in images])
+    assert step._graph.captured
+    torch.testing.assert_close(*losses)
+
+
+def test_a_discriminator_that_changes_at_each_step(monkeypatch, triton_backend):
+    """One pass would be tried within the capture, which waits for no number: two passes come before."""
+
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            return x
+
+    simulate_graphs(monkeypatch)
+    generator, discriminator = make_networks(dtype=torch.float32)
+    step = TrainStep(generator, nn.Sequential(Counting(), discriminator), latent_dim=NZ)
+    step._graph = graph.StepGraph(step._step, torch.device("cpu"))
+    with pytest.warns(UserWarning, match="two passes: it changes at every step"):
+        for images in real_batches(5, dtype=torch.float32):
+            losses = step(images)
+    assert step._graph.captured and losses["loss_d"].isfinite()
 
 
 def test_memory_is_given_out_again_and_written_over():

@@ -11,7 +11,7 @@ from PIL import Image
 
 from fastgan import data
 from fastgan.training import new_run, read_checkpoint, resumed_run, train
-from fastgan.training.pictures import grid, sample
+from fastgan.training.pictures import draw_latents, grid, sample
 
 
 def rows(out):
@@ -20,6 +20,12 @@ def rows(out):
 
 def losses(out):
     return [[row[name] for name in ("step", "loss_d", "loss_g", "d_real", "d_fake")] for row in rows(out)]
+
+
+def test_latents_are_on_the_cpu_whatever_the_default_device():
+    with torch.device("meta"):
+        latents = draw_latents(2, 3, seed=1)
+    assert torch.equal(latents, draw_latents(2, 3, seed=1))
 
 
 def test_a_run_writes_what_it_promises(tiny, tmp_path):

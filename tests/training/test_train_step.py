@@ -2,6 +2,7 @@
 
 import copy
 import gc
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -289,17 +290,22 @@ def test_weights_that_are_replaced_by_others_of_another_layout():
     torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("precision", ("fp32", "bf16"))
 @pytest.mark.parametrize("fused", [False, True])
-def test_autocast_of_somebody_else(fused):
-    """It would cast within backward, and `precision` says what to compute in."""
+def test_autocast_of_somebody_else(fused, precision):
+    """It would cast within backward, and keep what it has cast; `precision` says what to compute in."""
     weights = []
-    for enabled in (False, True):
-        step = TrainStep(*make_networks(dtype=torch.float32), latent_dim=NZ, fused=fused)
+    for around in (nullcontext(), torch.autocast("cpu", torch.bfloat16), torch.autocast("cpu", enabled=False)):
+        generator, discriminator = make_networks(dtype=torch.float32)
+        discriminator = nn.Sequential(discriminator, nn.Unflatten(0, (-1, 1)), nn.Linear(1, 1))  # that is never fused
+        step = TrainStep(generator, discriminator, latent_dim=NZ, lr=0.01, fused=fused, precision=precision)
         torch.manual_seed(5)
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            step(real_batches(1, dtype=torch.float32)[0])
+        with around:
+            for images in real_batches(4, dtype=torch.float32):
+                step(images)
         weights.append([step.generator.state_dict(), step.discriminator.state_dict()])
-    torch.testing.assert_close(*weights, rtol=0, atol=0)
+    for others in weights[1:]:
+        torch.testing.assert_close(others, weights[0], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
