@@ -9,6 +9,7 @@ import functools
 import weakref
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
+from unittest.mock import Mock
 
 import numpy as np
 import torch
@@ -156,6 +157,8 @@ def simulate_graphs(monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, **options: graph.capturing())
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "default_generators", [Mock()])
     for name in ("Stream", "current_stream", "set_stream"):  # all is noted, wherever it runs
         monkeypatch.setattr(torch.cuda, name, lambda device=None: None)
     monkeypatch.setattr(StepGraph, "_aside", lambda graph, images: graph._step(images))
