@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastgan.backend import capability
+from fastgan import backend
 
 INT32_ELEMENTS = 2**31  # tensors of more elements need 64-bit offsets
 FEWEST_READERS = 1024  # programs that only read: a few for each multiprocessor of a large GPU
@@ -36,7 +36,7 @@ def compiler_options(capability):
 
 def _capability(device):
     """10 · major + minor of a GPU of NVIDIA's; 0 for another, and where Triton interprets."""
-    return capability(device.index) if device.type == "cuda" else 0
+    return backend.capability(device.index) if device.type == "cuda" else 0
 
 
 def tell(*launched):

@@ -89,24 +89,23 @@ _NOT_ON_CUDA = Choice("triton", None, "the tensors are not on CUDA")
 @functools.lru_cache(maxsize=4096)
 def _choose(problem, index, forced):
     gpu = torch.cuda.get_device_name(index)
-    found, where = _nearest(problem, index)
+    found, relative = _nearest(problem, index)
     if forced:
         return Choice("triton", found and found.measurement.tile, "FASTGAN_BACKEND=triton")
     if found is not None:
-        return Choice(found.implementation, found.measurement.tile, _why(found, problem, where if where != gpu else ""))
+        return Choice(found.implementation, found.measurement.tile, _why(found, problem, relative))
     if has_table(gpu):
         return Choice("cudnn", None, f"neither in the table of {gpu} nor like what is: cuDNN is the safe choice")
     return Choice("cudnn", None, f"no table of {gpu} (python -m fastgan.tune measures one): cuDNN is the safe choice")
 
 
 def _nearest(problem, index):
-    """(Found or None, the GPU where it was measured) of what decides `problem`: on this GPU, or on a relative of it."""
-    gpu = torch.cuda.get_device_name(index)
-    found = [(nearest(_tables(gpu), problem), gpu)]
+    """(Found or None, the relative where it was measured or "") of what decides `problem` on GPU number `index`."""
+    found = [(nearest(_tables(torch.cuda.get_device_name(index)), problem), "")]
     for relative in relatives(index):
         one = nearest(_tables(relative), problem)
         found.append((one and one._replace(differences=one.differences + 1), relative))
-    return min((one for one in found if one[0]), key=lambda one: one[0].differences, default=(None, gpu))
+    return min((one for one in found if one[0]), key=lambda one: one[0].differences, default=(None, ""))
 
 
 def relatives(index):

@@ -49,8 +49,8 @@ def nearest(table, problem):
     if measured := find(table, problem):
         return Found(measured, problem._replace(batch=measured.batch))
     found = [
-        Found(find(table, like), like, differences)
-        for like in _alike(table, problem)
+        Found(measured, like, differences)
+        for measured, like in _alike(table, problem)
         if (differences := _differences(like, problem)) <= MOST_DIFFERENCES
     ]
     return min(found, key=lambda one: (one.differences, _factor(one.problem, problem)), default=None)
@@ -85,13 +85,13 @@ def find(table, problem):
 
 
 def _alike(table, problem):
-    """The Problems like `problem` for which the table has a measurement, each at a batch that was measured."""
+    """(Measurement, Problem) of what is like `problem` in the table, each at a batch that was measured."""
     for layer, batches in table.items():
         like = layer._replace(kind=problem.kind)
         if _is_like(like, problem):
             for one in (like._replace(batch=batch) for batch in batches):
                 if (measured := find(table, one)) and measured.batch == one.batch:
-                    yield one
+                    yield measured, one
 
 
 def _is_like(layer, problem):

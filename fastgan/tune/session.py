@@ -4,6 +4,7 @@ import time
 
 import torch
 
+from fastgan import backend
 from fastgan.ops import choice
 from fastgan.tune.candidates import candidates
 from fastgan.tune.compiling import Compiler
@@ -24,12 +25,11 @@ def tune(problems, *, report, save, processes=None):
         {Problem: Measurement}, and how many candidates and Problems failed.
     """
     device = torch.device("cuda", torch.cuda.current_device())
-    major, minor = torch.cuda.get_device_capability(device)
     measured, failures, began, saved = {}, 0, time.perf_counter(), time.perf_counter()
     clock = Clock()
     benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
     try:
-        with Compiler(10 * major + minor, processes) as compiler, torch.no_grad():
+        with Compiler(backend.capability(device.index), processes) as compiler, torch.no_grad():
             tiles = {problem: candidates(problem) for problem in problems}
             compiled = {}
             for problem in problems:
