@@ -114,8 +114,10 @@ class _Tracer(fx.Tracer):
         return True
 
     def call_module(self, module, forward, args, kwargs):
-        # Made by the forward itself: what it does counts, not what it is. And fx sees what other threads call, too.
-        if module not in self.submodule_paths or threading.get_ident() != self._thread:
+        # fx sees what other threads call, too, some of it after the trace, when the paths are gone.
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        if module not in self.submodule_paths:  # made by the forward itself: what it does counts, not what it is
             return forward(*args, **kwargs)
         return super().call_module(module, forward, args, kwargs)
 

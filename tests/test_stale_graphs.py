@@ -12,6 +12,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 import fastgan
+from fastgan import tracing
 from fastgan.ops import layer as fused
 from tests.forwards import Layers
 from tests.pairs import assert_same, count_operator_calls, make_pair
@@ -297,6 +298,30 @@ def test_first_calls_from_several_threads(monkeypatch):
         assert len(results) == 12
         for result in results:
             torch.testing.assert_close(result, expected)
+
+
+def test_a_call_from_another_thread_that_outlasts_the_trace(monkeypatch):
+    """It is in fx's wrapper by then, which asks a tracer that has ended."""
+    other, x, results = nn.Conv2d(4, 4, 3).double(), torch.randn(2, 4, 6, 6, dtype=torch.float64), []
+    thread = threading.Thread(target=lambda: results.append(other(x)))
+    entered, ended = threading.Event(), threading.Event()
+    call_module = tracing._Tracer.call_module
+
+    def watched(tracer, *call):
+        if threading.current_thread() is thread:
+            entered.set()
+            assert ended.wait(60)
+        elif not entered.is_set():
+            thread.start()
+            assert entered.wait(60)
+        return call_module(tracer, *call)
+
+    monkeypatch.setattr(tracing._Tracer, "call_module", watched)
+    monkeypatch.setattr(fused, "has_kernels_for", lambda x: True)
+    fastgan.fuse(Several())(x)
+    ended.set()
+    thread.join()
+    torch.testing.assert_close(results, [other(x)])
 
 
 class Several(nn.Module):
