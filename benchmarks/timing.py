@@ -25,13 +25,23 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def device_name():
-    """The GPU's name, or "CPU, N threads of NAME", with its matrix units if it has such."""
+    """The GPU's name, or "CPU, N threads of NAME", with what tells apart the kinds of CPU that have one name."""
     if ON_GPU:
         return torch.cuda.get_device_name()
     capabilities = torch.cpu.get_capabilities()
     name = capabilities.get("cpu_name") or platform.processor() or platform.machine()
-    name += " with AMX" if capabilities.get("amx_tile") else ""  # one name, two kinds of "Intel Xeon"
-    return f"CPU, {torch.get_num_threads()} threads of {name}"
+    return f"CPU, {torch.get_num_threads()} threads of {name}{_kind_of_cpu(capabilities)}"
+
+
+def _kind_of_cpu(capabilities):
+    """What an x86 CPU computes with, if that is not vectors of AVX-512 that know bfloat16."""
+    if capabilities.get("architecture") != "x86_64":
+        return ""
+    if capabilities.get("amx_tile"):
+        return " with AMX"
+    if not capabilities.get("avx512_f"):
+        return " without AVX-512"
+    return "" if capabilities.get("avx512_bf16") else " without AVX-512 for bf16"
 
 
 def versions():

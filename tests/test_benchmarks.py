@@ -113,3 +113,21 @@ def test_every_benchmark_waits_for_the_gpu(path):
     for test in tests:
         marks = [m for m in [*getattr(test, "pytestmark", []), *of_module] if m.name == "benchmark"]
         assert marks[0].kwargs["timer"] is timing.clock, test.__name__
+
+
+@pytest.mark.parametrize(
+    "has, name",
+    [
+        ({"avx512_f": True, "avx512_bf16": True}, "CPU, 3 threads of A CPU"),
+        ({"avx512_f": True, "avx512_bf16": True, "amx_tile": True}, "CPU, 3 threads of A CPU with AMX"),
+        ({"avx512_f": True}, "CPU, 3 threads of A CPU without AVX-512 for bf16"),
+        ({"avx2": True}, "CPU, 3 threads of A CPU without AVX-512"),
+        ({"architecture": "aarch64"}, "CPU, 3 threads of A CPU"),
+    ],
+)
+def test_kinds_of_cpu_have_names_of_their_own(has, name, monkeypatch):
+    monkeypatch.setattr(timing, "ON_GPU", False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    capabilities = {"architecture": "x86_64", "cpu_name": "A CPU", **has}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert timing.device_name() == name
