@@ -33,12 +33,15 @@ _HALF_INSTRUCTIONS = {torch.bfloat16: ("amx_bf16", "avx512_bf16"), torch.float16
 _POSITIONS_A_CHANNEL = 8
 _LEAST_CHANNELS = 16  # a narrow product leaves the CPU's vectors half empty
 # In float32 PyTorch's wait for copies of large weights, from 256×512 channels of 4×4 taps on, where a low side of few
-# positions makes their arithmetic small. With cold caches, as in a step, weight gradients take 1.2 times as long as
-# products, for 512×1024 channels 2.1 to 2.4 times (two threads of an AMD EPYC); convolutions from the low side 1.3 to
-# 1.4 times, to it 1.1 to 1.3 times, for 512×512 channels down to two positions a side and fewer 2 times (of an Intel
-# Xeon, where it is the same for weights that are not channels_last; an EPYC's convolutions wait less, and as products
-# they were not measured there).
+# positions makes their arithmetic small. How many times as long as products they take, with cold caches as in a step,
+# two threads each: weight gradients 1.2, for 512×1024 channels 2.1 to 2.4 (an AMD EPYC with AVX-512); convolutions from
+# the low side 1.3 to 1.4, to it 1.1 to 1.3, for 512×512 channels down to two positions a side and fewer 2 (an Intel
+# Xeon, where it is the same for weights that are not channels_last; as products they were not measured on the EPYC).
+# Without AVX-512 (another EPYC, batches of 1 to 32, both layouts): weight gradients 1.1 to 3.8 and up to 27 for one
+# position; strided convolutions to the low side 1.1 to 2.8; from it 0.7 to 1.0 for 256×512 channels, as long for
+# 512×512 and less than four positions a side 1.3, beyond that 1 to 2.9; those without strides, of 3×3 taps, gain less.
 _WIDE_ELEMENTS, _FEW_POSITIONS = 2**21, 16
+_WIDE_ELEMENTS_UPWARDS = 2**22  # without AVX-512, from the low side
 # PyTorch pads an image's channels to eight. Up to so many of them the product is 1.3 to 5 times as fast in float32, if
 # the low side has _LEAST_LOW numbers for each; with fewer it is faster in a loop of nothing else, but not in a training
 # step. Half precision, whose product is in float32, stops at one channel.
@@ -104,6 +107,18 @@ def _is_intel():
     return "Intel" in torch.cpu.get_capabilities().get("cpu_name", "")
 
 
+@functools.cache
+def _is_avx2():
+    """Whether it is an x86 CPU without AVX-512."""
+    has = torch.cpu.get_capabilities()
+    return has.get("architecture") == "x86_64" and not has.get("avx512_f")
+
+
+def _always_waits():
+    """Whether convolutions wait for large weights in all that they compute, not for weights' gradients alone."""
+    return _is_intel() or _is_avx2()
+
+
 def _is_plain(x, weight, bias, conv):
     """Whether nothing but numbers depends on how the result comes about; stock refuses what does not fit."""
     in_channels, out_channels = weight.shape[:2] if conv.transposed else weight.shape[1::-1]
@@ -143,7 +158,7 @@ def _gains(x, weight, conv, dtype):
     learns = grows and weight.requires_grad
     to_image = weight.shape[1] <= _IMAGE_CHANNELS and (conv.transposed or (grows and x.requires_grad))
     if dtype == torch.float32:
-        large = weight.numel() >= _WIDE_ELEMENTS and (learns or _is_intel())
+        large = weight.numel() >= _WIDE_ELEMENTS and (learns or _always_waits())
     else:
         large = learns
     if not (to_image or large):
@@ -163,14 +178,14 @@ def _gains(x, weight, conv, dtype):
 
 
 def _is_wide(low_size, weight, dtype):
-    """Whether a weight's gradient is faster as products and, on an Intel CPU, whatever else is computed with it."""
+    """Whether a weight's gradient is faster as products and, where that `_always_waits`, what else it computes."""
     positions = low_size[0] * low_size[1]
     large = dtype == torch.float32 and weight.numel() >= _WIDE_ELEMENTS
     if not large or positions > _FEW_POSITIONS:
         return False
     if suggests_channels_last(weight):
         return weight.is_contiguous(memory_format=torch.channels_last)
-    return weight.is_contiguous() and _is_intel()
+    return weight.is_contiguous() and _always_waits()
 
 
 def _is_to_image(batch, low_size, weight_shape, dtype):
@@ -211,7 +226,9 @@ def _by_products(x, weight, upwards, size, stride, padding, layouts):
     `layouts`: the tensors of which one at least is channels_last where the result is to be.
     """
     low = x.shape[2:] if upwards else size
-    gains = _is_intel() and _is_wide(low, weight, x.dtype)
+    gains = _always_waits() and _is_wide(low, weight, x.dtype)
+    if gains and _is_avx2():
+        gains = max(stride) > 1 and (not upwards or weight.numel() >= _WIDE_ELEMENTS_UPWARDS)
     if not upwards:
         return to_low(x, weight, stride, padding, layouts) if gains else None
     gains = gains or _is_to_image(len(x), low, weight.shape, x.dtype)

@@ -15,7 +15,7 @@ from tests.accuracy import assert_as_accurate_as_stock
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 GAINS_IN_FLOAT32 = cpu_convolution._gains_in_float32.__wrapped__  # without its cache
-IS_INTEL = cpu_convolution._is_intel.__wrapped__
+IS_INTEL, IS_AVX2 = cpu_convolution._is_intel.__wrapped__, cpu_convolution._is_avx2.__wrapped__
 OURS, OF_STOCK = "ConvolutionBackward", "ConvolutionBackward0"
 # name → (layer, shape of its input, name of what autograd remembers of the formula)
 LAYERS = {
@@ -51,8 +51,9 @@ BY_CONVOLUTION = [name for name in LAYERS if LAYERS[name][2] == OURS]
 
 @pytest.fixture(autouse=True)
 def cpu(monkeypatch):
-    """An Intel CPU that has instructions for half precision, and takes layers as small as these."""
+    """An Intel CPU that has AVX-512 and instructions for half precision, and takes layers as small as these."""
     monkeypatch.setattr(cpu_convolution, "_is_intel", lambda: True)
+    monkeypatch.setattr(cpu_convolution, "_is_avx2", lambda: False)
     monkeypatch.setattr(cpu_convolution, "_gains_in_float32", lambda dtype, trains: False)
     monkeypatch.setattr(cpu_convolution, "_LEAST_LOW", 1)
     monkeypatch.setattr(cpu_convolution, "_LEAST_CHANNELS", 6)
@@ -237,7 +238,9 @@ def test_half_precision_stays_stock_where_that_is_no_gain(monkeypatch):
 
 
 # What torch.cpu.get_capabilities says → whether bfloat16 and float16 gain by float32, (training, not training) each.
-AVX512 = {"architecture": "x86_64", "cpu_name": "Intel Xeon", "avx512_bf16": True, "avx512_fp16": True}
+AVX512 = {"architecture": "x86_64", "cpu_name": "Intel Xeon"} | dict.fromkeys(
+    ("avx512_f", "avx512_bf16", "avx512_fp16"), True
+)
 CPUS = {
     "AVX2": ({"architecture": "x86_64", "cpu_name": "Intel Core i7"}, (True, True), (True, True)),
     "AVX-512 of an EPYC": ({**AVX512, "cpu_name": "AMD EPYC", "avx512_fp16": False}, (False, False), (True, True)),
@@ -253,6 +256,7 @@ def test_which_cpus_gain_in_float32(name, monkeypatch):
     capabilities, *expected = CPUS[name]
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     monkeypatch.setattr(cpu_convolution, "_is_intel", IS_INTEL)
+    assert IS_AVX2() == (name == "AVX2")
     for dtype, gains in zip(HALVES.values(), expected, strict=True):
         assert tuple(GAINS_IN_FLOAT32(dtype, trains) for trains in (True, False)) == gains
     assert not GAINS_IN_FLOAT32(torch.float32, True) and not GAINS_IN_FLOAT32(torch.float64, True)
@@ -366,6 +370,30 @@ def test_wide_layers_of_other_cpus_are_products_for_weight_gradients_only(monkey
     stock = torch.autograd.grad(layer(x).square().sum(), (x, layer.weight))
     torch.testing.assert_close(gradients, stock, rtol=1e-4, atol=1e-4)
     assert y.grad_fn.name() == OURS
+
+
+@pytest.mark.parametrize(
+    "name, products",
+    [("4x4", {"to_low"}), ("transposed 4x4", {"to_low", "to_high"}), ("every position", set())],
+)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_which_wide_layers_gain_without_avx512(name, products, layout, monkeypatch):
+    layer, x = make_wide(name, monkeypatch, layout)
+    monkeypatch.setattr(cpu_convolution, "_is_avx2", lambda: True)
+    monkeypatch.setattr(cpu_convolution, "_is_intel", lambda: False)
+    monkeypatch.setattr(cpu_convolution, "_WIDE_ELEMENTS_UPWARDS", layer.weight.numel() + ("transposed" not in name))
+    called = set()
+    for product in ("to_low", "to_high"):
+        original = getattr(cpu_products, product)
+        monkeypatch.setattr(
+            cpu_convolution, product, lambda *args, name=product, original=original: called.add(name) or original(*args)
+        )
+    y = convolve(x.requires_grad_(), layer, None)
+    assert y.grad_fn.name() == OURS
+    gradients = torch.autograd.grad(y.square().sum(), (x, layer.weight))
+    stock = torch.autograd.grad(layer(x).square().sum(), (x, layer.weight))
+    torch.testing.assert_close(gradients, stock, rtol=1e-4, atol=1e-4)
+    assert called == products
 
 
 @pytest.mark.parametrize("of", ["x", "weight"])
