@@ -28,20 +28,25 @@ def device_name():
     """The GPU's name, or "CPU, N threads of NAME", with what tells apart the kinds of CPU that have one name."""
     if ON_GPU:
         return torch.cuda.get_device_name()
-    capabilities = torch.cpu.get_capabilities()
-    name = capabilities.get("cpu_name") or platform.processor() or platform.machine()
-    return f"CPU, {torch.get_num_threads()} threads of {name}{_kind_of_cpu(capabilities)}"
+    name = torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine()
+    return f"CPU, {torch.get_num_threads()} threads of {name}{_kind_of_cpu()}"
 
 
-def _kind_of_cpu(capabilities):
+def _kind_of_cpu():
     """What an x86 CPU computes with, if that is not vectors of AVX-512 that know bfloat16."""
-    if capabilities.get("architecture") != "x86_64":
-        return ""
+    capabilities = torch.cpu.get_capabilities()
+    if lacks_avx512():
+        return " without AVX-512"
     if capabilities.get("amx_tile"):
         return " with AMX"
-    if not capabilities.get("avx512_f"):
-        return " without AVX-512"
-    return "" if capabilities.get("avx512_bf16") else " without AVX-512 for bf16"
+    knows_bf16 = capabilities.get("architecture") != "x86_64" or capabilities.get("avx512_bf16")
+    return "" if knows_bf16 else " without AVX-512 for bf16"
+
+
+def lacks_avx512():
+    """Whether it is an x86 CPU whose convolutions in bfloat16 PyTorch has no fast code for."""
+    capabilities = torch.cpu.get_capabilities()
+    return capabilities.get("architecture") == "x86_64" and not capabilities.get("avx512_f")
 
 
 def versions():
