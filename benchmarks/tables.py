@@ -121,15 +121,18 @@ def best_stock(entry, together):
     """
     stock = [e for e in together if is_stock(e["variant"])]
     if len({e["dtype"] for e in together if not is_stock(e["variant"])}) > 1:
-        stock = [e for e in stock if e["dtype"] == entry["dtype"]] or stock
+        alike = [e for e in stock if e["dtype"] == entry["dtype"]]
+        stock = alike if alike or _in_units_of_eager(entry) else stock
     return max(stock, key=relative_speed, default=None)
 
 
 def relative_speed(entry):
-    """images/s; on a CPU, where eager runs in turn with every other variant, in units of eager's."""
-    if not entry["device"].startswith("CPU"):
-        return entry["images_per_sec"]
-    return entry.get("against_eager", 1.0)
+    """images/s; on a CPU, where eager runs in turn with every other variant, in units of eager's in that precision."""
+    return entry.get("against_eager", 1.0) if _in_units_of_eager(entry) else entry["images_per_sec"]
+
+
+def _in_units_of_eager(entry):
+    return entry["device"].startswith("CPU")
 
 
 def _stock_microseconds(stock, fused):

@@ -192,6 +192,7 @@ def test_on_a_cpu_ratios_are_of_calls_that_ran_in_turn(write):
         step("eager-fp32", 100.0, **machine),
         step("compile-fp32", 90.0, against_eager=1.5, **machine),
         step("fused-fp32", 120.0, against_eager=2.4, eager_images_per_sec=50.0, **machine),
+        step("fused-bf16", 110.0, **machine | {"dtype": "bfloat16"}),  # which had no stock to run in turn with
         layer("G1", "stock", "forward", 30.0, **machine),
         layer("G1", "fused", "forward", 41.0, **beside, **machine),
         benchmark("losses", 1.0, variant="eager", microseconds=30.0, **of_loss, **machine),
@@ -205,6 +206,7 @@ def test_on_a_cpu_ratios_are_of_calls_that_ran_in_turn(write):
     assert "No GPU has been measured yet" in page and "ran in turn" in page
     assert cells(page, 128, "fused-fp32")[2:6] == ["120", "50", "1,067", "1.60"]  # 2.4 / 1.5
     assert cells(page, 128, "eager-fp32")[3:6] == ["–", "1,280", "0.67"]
+    assert cells(page, 128, "fused-bf16")[2:6] == ["110", "–", "1,164", "–"]
     assert cells(page, "G1")[1:4] == ["48", "41", "1.20"]
     assert cells(page, "generator", 8)[3:] == ["48", "–", "41", "1.20"]
     assert cells(page, 7, "fused-fp32")[2:4] == ["80", "1.20"]  # 1.8 / 1.5
