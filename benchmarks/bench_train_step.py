@@ -20,7 +20,8 @@ from benchmarks.stock import (
     Setting,
     precision_of,
 )
-from benchmarks.timing import DEVICE, ON_GPU, PeakMemory, clock, describe, fixed, forget, lacks_avx512, measure_in_turn
+from benchmarks.timing import DEVICE, ON_GPU, PeakMemory, clock, describe, fixed, forget, measure_in_turn
+from fastgan.cpu_convolution import lacks_avx512
 
 pytestmark = pytest.mark.benchmark(group="train step", timer=clock)
 
@@ -48,9 +49,8 @@ def test_train_step(benchmark, setting, variant):
     precision = precision_of(variant)
     describe(benchmark, variant=variant, batch=setting.batch, image_size=setting.image_size, precision=precision)
     benchmark.extra_info.update(setting.work(precision))
-    stock = f"eager-{precision}"
-    endless = not ON_GPU and lacks_avx512() and precision == "bf16" and setting.image_size >= 64
-    if endless and not variant.startswith("fused"):
+    without_stock = not ON_GPU and lacks_avx512() and precision == "bf16" and setting.image_size >= 64
+    if without_stock and not variant.startswith("fused"):
         pytest.skip("a step takes ten seconds and more: PyTorch has no fast convolutions in bf16 without AVX-512")
     forget()
     images = setting.images()
@@ -62,8 +62,8 @@ def test_train_step(benchmark, setting, variant):
     peak = memory.steady(lambda: step(images))
     check(step, setting, images, TOLERANCE[precision])
 
-    eager = None
-    if not ON_GPU and variant != stock and not endless:
+    eager, stock = None, f"eager-{precision}"
+    if not ON_GPU and variant != stock and not without_stock:
         eager = functools.partial(VARIANTS[stock](setting.networks(), images), images)
     median, of_eager = measure_in_turn(benchmark, lambda: step(images), eager, seconds=SECONDS)
     benchmark.extra_info.update(images_per_sec=fixed(setting.batch / median), peak_memory_mb=peak)

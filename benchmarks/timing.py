@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from fastgan.backend import HAS_TRITON
+from fastgan.cpu_convolution import lacks_avx512
 from fastgan.training.graph import capturing
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -41,12 +42,6 @@ def _kind_of_cpu():
         return " with AMX"
     knows_bf16 = capabilities.get("architecture") != "x86_64" or capabilities.get("avx512_bf16")
     return "" if knows_bf16 else " without AVX-512 for bf16"
-
-
-def lacks_avx512():
-    """Whether it is an x86 CPU whose convolutions in bfloat16 PyTorch has no fast code for."""
-    capabilities = torch.cpu.get_capabilities()
-    return capabilities.get("architecture") == "x86_64" and not capabilities.get("avx512_f")
 
 
 def versions():

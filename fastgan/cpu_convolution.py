@@ -108,15 +108,15 @@ def _is_intel():
 
 
 @functools.cache
-def _is_avx2():
-    """Whether it is an x86 CPU without AVX-512."""
+def lacks_avx512():
+    """Whether it is an x86 CPU without AVX-512: PyTorch's convolutions have other code there, in bfloat16 slow code."""
     has = torch.cpu.get_capabilities()
     return has.get("architecture") == "x86_64" and not has.get("avx512_f")
 
 
 def _always_waits():
     """Whether convolutions wait for large weights in all that they compute, not for weights' gradients alone."""
-    return _is_intel() or _is_avx2()
+    return _is_intel() or lacks_avx512()
 
 
 def _is_plain(x, weight, bias, conv):
@@ -227,7 +227,7 @@ def _by_products(x, weight, upwards, size, stride, padding, layouts):
     """
     low = x.shape[2:] if upwards else size
     gains = _always_waits() and _is_wide(low, weight, x.dtype)
-    if gains and _is_avx2():
+    if gains and lacks_avx512():
         gains = max(stride) > 1 and (not upwards or weight.numel() >= _WIDE_ELEMENTS_UPWARDS)
     if not upwards:
         return to_low(x, weight, stride, padding, layouts) if gains else None

@@ -15,7 +15,7 @@ from tests.accuracy import assert_as_accurate_as_stock
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 GAINS_IN_FLOAT32 = cpu_convolution._gains_in_float32.__wrapped__  # without its cache
-IS_INTEL, IS_AVX2 = cpu_convolution._is_intel.__wrapped__, cpu_convolution._is_avx2.__wrapped__
+IS_INTEL, LACKS_AVX512 = cpu_convolution._is_intel.__wrapped__, cpu_convolution.lacks_avx512.__wrapped__
 OURS, OF_STOCK = "ConvolutionBackward", "ConvolutionBackward0"
 # name → (layer, shape of its input, name of what autograd remembers of the formula)
 LAYERS = {
@@ -53,7 +53,7 @@ BY_CONVOLUTION = [name for name in LAYERS if LAYERS[name][2] == OURS]
 def cpu(monkeypatch):
     """An Intel CPU that has AVX-512 and instructions for half precision, and takes layers as small as these."""
     monkeypatch.setattr(cpu_convolution, "_is_intel", lambda: True)
-    monkeypatch.setattr(cpu_convolution, "_is_avx2", lambda: False)
+    monkeypatch.setattr(cpu_convolution, "lacks_avx512", lambda: False)
     monkeypatch.setattr(cpu_convolution, "_gains_in_float32", lambda dtype, trains: False)
     monkeypatch.setattr(cpu_convolution, "_LEAST_LOW", 1)
     monkeypatch.setattr(cpu_convolution, "_LEAST_CHANNELS", 6)
@@ -256,7 +256,7 @@ def test_which_cpus_gain_in_float32(name, monkeypatch):
     capabilities, *expected = CPUS[name]
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     monkeypatch.setattr(cpu_convolution, "_is_intel", IS_INTEL)
-    assert IS_AVX2() == (name == "AVX2")
+    assert LACKS_AVX512() == (name == "AVX2")
     for dtype, gains in zip(HALVES.values(), expected, strict=True):
         assert tuple(GAINS_IN_FLOAT32(dtype, trains) for trains in (True, False)) == gains
     assert not GAINS_IN_FLOAT32(torch.float32, True) and not GAINS_IN_FLOAT32(torch.float64, True)
@@ -379,7 +379,7 @@ def test_wide_layers_of_other_cpus_are_products_for_weight_gradients_only(monkey
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_which_wide_layers_gain_without_avx512(name, products, layout, monkeypatch):
     layer, x = make_wide(name, monkeypatch, layout)
-    monkeypatch.setattr(cpu_convolution, "_is_avx2", lambda: True)
+    monkeypatch.setattr(cpu_convolution, "lacks_avx512", lambda: True)
     monkeypatch.setattr(cpu_convolution, "_is_intel", lambda: False)
     monkeypatch.setattr(cpu_convolution, "_WIDE_ELEMENTS_UPWARDS", layer.weight.numel() + ("transposed" not in name))
     called = set()
