@@ -37,9 +37,10 @@ _LEAST_CHANNELS = 16  # a narrow product leaves the CPU's vectors half empty
 # two threads each: weight gradients 1.2, for 512×1024 channels 2.1 to 2.4 (an AMD EPYC with AVX-512); convolutions from
 # the low side 1.3 to 1.4, to it 1.1 to 1.3, for 512×512 channels down to two positions a side and fewer 2 (an Intel
 # Xeon, where it is the same for weights that are not channels_last; as products they were not measured on the EPYC).
-# Without AVX-512 (another EPYC, batches of 1 to 32, both layouts): weight gradients 1.1 to 3.8 and up to 27 for one
-# position; strided convolutions to the low side 1.1 to 2.8; from it 0.7 to 1.0 for 256×512 channels, as long for
-# 512×512 and less than four positions a side 1.3, beyond that 1 to 2.9; those without strides, of 3×3 taps, gain less.
+# Without AVX-512 (another EPYC, batches of 1 to 32, both layouts) and with strides: weight gradients 1.1 to 8, more for
+# one position; convolutions to the low side 1.1 to 2.8, twice that for 512×1024 channels; from it 0.7 to 1.0 for
+# 256×512, 0.7 to 1.9 and mostly above 1 for 512×512 (of one position up to 4.6), 0.9 to 2.9 for 512×1024. Without
+# strides, of 3×3 taps: weight gradients of more than one image 1.0 to 10, the others 0.6 to 1.8.
 _WIDE_ELEMENTS, _FEW_POSITIONS = 2**21, 16
 _WIDE_ELEMENTS_UPWARDS = 2**22  # without AVX-512, from the low side
 # PyTorch pads an image's channels to eight. Up to so many of them the product is 1.3 to 5 times as fast in float32, if
