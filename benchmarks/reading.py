@@ -18,6 +18,11 @@ _FIELDS_OF = {
 _NUMBERS = {"batch", "image_size", "images_per_sec", "microseconds", "flops", "bytes"} | set(_FIELDS_OF["train step"])
 
 
+def is_cpu(device):
+    """Whether a device of that name is one; GPUs have the names that torch gives them."""
+    return device.startswith("CPU")
+
+
 @dataclass
 class Run:
     """One run of the benchmarks on one device: ``entries`` are dicts of what each benchmark noted, with ``group`` and
@@ -37,7 +42,7 @@ class Run:
 
     @property
     def on_gpu(self):
-        return not self.device.startswith("CPU")
+        return not is_cpu(self.device)
 
     def of(self, group, **wanted):
         """The entries of a group whose fields have these values."""

@@ -2,6 +2,7 @@
 
 import math
 
+from benchmarks.reading import is_cpu
 from benchmarks.stock import BATCHES, GPU_VARIANTS, GROWING, IMAGE_SIZES, LARGEST_BATCH
 
 _HEAD = """# Results
@@ -122,17 +123,13 @@ def best_stock(entry, together):
     stock = [e for e in together if is_stock(e["variant"])]
     if len({e["dtype"] for e in together if not is_stock(e["variant"])}) > 1:
         alike = [e for e in stock if e["dtype"] == entry["dtype"]]
-        stock = alike if alike or _in_units_of_eager(entry) else stock
+        stock = alike if alike or is_cpu(entry["device"]) else stock
     return max(stock, key=relative_speed, default=None)
 
 
 def relative_speed(entry):
     """images/s; on a CPU, where eager runs in turn with every other variant, in units of eager's in that precision."""
-    return entry.get("against_eager", 1.0) if _in_units_of_eager(entry) else entry["images_per_sec"]
-
-
-def _in_units_of_eager(entry):
-    return entry["device"].startswith("CPU")
+    return entry.get("against_eager", 1.0) if is_cpu(entry["device"]) else entry["images_per_sec"]
 
 
 def _stock_microseconds(stock, fused):

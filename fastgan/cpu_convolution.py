@@ -115,9 +115,16 @@ def lacks_avx512():
     return has.get("architecture") == "x86_64" and not has.get("avx512_f")
 
 
-def _always_waits():
-    """Whether convolutions wait for large weights in all that they compute, not for weights' gradients alone."""
+def _waits_for_more():
+    """Whether convolutions wait for large weights in more than weights' gradients in channels_last."""
     return _is_intel() or lacks_avx512()
+
+
+def _waits(weight, upwards, stride):
+    """Whether a convolution from the low side of so large a weight (`upwards`), or to it, waits for that."""
+    if lacks_avx512():
+        return max(stride) > 1 and (not upwards or weight.numel() >= _WIDE_ELEMENTS_UPWARDS)
+    return _is_intel()
 
 
 def _is_plain(x, weight, bias, conv):
@@ -159,7 +166,7 @@ def _gains(x, weight, conv, dtype):
     learns = grows and weight.requires_grad
     to_image = weight.shape[1] <= _IMAGE_CHANNELS and (conv.transposed or (grows and x.requires_grad))
     if dtype == torch.float32:
-        large = weight.numel() >= _WIDE_ELEMENTS and (learns or _always_waits())
+        large = weight.numel() >= _WIDE_ELEMENTS and (learns or _waits_for_more())
     else:
         large = learns
     if not (to_image or large):
@@ -179,14 +186,14 @@ def _gains(x, weight, conv, dtype):
 
 
 def _is_wide(low_size, weight, dtype):
-    """Whether a weight's gradient is faster as products and, where that `_always_waits`, what else it computes."""
+    """Whether a weight's gradient is faster as products, and what else it computes where that `_waits`."""
     positions = low_size[0] * low_size[1]
     large = dtype == torch.float32 and weight.numel() >= _WIDE_ELEMENTS
     if not large or positions > _FEW_POSITIONS:
         return False
     if suggests_channels_last(weight):
         return weight.is_contiguous(memory_format=torch.channels_last)
-    return weight.is_contiguous() and _always_waits()
+    return weight.is_contiguous() and _waits_for_more()
 
 
 def _is_to_image(batch, low_size, weight_shape, dtype):
@@ -227,9 +234,7 @@ def _by_products(x, weight, upwards, size, stride, padding, layouts):
     `layouts`: the tensors of which one at least is channels_last where the result is to be.
     """
     low = x.shape[2:] if upwards else size
-    gains = _always_waits() and _is_wide(low, weight, x.dtype)
-    if gains and lacks_avx512():
-        gains = max(stride) > 1 and (not upwards or weight.numel() >= _WIDE_ELEMENTS_UPWARDS)
+    gains = _waits(weight, upwards, stride) and _is_wide(low, weight, x.dtype)
     if not upwards:
         return to_low(x, weight, stride, padding, layouts) if gains else None
     gains = gains or _is_to_image(len(x), low, weight.shape, x.dtype)
