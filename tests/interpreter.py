@@ -21,3 +21,37 @@ def use_interpreter():
         scope.set_attr(tensor, "__index__", lambda number: number.handle.data.item())
 
     interpreter._patch_lang_tensor = patch_lang_tensor
+    interpreter._patch_lang = _once_a_launch(interpreter._patch_lang)
+    interpreter._get_np_dtype = _once_a_name(interpreter._get_np_dtype)
+
+
+def _once_a_launch(patch_lang):
+    """`patch_lang`, which exchanges what kernels call of Triton, without a part of a kernel doing so at each call."""
+    launch, done = None, set()  # what undoes it after the kernel; the modules whose functions see it
+
+    def patch(function):
+        nonlocal launch
+        seen_by = function.__module__
+        if launch is not None and launch._changes:  # not undone yet: it is a part of that kernel that is called
+            if seen_by not in done:
+                done.add(seen_by)
+                patch_lang(function)
+            return None
+        launch = patch_lang(function)
+        done.clear()
+        done.add(seen_by)
+        return launch
+
+    return patch
+
+
+def _once_a_name(np_dtype):
+    """`np_dtype`, which makes a table of all of Triton's dtypes at each call."""
+    found = {}
+
+    def look_up(dtype):
+        if dtype.name not in found:
+            found[dtype.name] = np_dtype(dtype)
+        return found[dtype.name]
+
+    return look_up
