@@ -56,7 +56,13 @@ def without_autocast(device_type):
         torch.set_autocast_enabled(device_type, enabled)
 
 
-@torch.compiler.assume_constant_result
+def constant_result(function):
+    """`torch.compiler.assume_constant_result`, which imports Dynamo, as long as torch itself takes, to do just this."""
+    function._dynamo_marked_constant = True
+    return function
+
+
+@constant_result
 def _choice():
     """The value of FASTGAN_BACKEND, checked."""
     if _held is not None:
@@ -67,13 +73,13 @@ def _choice():
     return choice
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def interpreted():
     """Whether Triton runs kernels in its interpreter."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def capability(index):
     """10 · major + minor of the compute capability of GPU number `index`; 0 of another maker's GPU, and of none."""
     return _capability(index)
@@ -87,7 +93,7 @@ def _capability(index):
     return 10 * major + minor
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def transformed():
     """Whether we are inside of torch.func's transforms (grad, vmap, jvp, …) or of forward-mode differentiation.
 

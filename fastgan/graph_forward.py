@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 from torch.fx.experimental.symbolic_shapes import guard_scalar
 
+from fastgan import backend
 from fastgan.batch_groups import batch_groups, current_groups
 from fastgan.graph_patterns import find_groups
 from fastgan.group_calls import run_parts, run_stock
@@ -45,7 +46,7 @@ class GraphForward:
         self._positional = sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in self._parameters)
         self._plans, self._count, self._warned = {}, 0, False
         # A constant to torch.compile, which cannot trace a trace; what comes of it is an attribute that it can guard.
-        self._find = torch.compiler.assume_constant_result(lambda key: self._find_plan(key))
+        self._find = backend.constant_result(lambda key: self._find_plan(key))
         look_like_own(self, self.container)
 
     def __getstate__(self):

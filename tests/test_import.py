@@ -31,6 +31,22 @@ def test_trains_on_a_cpu_with_torch_and_numpy_alone():
     assert done.stdout.split()[-1] == "True"
 
 
+FORWARD = """
+import sys
+import torch, fastgan
+
+model = fastgan.fuse(fastgan.models.Discriminator(image_size=8, ndf=2))
+model(torch.rand(2, 3, 8, 8)).sum().backward()
+print("torch._dynamo" in sys.modules)
+"""
+
+
+def test_nothing_imports_dynamo_before_it_compiles():
+    """It takes as long as torch itself."""
+    done = subprocess.run([sys.executable, "-c", FORWARD], capture_output=True, text=True)
+    assert done.stdout.strip() == "False", done.stdout + done.stderr
+
+
 def test_no_top_level_module_named_kernels(tmp_path):
     code = "import importlib.util as u, fastgan.kernels; print(u.find_spec('kernels'))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)

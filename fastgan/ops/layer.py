@@ -9,7 +9,7 @@ import torch
 
 from fastgan import backend
 from fastgan.checks import check_conv_bn_act
-from fastgan.ops import batch_norm, convolution, running, synchronised
+from fastgan.ops import batch_norm, convolution, running
 from fastgan.ops.chain import Layer, run_chain
 from fastgan.ops.operators import is_watched
 from fastgan.ops.reference import conv_bn_act_reference
@@ -196,6 +196,8 @@ def _with_batch_statistics(
         *(x, weight, weight_copy, bias, layer.eps, *layer.where(), *layer.before(), layer.groups, *of_x)
     )
     if process_group is not None:
+        from fastgan.ops import synchronised  # imports Dynamo, which takes as long as torch itself
+
         rows = y.numel() // (layer.groups * y.shape[1])
         mean, invstd, var, count = synchronised.share_statistics(mean, var, rows, layer.eps, process_group)
     if running_mean is not None:

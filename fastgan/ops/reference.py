@@ -4,7 +4,6 @@ import torch
 from torch.nn import functional as F
 
 from fastgan import backend
-from fastgan.ops import synchronised
 from fastgan.ops.running import lerp_running
 
 
@@ -40,6 +39,8 @@ def conv_bn_act_reference(
         activation = None
     if not (gamma is None and beta is None and running_mean is None and running_var is None):
         if training and process_group is not None:
+            from fastgan.ops import synchronised  # imports Dynamo, which takes as long as torch itself
+
             y, mean, var = synchronised.batch_norm_reference(y, gamma, beta, eps, batch_groups, process_group)
             if running_mean is not None:
                 lerp_running(running_mean, running_var, mean, var, momentum)
