@@ -21,6 +21,7 @@ from benchmarks.timing import (
     PeakMemory,
     clock,
     copies_beyond_cache,
+    cudnn_benchmark,
     describe,
     fixed,
     forget,
@@ -112,11 +113,8 @@ class Case:
     def expected(self):
         x, gradient = self.inputs[0]
         x = x.detach().double().requires_grad_(self.wants_input_gradient)
-        torch.backends.cudnn.benchmark, before = False, torch.backends.cudnn.benchmark  # float64 runs just once
-        try:
+        with cudnn_benchmark(False):  # float64 runs just once
             return results(self.exact, x, gradient.double())
-        finally:
-            torch.backends.cudnn.benchmark = before
 
     @functools.cached_property
     def stock_results(self):

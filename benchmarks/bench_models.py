@@ -22,6 +22,7 @@ from benchmarks.timing import (
     ON_GPU,
     PeakMemory,
     clock,
+    cudnn_benchmark,
     describe,
     fixed,
     forget,
@@ -132,11 +133,8 @@ class Case:
 
     @functools.cached_property
     def exact(self):
-        torch.backends.cudnn.benchmark, before = False, torch.backends.cudnn.benchmark  # float64 runs just once
-        try:
+        with cudnn_benchmark(False):  # float64 runs just once
             return self._in_float64()
-        finally:
-            torch.backends.cudnn.benchmark = before
 
     def _in_float64(self):
         network = copy.deepcopy(self.network).double()

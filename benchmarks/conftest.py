@@ -54,10 +54,8 @@ def _settings():
     process keeps its memory, as ``scripts/train.py`` has it on a CPU."""
     if not timing.ON_GPU:
         keep_freed_memory()
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True
-    yield
-    torch.backends.cudnn.benchmark = before
+    with timing.cudnn_benchmark(True):
+        yield
 
 
 @pytest.hookimpl(wrapper=True)

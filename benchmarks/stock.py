@@ -51,9 +51,9 @@ class Setting:
         generator, discriminator = Generator(nz=NZ, ngf=self.width, **size), Discriminator(ndf=self.width, **size)
         return generator.to(device), discriminator.to(device)
 
-    def images(self, seed=0):
+    def images(self):
         """A batch in [−1, 1], float32: smooth, as pictures are, so that the discriminator has something to learn."""
-        random = torch.Generator().manual_seed(seed)
+        random = torch.Generator().manual_seed(0)
         coarse = torch.rand(self.batch, self.channels, 8, 8, generator=random) * 2 - 1
         return F.interpolate(coarse.to(DEVICE), size=(self.image_size,) * 2, mode="bilinear")
 

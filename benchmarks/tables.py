@@ -1,6 +1,6 @@
 """RESULTS.md: what was measured, as tables, one section for each device; nothing is left out because it lost."""
 
-import math
+from statistics import geometric_mean
 
 from benchmarks.reading import is_cpu
 from benchmarks.stock import BATCHES, GPU_VARIANTS, GROWING, IMAGE_SIZES, LARGEST_BATCH
@@ -368,7 +368,7 @@ def _ratio(value, base):
 
 
 def _geometric_mean(ratios):
-    return f"{math.exp(sum(map(math.log, ratios)) / len(ratios)):.2f}" if ratios else "–"
+    return f"{geometric_mean(ratios):.2f}" if ratios else "–"
 
 
 def _percent(share):

@@ -10,19 +10,30 @@ import math
 import platform
 import statistics
 import time
+from contextlib import contextmanager
 from importlib import metadata
 
 import pytest
 import torch
 
-from fastgan.backend import HAS_TRITON
+from fastgan.backend import HAS_TRITON, PRECISIONS
 from fastgan.cpu_convolution import lacks_avx512
 from fastgan.training.graph import capturing
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
 SHORT = 2e-3  # seconds: calls that feel what ran right before them, by a percent or two
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {name: PRECISIONS[name] for name in ("fp32", "bf16")}
+
+
+@contextmanager
+def cudnn_benchmark(enabled):
+    """Within it cuDNN looks for its best algorithms, or does not."""
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, enabled
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def device_name():

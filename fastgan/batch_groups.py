@@ -1,9 +1,5 @@
 """In how many parts the BatchNorms of fused modules take a batch: see `batch_groups`."""
 
-import threading
-
-import torch
-
 from fastgan.scopes import Scope
 
 _groups = Scope()
@@ -22,11 +18,4 @@ def batch_groups(groups):
 
 def current_groups():
     """What the innermost `batch_groups` says, 1 outside of any."""
-    if not _groups.values:
-        return 1
-    if torch.compiler.is_compiling():
-        return max(_groups.values.values())
-    own = _groups.values.get(threading.get_ident())
-    if own is None:
-        return max(_groups.values.values()) if torch._C._current_graph_task_id() != -1 else 1
-    return own
+    return _groups.current(1)

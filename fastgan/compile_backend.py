@@ -17,6 +17,7 @@ from fastgan.graph_patterns import activation_of, changes_in_place, is_written_t
 from fastgan.group_calls import gamma_of_ones
 from fastgan.layout import contiguous, suggests_channels_last
 from fastgan.ops import layer as fused
+from fastgan.ops.choice import what_follows
 from fastgan.patterns import WRITTEN_TO
 
 _CONVOLUTIONS = {  # how each is called
@@ -82,10 +83,8 @@ class Found:
     @property
     def then(self):
         """What the operator does after the convolution: see `fastgan.patterns.Group.then`."""
-        if self.batch_norm is not None and self.batch_norm["training"]:
-            return "statistics"
-        plain = self.convolution["bias"] is None and self.batch_norm is None and self.activation[0] is None
-        return "" if plain else "epilogue"
+        statistics = self.batch_norm is not None and self.batch_norm["training"]
+        return what_follows(statistics, self.convolution["bias"], self.batch_norm, self.activation[0])
 
     @property
     def path(self):

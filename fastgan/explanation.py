@@ -10,6 +10,7 @@ from fastgan.compile_backend import find
 from fastgan.fusion import all_groups, check_module, groups_of, is_sequential, plan_of, running_stock
 from fastgan.group_calls import is_distributed
 from fastgan.ops.choice import choose, conv_problem
+from fastgan.ops.layer import compute_dtype
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,7 @@ class Row:
 class Explanation(list):
     """The rows of `explain`: a list of Row that prints as a table; `as_dicts()` gives plain data."""
 
-    def __init__(self, title, rows=()):
-        super().__init__(rows)
+    def __init__(self, title):
         self.title = title
 
     def as_dicts(self):
@@ -41,12 +41,14 @@ class Explanation(list):
     def __str__(self):
         head = ("layer", "pattern", "shape", "runs as", "why")
         lines = [head] + [(row.path, row.pattern, row.shape or "-", row.runs_as, row.reason) for row in self]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-        text = [
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-        ]
         count = sum(row.fused for row in self)
-        return "\n".join([f"{self.title}: {count} of {len(self)} convolutions fused", *text])
+        return "\n".join([f"{self.title}: {count} of {len(self)} convolutions fused", *aligned(lines)])
+
+
+def aligned(rows):
+    """Lines of text with the cells of the rows in columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def explain(model, *inputs):
@@ -109,9 +111,7 @@ def _implementation(group, sizes):
 
 def _choice(like, sizes, weight_shape, where, then):
     """(implementation, reason) of a convolution of tensors like `like`."""
-    device, dtype = like.device, like.dtype
-    if torch.is_autocast_enabled(device.type):
-        dtype = torch.get_autocast_dtype(device.type)
+    device, dtype = like.device, compute_dtype(like)
     implementation, reason = backend.select(device, dtype)
     if implementation == "reference" or device.type != "cuda" or backend.forces_triton():
         return implementation, reason

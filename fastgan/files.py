@@ -10,7 +10,7 @@ from pathlib import Path
 def written_whole(path):
     """A context in which a file beside ``path`` is to be written, which then takes its name."""
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # others may write the same file
     try:
         yield temporary
         os.replace(temporary, path)

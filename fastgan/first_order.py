@@ -1,9 +1,5 @@
 """Whether fused modules may take it that nobody differentiates their gradients: see `first_order`."""
 
-import threading
-
-import torch
-
 from fastgan.scopes import Scope
 
 _first_order = Scope()
@@ -24,8 +20,4 @@ def first_order():
 
 def only_first_order():
     """Whether a `first_order` is in force."""
-    if not _first_order.values:
-        return False
-    if torch.compiler.is_compiling() or threading.get_ident() in _first_order.values:
-        return True
-    return torch._C._current_graph_task_id() != -1  # within a backward
+    return _first_order.current(False)

@@ -110,9 +110,9 @@ def plan_of(container):
     if is_graph_forward(container):
         return container.forward.plan()
     if "forward" in container.__dict__:
-        return Plan.without_groups("its forward was replaced")
+        return Plan("its forward was replaced")
     if not any(isinstance(module, nn.modules.conv._ConvNd) for module in container.modules()):
-        return Plan.without_groups("it has no convolutions")
+        return Plan("it has no convolutions")
     return GraphForward(container).plan()
 
 

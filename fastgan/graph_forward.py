@@ -5,6 +5,7 @@ import inspect
 import threading
 import types
 import warnings
+from dataclasses import dataclass, field
 
 import torch
 from torch import fx, nn
@@ -89,7 +90,7 @@ class GraphForward:
         if type(self.container).forward is not self._forward:
             self._prepare()
         if not self._names:
-            return Plan.without_groups("it takes any number of arguments")
+            return Plan("it takes any number of arguments")
         needed = [p.name for p in self._parameters if p.default is p.empty]
         return self._plan_for((self.container.training, tuple(needed), ()))
 
@@ -103,7 +104,7 @@ class GraphForward:
         if constants:
             key = freeze(key)
             if key is None:
-                return Plan.without_groups("it is called with a constant that can change")
+                return Plan("it is called with a constant that can change")
         plans = self._plans.setdefault(key, [])
         for i, plan in enumerate(plans):
             if plan.holds():
@@ -140,7 +141,7 @@ class GraphForward:
             given = ", ".join([*names, *(f"{name}={value!r}" for name, value in constants)])
             text = f"{type(self.container).__name__}.forward({given}) and other new calls run stock from here on: {why}"
             warnings.warn(text, RuntimeWarning, stacklevel=2)
-        return Plan.without_groups(why)
+        return Plan(why)
 
 
 def _in_parts(forward, groups, args, kwargs):
@@ -200,17 +201,15 @@ def _children(module):
     return tuple([(name, child is None) for name, child in module._modules.items()])
 
 
+@dataclass(eq=False)
 class Plan:
     """How one kind of call runs: `run(container, *tensors)`, or None and `reason`, why only stock will do."""
 
-    def __init__(self):
-        self.watch, self.groups, self.run, self.reason, self.attribute = Watch(), [], None, "", None
-
-    @classmethod
-    def without_groups(cls, reason):
-        plan = cls()
-        plan.reason = reason
-        return plan
+    reason: str = ""
+    groups: list = field(default_factory=list)
+    watch: Watch = field(default_factory=Watch)
+    run: object = None
+    attribute: str | None = None
 
     def holds(self):
         return self.watch.same_modules() and self.watch.same_values()

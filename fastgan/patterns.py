@@ -15,6 +15,8 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from fastgan.ops.choice import what_follows
+
 _CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 _BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 _ACTIVATIONS = {nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid"}
@@ -47,10 +49,9 @@ class Group:
     def then(self):
         """What the operator does after the convolution in the modules' present mode: "statistics" of the batch, a
         known "epilogue" (bias, eval-mode BatchNorm, activation), or nothing, ""."""
-        if self.batch_norm is not None and (self.batch_norm.training or self.batch_norm.running_mean is None):
-            return "statistics"
-        plain = self.modules[0].bias is None and self.batch_norm is None and self.activation is None
-        return "" if plain else "epilogue"
+        norm = self.batch_norm
+        statistics = norm is not None and (norm.training or norm.running_mean is None)
+        return what_follows(statistics, self.modules[0].bias, norm, self.activation)
 
     @property
     def ends_in_activation(self):

@@ -8,6 +8,21 @@ import numpy as np
 import torch
 
 
+def rng_state(device):
+    """{"cpu": …} and, if that is the device, {"cuda": …}: the states of PyTorch's generators, for `restore_rng`."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def restore_rng(state, device):
+    """Put PyTorch's generators back to what `rng_state` gave, the GPU's if it was of one."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
 @contextmanager
 def random_numbers_kept():
     """They stay as they are; gives a function that tells whether one of them has been drawn from within."""

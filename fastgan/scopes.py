@@ -3,6 +3,8 @@
 import threading
 from contextlib import contextmanager
 
+import torch
+
 
 class Scope:
     """A value for as long as a thread is in the block of `holding`; `values` is {thread: value} of those that are.
@@ -26,3 +28,14 @@ class Scope:
                 del self.values[thread]
             else:
                 self.values[thread] = before
+
+    def current(self, outside):
+        """What holds here, or `outside`. Compiled code cannot tell threads apart, and a backward runs in any thread:
+        there it is what holds for any of them."""
+        if not self.values:
+            return outside
+        compiling = torch.compiler.is_compiling()
+        own = None if compiling else self.values.get(threading.get_ident())
+        if own is not None:
+            return own
+        return max(self.values.values()) if compiling or torch._C._current_graph_task_id() != -1 else outside

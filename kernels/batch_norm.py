@@ -297,7 +297,7 @@ def activation_input_grad_kernel(
 
 
 def activation_input_grad(grad, out, *, activation, slope):
-    """dout · act'(z) where out = act(z); both (N, C, H, W) channels_last."""
+    """grad · act'(z) where out = act(z); both (N, C, H, W) channels_last."""
     dz = empty_nhwc(out.shape, out)
     launch(
         activation_input_grad_kernel,

@@ -191,7 +191,7 @@ def down_kernel(
             INT64,
             BLOCK_M,
             BLOCK_N,
-            transposed,
+            transposed,  # float32 products leave no registers for sums across warps
             AGAIN,
         )
     else:

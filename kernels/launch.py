@@ -127,7 +127,7 @@ TILES = {
 FEWEST_PROGRAMS = 100  # what should run side by side on a large GPU before a program takes more
 
 
-def matrix_tile(rows, columns, depth, dtype, copies=1):
+def matrix_tile(rows, columns, depth, dtype, copies):
     """An untuned tile for a (rows × depth) · (depth × columns) product; 16 is the least that matrix units take.
 
     Args:

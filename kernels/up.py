@@ -165,7 +165,7 @@ def up_kernel(
             INT64,
             BLOCK_M,
             BLOCK_N,
-            transposed,
+            transposed,  # float32 products leave no registers for sums across warps
             AGAIN,
         )
     else:

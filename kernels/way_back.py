@@ -81,7 +81,7 @@ def store_grad_and_sums(
     INT64: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
+    ACROSS_WARPS: tl.constexpr,  # how to add up over rows: see `column_sums`
     AGAIN: tl.constexpr,
 ):
     """Write dz of a tile, of the gradients in acc, and Σ dz and Σ dz·x̂ over its rows: see `normalized_and_grad`.
@@ -120,8 +120,7 @@ def store_grad_and_sums(
         x_hat, dz = normalized_and_grad(
             acc, y_ptr, cell, ok, mean_ptr, invstd_ptr, gamma_ptr, beta_ptr, vectors, column_ok, ACTIVATION, SLOPE
         )
-        # Float32 products leave no registers for sums across warps.
-        total_dz, total_dz_x_hat = column_sums(dz, TRANSPOSED), column_sums(dz * x_hat, TRANSPOSED)
+        total_dz, total_dz_x_hat = column_sums(dz, ACROSS_WARPS), column_sums(dz * x_hat, ACROSS_WARPS)
         tl.store(out_ptr + cell, dz.to(out_ptr.dtype.element_ty), mask=ok)
     sums_ptr += (group * 2 * tiles + tile) * COLUMNS
     tl.store(sums_ptr + column, total_dz, mask=column_ok)

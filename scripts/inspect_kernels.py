@@ -15,14 +15,13 @@ from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)  # the interpreter would take the compiler's place
 
-import torch
-
+from fastgan.backend import KERNEL_DTYPES, PRECISIONS
 from fastgan.command_line import run_command
+from fastgan.explanation import aligned
 from fastgan.ops.choice import shipped_tables
 from fastgan.ops.tables import why_no_table
 from fastgan.tune.inspection import TARGETS, inspect, launches_of_defaults, launches_of_tables
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _COLUMNS = (
     "kernel",
     "tile",
@@ -46,7 +45,7 @@ def parse(argv):
         help="sm_80 is an A100, sm_90 an H100, sm_100 a B200 (default: %(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="print a JSON list of objects")
-    parser.add_argument("--dtype", choices=_DTYPES, help="of the kernels outside the tables (default: all three)")
+    parser.add_argument("--dtype", choices=PRECISIONS, help="of the kernels outside the tables (default: all three)")
     parser.add_argument(
         "--table", action="append", type=Path, metavar="FILE", help="tables (default: the shipped ones)"
     )
@@ -66,7 +65,7 @@ def show(options):
             raise ValueError(f"table {str(path)!r} is no table of measured convolutions: {why}")
     found = launches_of_tables(options.table if options.table is not None else shipped_tables())
     if not options.only_tables:
-        found += launches_of_defaults([_DTYPES[options.dtype]] if options.dtype else list(_DTYPES.values()))
+        found += launches_of_defaults([PRECISIONS[options.dtype]] if options.dtype else KERNEL_DTYPES)
     rows = inspect(found, int(options.target.removeprefix("sm_")))
     print(json.dumps(rows, indent=1) if options.json else table(rows))
     return 1 if any("error" in row for row in rows) else 0
@@ -77,9 +76,9 @@ def table(rows):
     for row in rows:
         tile = "×".join(str(value) for name, value in row["config"].items() if name.startswith(("BLOCK", "num_")))
         lines.append([str(dict(row, tile=tile).get(name, "-")) for name in _COLUMNS])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(_COLUMNS))]
-    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return "\n".join([*text, *(f"{row['kernel']} {row['config']}: {row['error']}" for row in rows if "error" in row)])
+    return "\n".join(
+        [*aligned(lines), *(f"{row['kernel']} {row['config']}: {row['error']}" for row in rows if "error" in row)]
+    )
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # of the programs that tests start, too
 
 HAS_GPU = torch.cuda.is_available()
+# What kernels are tested in: the interpreter computes bfloat16 wrongly.
+DTYPES = (torch.float32, torch.float16, torch.bfloat16) if HAS_GPU else (torch.float32, torch.float16)
 if not HAS_GPU:
     use_interpreter()
 

@@ -95,7 +95,7 @@ def test_patterns_of_mixed_neighbours():
 
 
 @pytest.mark.parametrize("network", [Generator, Discriminator])
-def test_dcgan(network, monkeypatch):
+def test_dcgan(network):
     width = dict(nz=3, ngf=2) if network is Generator else dict(ndf=2)
     stock, model = make_pair(lambda: network(image_size=16, **width))
     fastgan.fuse(model)

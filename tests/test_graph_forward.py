@@ -66,7 +66,7 @@ def test_compiled(function, monkeypatch):
     assert len(calls) == 2 * FOLLOWED[function]
 
 
-def patterns(function, monkeypatch=None):
+def patterns(function):
     return {row.path: row.pattern for row in fastgan.explain(fastgan.fuse(forward_of(function)()))}
 
 

@@ -45,6 +45,13 @@ def conv_problem(x, weight, transposed, stride, padding, out_size, *, then=""):
     return _problem(kind, x, weight, low, high, stride, padding)
 
 
+def what_follows(statistics, *epilogue):
+    """`Problem.then` of a layer's forward, which takes `statistics` of the batch or does what is not None."""
+    if statistics:
+        return "statistics"
+    return "" if all(part is None for part in epilogue) else "epilogue"
+
+
 def weight_grad_problem(low, high, weight, stride, padding):
     kind = "weight_grad" if weight.dtype == low.dtype else "weight_grad+float32"
     return _problem(kind, low, weight, low.shape[2:], high.shape[2:], stride, padding)

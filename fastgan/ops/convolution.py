@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastgan.backend import is_batched
-from fastgan.ops.choice import choose, conv_problem, weight_grad_problem
+from fastgan.ops.choice import choose, conv_problem, weight_grad_problem, what_follows
 from fastgan.ops.geometry import backward_where, missing_rows, out_size
 from fastgan.ops.implementations import (
     channels_last,
@@ -87,8 +87,8 @@ def conv(
     gradients of gradients (see `fastgan.first_order`).
     """
     size = out_size(x, weight, transposed, stride, padding, output_padding)
-    plain = bias is None and mean is None and activation is None
-    problem = conv_problem(x, weight, transposed, stride, padding, size, then="" if plain else "epilogue")
+    then = what_follows(False, bias, mean, activation)
+    problem = conv_problem(x, weight, transposed, stride, padding, size, then=then)
     return run_conv(
         choose(problem, x.device),
         x,

@@ -1,7 +1,7 @@
 """The two ways to compute a convolution, forward and backward: our matrix kernels, or cuDNN with our passes around it.
 
-Every function takes the Choice between them first. Activations come and go in channels_last memory. The module imports
-the kernels when it first runs, because the package must import where Triton is not installed.
+Every function takes the Choice between them first. Activations come and go in channels_last memory. Kernels are
+imported where they run, because the package must import where Triton is not installed.
 
 cuDNN's weight gradient, and its transposed convolution, may add in an order that changes from run to run unless
 `torch.backends.cudnn.deterministic` is set; our kernels give the same bits every time.
@@ -10,18 +10,15 @@ cuDNN's weight gradient, and its transposed convolution, may add in an order tha
 import torch
 
 from fastgan.backend import matmul_precision
+from fastgan.kernels.launch import MatrixTile, channels_last, empty_nhwc
 from fastgan.ops.geometry import missing_rows, out_size
-
-
-def channels_last(x):
-    return x.contiguous(memory_format=torch.channels_last)
 
 
 def empty_result(x, weight, transposed, stride, padding, output_padding):
     """An unwritten result of conv(x, weight), for shape, dtype and layout."""
     channels = weight.shape[1 if transposed else 0]
     shape = (x.shape[0], channels, *out_size(x, weight, transposed, stride, padding, output_padding))
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    return empty_nhwc(shape, x)
 
 
 def in_dtype_of(x, weight, copy):
@@ -81,7 +78,7 @@ def run_conv_statistics(
     bias=None,
     activation=None,
     slope=0.0,
-    eps=1e-5,
+    eps,
     groups=1,
 ):
     """y = act(conv(x, weight) + bias) with its batch statistics.
@@ -158,8 +155,6 @@ def _matrix_kernel(choice, x, weight, out_size, transposed, stride, padding, **e
 
 
 def _tile(choice):
-    from fastgan.kernels.launch import MatrixTile
-
     return None if choice.tile is None else MatrixTile(**choice.tile)
 
 

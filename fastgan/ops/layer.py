@@ -27,7 +27,13 @@ class Link(NamedTuple):
 
 
 def conv_bn_act(x, weight, *tensors, **options):
-    """Both of them in one: `linked_conv_bn_act` without anything before or after it."""
+    """act(BatchNorm(conv(x))): what `fastgan.functional` has two functions for, without links to other layers.
+
+    Args:
+        tensors: bias, gamma, beta, running_mean and running_var, each (C,) or None.
+        options: `transposed`, and those of `functional.conv_transpose2d_bn_act` without defaults, strides and paddings
+            as pairs; or see `linked_conv_bn_act`.
+    """
     return linked_conv_bn_act(x, weight, *tensors, **options)[0]
 
 
@@ -43,7 +49,7 @@ def linked_conv_bn_act(
     gives_link=False,
     **options,
 ):
-    """(result, its Link or None): `transposed` says which of both it is, and strides and paddings are pairs.
+    """(result of `conv_bn_act`, its Link or None).
 
     `weight_copy` holds the weight's values in the dtype that is computed in, or None: see `fastgan.weight_copies`.
     `num_batches_tracked`, if any, counts the batches that the running statistics are updated with.

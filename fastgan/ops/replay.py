@@ -117,7 +117,7 @@ class Recorder(TorchDispatchMode):
     results): an operator of PyTorch, an allocation, or the start of a kernel, which has no results.
     """
 
-    def __init__(self, arguments, consumes=False):
+    def __init__(self, arguments, consumes):
         super().__init__()
         self._arguments, self._device = arguments, arguments[0].device
         # Tensors are not kept alive, or a recorded call would take more memory than others; so ids and addresses of

@@ -1,13 +1,13 @@
 """Measured convolutions as they are kept in files: one JSON object for each, readable by people."""
 
 import json
-import os
 import re
-import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
+
+from fastgan.files import written_whole
 
 _FORMAT = 1
 _OPERATIONS = {"weight_grad", "weight_grad+float32"} | {
@@ -153,10 +153,8 @@ def write_table(path, gpu, versions, measurements):
     text = "\n".join(["{", *lines, '  "measurements": [', ",\n".join(f"    {row}" for row in rows), "  ]", "}", ""])
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
-        file.write(text)
-    os.chmod(file.name, 0o644)  # readable to others, as any file that is not temporary
-    os.replace(file.name, path)
+    with written_whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def _row(problem, measured):

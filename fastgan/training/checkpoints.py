@@ -8,6 +8,7 @@ import torch
 
 from fastgan.files import written_whole
 from fastgan.models import Generator
+from fastgan.random_numbers import rng_state
 from fastgan.training.config import config_from_dict
 from fastgan.training.weights import load_weights
 
@@ -37,7 +38,7 @@ def write_checkpoint(path, *, step, config, nc, images, fixed_latent, train_step
         "nc": nc,
         "images": images,
         "fixed_latent": fixed_latent,
-        "rng": _rng_state(train_step.device),
+        "rng": rng_state(train_step.device),
         **train_step.state_dict(),
     }
     content = io.BytesIO()  # torch would tell of a full disk by a RuntimeError that does not say so
@@ -104,17 +105,3 @@ def load_generator(path, device="cpu"):
     except ValueError as error:
         raise ValueError(f"{path} holds weights of another architecture than its options say: {error}") from error
     return generator.eval().to(device)
-
-
-def restore_rng(state, device):
-    """Put the random generators back to what a checkpoint's ``rng`` holds, the GPU's if the run was on one."""
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
-
-
-def _rng_state(device):
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state

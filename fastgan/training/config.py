@@ -4,10 +4,10 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 
+from fastgan.backend import PRECISIONS
 from fastgan.checks import check_integer
 from fastgan.data import DATASETS, MEMORY_SHARE
 from fastgan.models import IMAGE_SIZES
-from fastgan.training.devices import PRECISIONS
 
 _MOST_SEED = 2**63 - 1
 # Above these, networks and processes fit into no machine: 1,024 is sixteen times the width of the DCGAN.

@@ -5,7 +5,7 @@ import warnings
 
 import torch
 
-PRECISIONS = ("fp32", "bf16", "fp16")
+from fastgan.backend import PRECISIONS
 
 
 def pick_device(name="auto"):

@@ -10,15 +10,16 @@ from pathlib import Path
 import torch
 
 from fastgan import data
+from fastgan.backend import PRECISIONS
 from fastgan.files import check_writable
 from fastgan.models import Discriminator, Generator
+from fastgan.random_numbers import restore_rng
 from fastgan.training.allocation import keep_freed_memory
 from fastgan.training.checkpoints import (
     CHECKPOINT,
     checkpoint_config,
     checkpoint_path,
     read_checkpoint,
-    restore_rng,
     write_checkpoint,
 )
 from fastgan.training.config import TrainConfig, continued
@@ -28,8 +29,6 @@ from fastgan.training.records import METRICS, check_packages, write_atomically
 from fastgan.training.step import TrainStep
 
 CONFIG = "config.json"
-# What the networks' first layers compute in, so that autocast has nothing to convert.
-_IMAGE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SAMPLES = 64
 
 
@@ -214,7 +213,7 @@ def _resident(config, dataset, device):
 def _batch_options(config):
     return {
         "batch_size": config.batch_size,
-        "dtype": _IMAGE_DTYPES[config.precision],
+        "dtype": PRECISIONS[config.precision],  # what the first layers compute in: nothing for autocast to convert
         "seed": config.seed,
         "flip": config.flip,
     }

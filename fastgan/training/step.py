@@ -8,12 +8,13 @@ from contextlib import contextmanager
 
 import torch
 
-from fastgan.backend import held_choice, without_autocast
+from fastgan.backend import PRECISIONS, held_choice, without_autocast
 from fastgan.batch_groups import batch_groups
 from fastgan.first_order import first_order
 from fastgan.fusion import fuse, fused_groups
 from fastgan.layout import contiguous, fastest_format
 from fastgan.losses import backward_bce, backward_bce_of_torch
+from fastgan.random_numbers import restore_rng, rng_state
 from fastgan.training.adam import ContiguousAdam, KernelAdam
 from fastgan.training.devices import check_precision
 from fastgan.training.graph import WARMUP_STEPS, StepGraph
@@ -28,7 +29,6 @@ from fastgan.training.weights import (
 from fastgan.weight_copies import WeightCopies
 
 _MOST_TRIALS = 8  # of one pass at steps in a row: as many as there are numbers of images to try it with, and one more
-_AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class TrainStep:
@@ -90,7 +90,7 @@ class TrainStep:
         weight = next(generator.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         check_precision(precision, self.device)
-        self.autocast_dtype = _AUTOCAST[precision]
+        self.autocast_dtype = None if precision == "fp32" else PRECISIONS[precision]
 
         if fused:
             fuse(generator)
@@ -156,9 +156,8 @@ class TrainStep:
 
         With the other as it is: compiled code takes it that weights keep their layout.
         """
-        networks, on_cuda = (self.generator, self.discriminator), self.device.type == "cuda"
+        networks, random = (self.generator, self.discriminator), rng_state(self.device)
         buffers = [(buffer, buffer.clone()) for network in networks for buffer in network.buffers()]
-        random = torch.get_rng_state(), torch.cuda.get_rng_state(self.device) if on_cuda else None
         try:
             losses = self._run(real_images)
             self._layout_tried, self._drawn = True, None
@@ -168,9 +167,7 @@ class TrainStep:
                 raise
         for buffer, before in buffers:
             buffer.copy_(before)
-        torch.set_rng_state(random[0])
-        if on_cuda:
-            torch.cuda.set_rng_state(random[1], self.device)
+        restore_rng(random, self.device)
         self._in_default_layout.append(self._running)
         to_contiguous(self._running)
         for optimizer in (self.optimizer_g, self.optimizer_d):

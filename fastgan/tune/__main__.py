@@ -17,7 +17,6 @@ from fastgan.tune.workloads import SHAPE_HELP, problems_of
 
 _MODELS, _BATCHES = ("dcgan28", "dcgan64", "dcgan128"), (64, 128, 256, 1024)
 _QUICK_MODELS, _QUICK_BATCHES = ("dcgan64",), (128, 1024)
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _EPILOG = f"""what to tune:
   dcgan64               the DCGAN for images of 64×64, as scripts/train.py builds it; any of its image sizes
   package.module:name   the model that calling `name` gives; --input says what it is called with
@@ -39,7 +38,7 @@ def main(arguments=None):
         problems = problems_of(
             options.what or (_QUICK_MODELS if options.quick else _MODELS),
             options.batch or (_QUICK_BATCHES if options.quick else _BATCHES),
-            [_DTYPES[name] for name in options.dtype or ("bf16",)],
+            [backend.PRECISIONS[name] for name in options.dtype or ("bf16",)],
             options.input,
         )
     except ValueError as error:
@@ -126,8 +125,10 @@ def _counts(text):
 
 def _dtypes(text):
     names = text.split(",")
-    if not set(names) <= set(_DTYPES):
-        raise argparse.ArgumentTypeError(f"must be of {', '.join(_DTYPES)}, with commas between them; got {text!r}")
+    if not set(names) <= set(backend.PRECISIONS):
+        raise argparse.ArgumentTypeError(
+            f"must be of {', '.join(backend.PRECISIONS)}, with commas between them; got {text!r}"
+        )
     return names
 
 
@@ -148,7 +149,7 @@ def _checked(out, gpu):
         return out
     if Path(out).is_dir():
         raise ValueError(f"--out must be a file; {out!r} is a folder")
-    if why := out and why_no_table(out, gpu):
+    if why := why_no_table(out, gpu):
         raise ValueError(f"--out {out!r} is there and no table of this GPU ({why}): choose another name, or remove it")
     check_writable("--out", out)
     return Path(out)

@@ -6,13 +6,15 @@ The processes need no GPU: Triton's cache on disk takes the kernels from them to
 import os
 import signal
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import ExitStack
 from multiprocessing import get_context
 
 import torch
 
 from fastgan.kernels.offline import compile_launch, compiling_for, record
-from fastgan.ops.choice import Choice
 from fastgan.tune.workloads import operands, run
+
+_for_life = ExitStack()  # what holds as long as the process lives
 
 
 def launches(problem, choice):
@@ -49,15 +51,8 @@ class Compiler:
     def __exit__(self, *_):
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def start(self, problem, tile):
-        """Begin to compile what a Problem starts with our kernel in this tile: the list of its Futures."""
-        return self._start_all(problem, Choice("triton", tile._asdict()))
-
-    def start_cudnn(self, problem):
-        """The same for the passes around cuDNN."""
-        return self._start_all(problem, Choice("cudnn"))
-
-    def _start_all(self, problem, choice):
+    def start(self, problem, choice):
+        """Begin to compile the kernels that a Problem starts with this Choice: the list of their Futures."""
         try:
             return [self._start(launch) for launch in launches(problem, choice)]
         except Exception as error:  # a launcher that refuses a tile: a candidate that failed
@@ -75,9 +70,7 @@ def prepare(capability):
     """Make this process one that compiles for a GPU which it never touches."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch.set_num_threads(1)
-    compiling = compiling_for(capability)
-    compiling.__enter__()  # for as long as the process lives
-    globals()["_compiling"] = compiling
+    _for_life.enter_context(compiling_for(capability))
 
 
 def _prepare_quietly(capability):

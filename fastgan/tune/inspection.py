@@ -33,10 +33,10 @@ def launches_of_tables(paths):
     return found
 
 
-def launches_of_defaults(dtypes, models=("dcgan64",), batch=128):
+def launches_of_defaults(dtypes, batch=128):
     """The Launches of every kernel as a training step of the DCGAN has them: default tiles, and all other passes."""
     found = []
-    for problem in problems_of(models, (batch,), dtypes):
+    for problem in problems_of(("dcgan64",), (batch,), dtypes):
         found += launches(problem, Choice("triton")) + launches(problem, Choice("cudnn"))
     for dtype in dtypes:
         found += record(lambda dtype=dtype: _passes(dtype, batch))

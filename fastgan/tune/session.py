@@ -6,6 +6,7 @@ import torch
 
 from fastgan import backend
 from fastgan.ops import choice
+from fastgan.ops.choice import Choice
 from fastgan.tune.candidates import candidates
 from fastgan.tune.compiling import Compiler
 from fastgan.tune.measure import Clock, measure
@@ -33,9 +34,9 @@ def tune(problems, *, report, save, processes=None):
             tiles = {problem: candidates(problem) for problem in problems}
             compiled = {}
             for problem in problems:
-                compiled[problem, None] = compiler.start_cudnn(problem)
+                compiled[problem, None] = compiler.start(problem, Choice("cudnn"))
                 for tile in tiles[problem]:
-                    compiled[problem, tile] = compiler.start(problem, tile)
+                    compiled[problem, tile] = compiler.start(problem, Choice("triton", tile._asdict()))
 
             def failed(problem, tile):
                 return next(filter(None, (future.result() for future in compiled[problem, tile])), None)

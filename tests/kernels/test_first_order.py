@@ -18,10 +18,9 @@ from fastgan.ops.geometry import out_size
 from fastgan.ops.replay import Replayed
 from fastgan.ops.way_back import conv_activation_grad, conv_batch_norm_grad
 from tests.accuracy import assert_as_accurate_as_stock
-from tests.conftest import HAS_GPU
+from tests.conftest import DTYPES
 
 pytestmark = pytest.mark.usefixtures("triton_backend", "poisoned")
-DTYPES = (torch.float32, torch.float16, torch.bfloat16) if HAS_GPU else (torch.float32, torch.float16)
 
 # transposed (of the way back), channels of the gradient and of the result, its size, kernel, stride, padding, extra:
 # every kernel, with tiles that end inside of the matrix, and those of images and of one position

@@ -7,11 +7,9 @@ from torch.nn import functional as F
 from fastgan import functional as fused
 from fastgan.losses import backward_bce, backward_bce_of_torch
 from tests.accuracy import assert_as_accurate_as_stock
-from tests.conftest import HAS_GPU
+from tests.conftest import DTYPES
 
 pytestmark = pytest.mark.usefixtures("triton_backend", "poisoned")
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16) if HAS_GPU else (torch.float32, torch.float16)
 
 
 def stock(real, fake, real_target, fake_target):

@@ -5,12 +5,10 @@ import pytest
 import torch
 
 from fastgan.data.resident import _draw_reference
-from tests.conftest import HAS_GPU
+from tests.conftest import DTYPES
 
 data = pytest.importorskip("fastgan.kernels.data")
 pytestmark = pytest.mark.usefixtures("poisoned")
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16) if HAS_GPU else (torch.float32, torch.float16)
 
 
 def tensors(shape, batch_size, device, *, flip, order_dtype=torch.int32):

@@ -15,10 +15,9 @@ from fastgan.kernels.statistics import merge_statistics
 from fastgan.kernels.up import up
 from fastgan.kernels.weight_grad import weight_grad
 from tests.accuracy import assert_as_accurate_as_stock
-from tests.conftest import HAS_GPU
+from tests.conftest import DTYPES, HAS_GPU
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-DTYPES = (torch.float32, torch.float16, torch.bfloat16) if HAS_GPU else (torch.float32, torch.float16)
 
 # A, B, low size, kernel, stride, padding, output_padding: images of 1 to 8 channels, whole and in several patches
 IMAGES = (

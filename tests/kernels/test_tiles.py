@@ -10,11 +10,10 @@ from fastgan.kernels.statistics import merge_statistics
 from fastgan.kernels.up import up
 from fastgan.kernels.weight_grad import weight_grad
 from tests.accuracy import assert_as_accurate_as_stock
-from tests.conftest import HAS_GPU
+from tests.conftest import DTYPES, HAS_GPU
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16) if HAS_GPU else (torch.float32, torch.float16)
 CASES = [(dtype, tile) for dtype in DTYPES for tile in TILES[dtype.itemsize]]
 if not HAS_GPU:  # warps and stages mean nothing else to the interpreter
     CASES = list({(dtype, tile[:3], tile.has_room()): (dtype, tile) for dtype, tile in CASES}.values())

@@ -69,7 +69,7 @@ def pretended(monkeypatch, tmp_path):
             assert capability == 90
 
         __enter__ = lambda self: self  # noqa: E731
-        __exit__ = start = start_cudnn = lambda self, *_: []
+        __exit__ = start = lambda self, *_: []
 
     def measure(problem, tiles, device, clock, failed):
         assert torch.backends.cudnn.benchmark
@@ -222,9 +222,9 @@ if __name__ == "__main__":
     problem = next(p for p in problems_of(["{SHAPE}"], (4,), [torch.bfloat16]) if "+" in p.kind)
     tile = candidates(problem)[0]
     with Compiler(90, 2) as compiler:
-        futures = compiler.start(problem, tile) + compiler.start_cudnn(problem)
+        futures = compiler.start(problem, Choice("triton", tile._asdict())) + compiler.start(problem, Choice("cudnn"))
         assert [future.result() for future in futures] == [None] * 4
-        bad = compiler.start(problem, tile._replace(block_k=24))
+        bad = compiler.start(problem, Choice("triton", tile._replace(block_k=24)._asdict()))
         assert any(future.result() for future in bad)
     from triton.compiler import ASTSource
 
