@@ -13,7 +13,15 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
-from fastgan.graph_patterns import activation_of, changes_in_place, is_written_to, may_be_views, sole_user, stays_stock
+from fastgan.graph_patterns import (
+    activation_of,
+    changes_in_place,
+    is_written_to,
+    may_be_views,
+    only_read,
+    sole_user,
+    stays_stock,
+)
 from fastgan.group_calls import gamma_of_ones
 from fastgan.layout import contiguous, suggests_channels_last
 from fastgan.ops import layer as fused
@@ -112,9 +120,11 @@ def rewrite(graph_module):
     for call in calls:
         others = [user for user in call.users if user not in calls]
         if others and not suggests_channels_last(call.meta["example_value"]):  # which is stock's result
+            # Fused calls need no other layout, but have to see what may be done to it in place.
+            wanting = others if only_read(others) else list(call.users)
             with graph.inserting_after(call):
                 restored = graph.call_function(contiguous, (call,))
-            call.replace_all_uses_with(restored, lambda user, others=others: user in others)
+            call.replace_all_uses_with(restored, lambda user, wanting=wanting: user in wanting)
     if calls:
         graph.lint()
         graph_module.recompile()

@@ -13,7 +13,7 @@ from torch.fx.experimental.symbolic_shapes import guard_scalar
 
 from fastgan import backend
 from fastgan.batch_groups import batch_groups, current_groups
-from fastgan.graph_patterns import find_groups
+from fastgan.graph_patterns import find_groups, only_read
 from fastgan.group_calls import run_parts, run_stock
 from fastgan.layout import in_stock_layout
 from fastgan.ops import layer as fused
@@ -247,12 +247,12 @@ def plan_call(container, arguments):
     plan.watch.start()
     plan.groups = [run.group for run in runs]
     if any(group.fused for group in plan.groups):
-        plan.run = _compile(graph, [run for run in runs if run.group.fused], type(container).__name__)
+        plan.run = _compile(graph, [run for run in runs if run.group.fused], container)
     return plan
 
 
-def _compile(graph, runs, name):
-    """The function of the graph in which each of the runs is one call."""
+def _compile(graph, runs, container):
+    """The function of the container's graph in which each of the runs is one call."""
     # A call → the node that the calls one after the other begin with, the convolutions in them, whether more follows.
     calls = {}
     for row in _in_rows(runs):
@@ -269,21 +269,27 @@ def _compile(graph, runs, name):
     for call, in_row in calls.items():
         others = [user for user in call.users if user not in calls]
         if others:
+            # Fused calls need no other layout, but have to see what may be done to it in place.
+            wanting = others if only_read(others, container) else list(call.users)
             with graph.inserting_after(call):
                 restored = graph.call_function(in_stock_layout, (call, *in_row))
-            call.replace_all_uses_with(restored, lambda user, others=others: user in others)
+            call.replace_all_uses_with(restored, lambda user, wanting=wanting: user in wanting)
     code = graph.python_code("self")
     scope = dict(code.globals)
-    exec(compile(code.src, f"<fused forward of {name}>", "exec"), scope)
+    exec(compile(code.src, f"<fused forward of {type(container).__name__}>", "exec"), scope)
     return scope["forward"]
 
 
 def _in_rows(runs):
-    """The runs, those together of which each begins where the one before ends, and nobody else uses what passes."""
+    """The runs, those together of which each begins where the one before ends, and nobody else uses what passes.
+
+    They run where the first one begins: so nothing stands within those before the last, which might have to do with it.
+    """
     rows = []
     for run in runs:
-        before = rows[-1][-1].nodes[-1] if rows else None
-        if before is not None and before.next is run.nodes[0] and list(before.users) == [run.nodes[0]]:
+        before = rows[-1][-1] if rows else None
+        follows = before is not None and before.nodes[-1].next is run.nodes[0]
+        if follows and list(before.nodes[-1].users) == [run.nodes[0]] and not before.in_between():
             rows[-1].append(run)
         else:
             rows.append([run])

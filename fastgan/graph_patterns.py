@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from fastgan.patterns import WRITTEN_TO, Group, match_first, passes_on, writes_to_input
+from fastgan.patterns import WRITTEN_TO, Group, has_hooks, match_first, passes_on, writes_to_input
 from fastgan.tracing import IN_PLACE
 
 _FUNCTIONS = {
@@ -36,6 +36,13 @@ _VIEWING = set(
     alpha_dropout feature_alpha_dropout
     """.split()
 )
+# What leaves its arguments as they are and gives a result with memory of its own: functions and methods, layers.
+_READING = {operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, operator.pow, F.interpolate}
+_READING |= {getattr(torch, name) for name in "add sub mul div cat concat stack abs square mean sum".split()}
+_READING |= {F.conv2d, F.conv_transpose2d, F.avg_pool2d, F.linear, F.l1_loss, F.mse_loss}
+_READING |= set("add sub mul div abs square mean sum".split())
+_READING_LAYERS = {nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.InstanceNorm2d, nn.GroupNorm, nn.Linear}
+_READING_LAYERS |= {nn.AvgPool2d, nn.MaxPool2d, nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d}
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
 _OPTIONS = {"negative_slope", "inplace"}  # what an activation that is called on a tensor may be given by name
 _LEAKY_RELU = inspect.signature(lambda input, negative_slope=0.01, inplace=False: None)
@@ -48,10 +55,15 @@ class Run:
     nodes: list[fx.Node]
     group: Group
 
+    def in_between(self):
+        """The nodes that stand among its own and do something."""
+        between = _between(self.nodes[0], self.nodes[-1])
+        return [node for node in between if node.op != "get_attr" and node not in self.nodes]
+
     def passed(self):
         """Paths of the modules that it now runs before: its BatchNorm does so where the convolution stands."""
-        between = _between(self.nodes[0], self.nodes[-1]) if self.group.batch_norm is not None else []
-        return [node.target for node in between if node.op == "call_module" and node not in self.nodes]
+        between = self.in_between() if self.group.batch_norm is not None else []
+        return [node.target for node in between if node.op == "call_module"]
 
 
 def activation_of(node):
@@ -150,6 +162,20 @@ def is_written_to(node, container=None):
             if _name(user) in _VIEWING if module is None else passes_on(module):
                 views.append(user)
     return False
+
+
+def only_read(users, container=None):
+    """Whether these nodes are known to leave what they are given as it is, and to hand on nothing of its memory."""
+    return all(_only_reads(user, container) for user in users)
+
+
+def _only_reads(node, container):
+    if node.op == "output":
+        return True
+    if node.op == "call_module":
+        module = container.get_submodule(node.target)
+        return type(module) in _READING_LAYERS and not has_hooks(module)
+    return node.target in _READING and not node.kwargs.keys() & {"out", "inplace"}
 
 
 def find_groups(graph, container):

@@ -168,6 +168,44 @@ def test_does_not_matter(function, monkeypatch):
     assert any(options["activation"] == "relu" and options["training"] for options in calls)
 
 
+def norm_of_the_second(self, x):
+    y = self.conv1(x)
+    z = self.bn2(x)
+    return self.bn2(self.conv2(F.relu(self.bn1(y)))) + z.mean()
+
+
+def weight_of_the_second(self, x):
+    y = self.conv1(x)
+    self.conv2.weight.data.clamp_(-0.01, 0.01)
+    return self.bn2(self.conv2(F.relu(self.bn1(y))))
+
+
+def statistics_of_the_second(self, x):
+    y = self.conv1(x)
+    old = self.bn2.running_mean * 1
+    return self.bn2(self.conv2(F.relu(y))) + old.sum()
+
+
+def weight_of_the_third(self, x):
+    y = self.conv2(self.bn1(self.conv1(x)).relu())
+    self.up.weight.data.mul_(2)
+    return self.up(self.conv1(self.bn2(y)).tanh())
+
+
+@pytest.mark.parametrize(
+    "function",
+    [norm_of_the_second, weight_of_the_second, statistics_of_the_second, weight_of_the_third],
+    ids=lambda f: f.__name__,
+)
+def test_layers_in_a_row(function, monkeypatch):
+    """What stands within one of them may have to do with those after it."""
+    stock, model = pair_of(function)
+    calls = count_operator_calls(monkeypatch)
+    fastgan.fuse(model)
+    assert_equal_calls(model, stock)
+    assert calls
+
+
 def calls_a_child(self, x):
     y = self.conv1(x)
     z = self.free(x[:, :1].expand(-1, 4, -1, -1))
