@@ -76,7 +76,8 @@ def convolve(x, conv, forward, alone=False):
     if not (_is_plain(x, weight, bias, conv) and _are_cast(dtype, x, weight, bias) and _multiplies_in(working)):
         return forward(x)
     with backend.without_autocast("cpu"):  # or products of float32 would be of less
-        y = compute(x.to(working), weight.to(working), *where)
+        # Autocast's weights are copies, so that the weight may be updated before a backward of this result.
+        y = compute(x.to(working), weight.to(working, copy=trains and weight.dtype != dtype), *where)
         y = (y if bias is None else y + bias.to(working)[:, None, None]).to(dtype)
     has_strides = alone and compute is to_one_position and y.shape[1] > 1
     if has_strides and (suggests_channels_last(weight) or suggests_channels_last(x)):

@@ -219,6 +219,24 @@ def test_half_precision_by_way_of_float32(name, layout, dtype, autocast, poisone
         assert_as_accurate_as_stock(f"{name}: {what}", *results)
 
 
+@pytest.mark.parametrize("in_float32", [False, True])
+@pytest.mark.parametrize("name", [*LAYERS, "ordinary"])
+def test_an_update_between_forward_and_backward_under_autocast(name, in_float32, monkeypatch):
+    """Whose copies of weights it does not reach."""
+    monkeypatch.setattr(cpu_convolution, "_gains_in_float32", lambda dtype, trains: in_float32)
+    monkeypatch.setitem(LAYERS, "ordinary", (lambda: nn.Conv2d(6, 5, 3, 2, 1, bias=False), (3, 6, 9, 10), None))
+    layer, x = make(name)
+    x.requires_grad_()
+    gradients = []
+    for change in (0.0, 1.0):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = convolve(x, layer, layer.forward)
+        with torch.no_grad():
+            layer.weight += change
+        gradients.append(torch.autograd.grad(y.float().square().sum(), (x, layer.weight)))
+    assert all(map(torch.equal, *gradients))
+
+
 def test_half_precision_stays_stock_where_that_is_no_gain(monkeypatch):
     asked = []
     monkeypatch.setattr(cpu_convolution, "_gains_in_float32", lambda *question: asked.append(question) or True)
