@@ -61,7 +61,7 @@ _NOT_OF_CALLS = frozenset(
 
 def returns_something(module):
     """Whether a module cannot return None: PyTorch's own do not, whatever their hooks are, nor when they are fused."""
-    return all(_is_of_torch(type(part)) and not _is_replaced(vars(part).get("forward")) for part in module.modules())
+    return all(is_of_torch(type(part)) and not _is_replaced(vars(part).get("forward")) for part in module.modules())
 
 
 def _is_replaced(forward):
@@ -89,6 +89,7 @@ class CodeCheck:
 
     def __init__(self, watch):
         self._watch, self._seen = watch, set()
+        self.globals = {}  # (id of global names, name) → name, of those that functions use
         self.asks_for_none = False  # whether it may ask that of what a layer returned: a stand-in never is None
 
     def function(self, function, cls=None, called_first=False):
@@ -149,13 +150,14 @@ class CodeCheck:
         if value is names:
             raise Untraceable(f"it uses {name}, which is not there")
         self._watch.key(names, name)
+        self.globals[id(names), name] = name
         self._guard(_module_of(names), name, value)
         if isinstance(value, type) and attributes == ["super"]:  # super(Name, self)
             if cls is None or value not in cls.__mro__:
                 raise Untraceable("it calls super of another class")
             return
         for i, attribute in enumerate(attributes):
-            if isinstance(value, types.ModuleType) or (isinstance(value, type) and not _is_of_torch(value)):
+            if isinstance(value, types.ModuleType) or (isinstance(value, type) and not is_of_torch(value)):
                 name = f"{name}.{attribute}"
                 value = self._attribute(value, attribute, name)
             elif isinstance(value, type):  # a class of PyTorch: its methods are functions
@@ -177,12 +179,12 @@ class CodeCheck:
         missing = object()
         if isinstance(holder, type):
             self._watch.attribute(holder, attribute)
-        elif not _is_of_torch(holder):
+        elif not is_of_torch(holder):
             self._watch.key(vars(holder), attribute)
         value = getattr(holder, attribute, missing)
         if value is missing:
             raise Untraceable(f"it uses {name}, which is not there")
-        if not _is_of_torch(holder):
+        if not is_of_torch(holder):
             self._guard(holder, attribute, value)
         elif isinstance(holder, types.ModuleType) and _is_setting(value):
             raise Untraceable(f"it asks for {name}")
@@ -209,7 +211,7 @@ class CodeCheck:
     def type(self, cls):
         """Check what happens to an instance of a module class without being called by name."""
         for base in cls.__mro__:
-            if base is object or _is_of_torch(base):
+            if base is object or is_of_torch(base):
                 continue
             for name, value in vars(base).items():
                 if name.startswith("__") and name.endswith("__") and name not in _NOT_OF_CALLS:
@@ -245,7 +247,7 @@ def _draws(value):
     return owner is random._inst or type(owner).__module__.startswith("numpy.random")
 
 
-def _is_of_torch(cls_or_module):
+def is_of_torch(cls_or_module):
     name = cls_or_module.__module__ if isinstance(cls_or_module, type) else cls_or_module.__name__
     return name.split(".")[0] == "torch"
 
@@ -280,12 +282,17 @@ def _calculates(value):
 _PLAIN = frozenset(["CACHE", "EXTENDED_ARG", "NOP", "RESUME", "PRECALL", "PUSH_NULL", "NOT_TAKEN"])
 
 
+def instructions_of(code):
+    """Without those that do nothing by themselves."""
+    return [i for i in dis.get_instructions(code) if i.opname not in _PLAIN]
+
+
 @functools.lru_cache(maxsize=1024)
 def _facts(code, outer=None):
     """The _Facts of a code object in a function whose variables of outer functions are `outer`."""
     facts = _Facts()
     outer = frozenset(code.co_freevars) if outer is None else outer
-    instructions = [i for i in dis.get_instructions(code) if i.opname not in _PLAIN]
+    instructions = instructions_of(code)
     written = {name for i in instructions if i.opname.startswith("STORE_FAST") for name in _as_tuple(i.argval)}
     given = set(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]) - written
     for at, instruction in enumerate(instructions):
@@ -325,7 +332,7 @@ def _problem(instructions, at, outer):
     kind, value = instruction.opname, instruction.argval
     before = instructions[at - 1] if at else instruction
     if kind in ("STORE_ATTR", "DELETE_ATTR"):
-        return f"it sets {'self' if _is_of_self(instructions, at) else ''}.{value}"
+        return f"it sets {'self' if is_attribute_of('self', instructions, at) else ''}.{value}"
     if kind in ("STORE_GLOBAL", "DELETE_GLOBAL"):
         return f"it sets the global {value}"
     if kind in ("STORE_DEREF", "DELETE_DEREF") and value in outer:
@@ -359,13 +366,13 @@ def _as_tuple(name_or_names):
     return name_or_names if isinstance(name_or_names, tuple) else (name_or_names,)
 
 
-def _is_of_self(instructions, at):
-    """Whether the attribute that is set is one of `self`."""
+def is_attribute_of(name, instructions, at):
+    """Whether the attribute that is loaded or set is one of the variable of that name."""
     holder = instructions[at - 1]
     if holder.opname in ("SWAP", "ROT_TWO"):  # self.x += 1
         loads = (i for i in range(at - 1, 1, -1) if instructions[i].opname == "LOAD_ATTR")
         holder = next((instructions[i - 2] for i in loads if instructions[i].argval == instructions[at].argval), holder)
-    return "self" in _as_tuple(holder.argval)
+    return holder.opname.startswith("LOAD_FAST") and name == _as_tuple(holder.argval)[-1]
 
 
 def _named_by_super(instructions, at):

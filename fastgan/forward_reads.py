@@ -29,6 +29,7 @@ class Reads:
         self._thread = threading.get_ident()
         self._copies = {}  # (id of module, name) → (name, copy that the forward got, what was in it)
         self._given = set()  # ids of the modules that the forward can have got hold of
+        self.values = {}  # (id of module, name) → name, of what is no module and no tensor
 
     @contextmanager
     def recorded(self):
@@ -91,7 +92,7 @@ class Reads:
 
     def _constant(self, module, name, value):
         """A value that the forward reads as it is: watched, and of lists a copy, which shows what is done to it."""
-        full = self._named(module, name)
+        full = self.values[id(module), name] = self._named(module, name)
         frozen = freeze(value)
         if frozen is None:
             raise Untraceable(f"it reads {full}, a {type(value).__name__}, which can change")
@@ -134,6 +135,7 @@ class Reads:
         child = attributes["_modules"].get(name)
         if child is None:
             self._watch.guard(module, name, None)
+            self.values[id(module), name] = self._named(module, name)
         if child is not None:
             self._give(child)
         elif _replaces_getattr(type(module)):

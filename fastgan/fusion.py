@@ -7,6 +7,7 @@ matched again as soon as a layer is replaced or gets a hook, so such changes tak
 every call.
 """
 
+import types
 from contextlib import contextmanager
 
 import torch
@@ -113,6 +114,8 @@ def plan_of(container):
         return Plan("its forward was replaced")
     if not any(isinstance(module, nn.modules.conv._ConvNd) for module in container.modules()):
         return Plan("it has no convolutions")
+    if not isinstance(type(container).forward, types.FunctionType):
+        return Plan(f"its forward is a {type(type(container).forward).__name__}")
     return GraphForward(container).plan()
 
 

@@ -3,7 +3,8 @@
 A symbolic trace shows one way through a forward. It stands for all calls only where nothing else decides the way, so
 what could decide it is either watched (`fastgan.watching`), part of the question (the mode, arguments that are no
 tensors), or makes the forward one that is not followed: `Untraceable` says why. The same with what would be lost:
-`fastgan.forward_code` looks at the code, `fastgan.forward_reads` at what it reads of the modules.
+`fastgan.forward_code` looks at the code, `fastgan.forward_reads` at what it reads of the modules, and
+`fastgan.forward_changes` at whether a module that it calls may change that.
 """
 
 import copy
@@ -15,6 +16,7 @@ import torch
 from torch import fx, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from fastgan.forward_changes import check_unchanged_by
 from fastgan.forward_code import RANDOM, CodeCheck, Untraceable, returns_something
 from fastgan.forward_reads import Reads
 from fastgan.random_numbers import random_numbers_kept
@@ -95,7 +97,8 @@ def _in_place(name):
     return call
 
 
-IN_PLACE = frozenset(map(_in_place, ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul")))
+_STATEMENTS = "iadd isub imul itruediv ifloordiv imod ipow imatmul iand ior ixor ilshift irshift"
+IN_PLACE = frozenset(map(_in_place, _STATEMENTS.split()))
 
 
 class _Tracer(fx.Tracer):
@@ -159,6 +162,8 @@ def _trace_once(container, arguments, code, watch, modes_on):
         with reads.recorded():
             graph = tracer.trace(container)
         reads.check_unchanged()
+        called = {n.target: container.get_submodule(n.target) for n in graph.nodes if n.op == "call_module"}
+        check_unchanged_by(called, code.globals | reads.values)
         if freeze(list(given.values())) != before:
             raise Untraceable("it changes an argument")
         if _get_modes() != (modes_on,) * 3:

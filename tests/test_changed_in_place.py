@@ -88,6 +88,20 @@ def test_fused(function, monkeypatch):
     assert len(calls) >= 4
 
 
+def test_a_mask_of_the_caller(monkeypatch):
+    def masked(self, x, mask):
+        mask |= x.mean(1, keepdim=True) > 0
+        return F.relu(self.conv1(x)) * mask
+
+    stock, model = pair_of(masked)
+    calls = count_operator_calls(monkeypatch)
+    fastgan.fuse(model)
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    masks = torch.zeros(2, 2, 1, 4, 4, dtype=torch.bool)
+    assert_close(model(x, masks[0]), stock(x, masks[1]))
+    assert calls and masks[0].any() and torch.equal(*masks)
+
+
 @pytest.mark.parametrize("function", CHANGED, ids=lambda f: f.__name__)
 def test_captured(function, rewritten, monkeypatch):  # noqa: F811
     stock, model = pair_of(function)

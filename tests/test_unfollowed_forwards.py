@@ -1,5 +1,6 @@
 """Forwards with more in them than a trace can stand for: fuse leaves them as they are, and runs none of it itself."""
 
+import functools
 import logging
 import random
 import warnings
@@ -312,3 +313,17 @@ def test_own_call_of_a_child(monkeypatch):
     fastgan.fuse(model)
     assert Counting.calls == 0
     assert "__call__ of its own" in fastgan.explain(model)[0].reason
+
+
+def cached(self, x):
+    return F.relu(self.conv1(x))
+
+
+@pytest.mark.parametrize(
+    "forward", (functools.lru_cache(cached), property(lambda self: self.conv1.forward)), ids=("cached", "computed")
+)
+def test_forwards_that_are_no_functions(forward):
+    stock, model = make_pair(type("Unusual", (Layers,), {"forward": forward}))
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    assert torch.equal(fastgan.fuse(model)(x), stock(x))
+    assert "its forward is a" in fastgan.explain(model)[0].reason

@@ -87,6 +87,9 @@ class TrainStep:
         self.latent_shape, self.source = _latent_shape(latent_dim), source
         _check_lr(lr)
         betas = _checked_betas(betas)
+        for name, network in (("generator", generator), ("discriminator", discriminator)):
+            if next(network.parameters(), None) is None:
+                raise ValueError(f"{name} must have parameters to learn; got a {type(network).__name__} without any")
         weight = next(generator.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         check_precision(precision, self.device)

@@ -328,6 +328,14 @@ def test_bad_arguments(change, message):
         TrainStep(*make_networks(), **{"latent_dim": NZ, "fused": False, **change})
 
 
+def test_networks_without_parameters_are_refused():
+    generator, discriminator = make_networks()
+    with pytest.raises(ValueError, match="generator must have parameters to learn; got a ReLU"):
+        TrainStep(nn.ReLU(), discriminator, latent_dim=NZ)
+    with pytest.raises(ValueError, match="discriminator must have parameters"):
+        TrainStep(generator, nn.Flatten(), latent_dim=NZ)
+
+
 def test_betas_may_be_whole_numbers():
     step = TrainStep(*make_networks(), latent_dim=NZ, betas=(0, 0.9))
     step(real_batches(1)[0])

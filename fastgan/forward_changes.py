@@ -1,0 +1,72 @@
+"""What modules that a forward calls may change of what it reads: a trace, in which they are single nodes, runs none."""
+
+import functools
+import types
+
+from fastgan.forward_code import Untraceable, instructions_of, is_attribute_of, is_of_torch, of_torch
+from fastgan.patterns import hooks_of
+
+_CHANGING = frozenset(["append", "extend", "insert", "clear", "pop", "remove", "sort", "reverse"])  # methods of a list
+
+
+def check_unchanged_by(called, reads):
+    """Raise Untraceable where the call of a module may change a value that the forward reads, as far as code tells.
+
+    Args:
+        called: {path: module}.
+        reads: {(id of a module or of global names, name): what the forward calls it}.
+    """
+    for path, module in called.items():
+        for function, holder in _functions_of(module):
+            for name, is_global, of_self in _changes(function.__code__):
+                for (owner, attribute), full in reads.items():
+                    own = owner == (id(function.__globals__) if is_global else holder)
+                    if attribute == name and (own or (not is_global and (holder is None or not of_self))):
+                        raise Untraceable(f"it reads {full}, which {path} may set")
+
+
+def _functions_of(module):
+    """(function, id of the module that `self` is in it, if that is known) of what runs in a call, hooks included."""
+    for part in module.modules():
+        if not is_of_torch(type(part)):
+            yield from ((function, id(part)) for function in _reached([type(part).forward], type(part)))
+        for hook in [hook for hooks in hooks_of(part) for hook in hooks.values()]:
+            hook = getattr(hook, "func", hook)  # of a functools.partial
+            hook = getattr(hook, "__func__", hook if isinstance(hook, types.FunctionType) else type(hook).__call__)
+            yield from ((function, None) for function in _reached([hook], type(None)))
+
+
+def _reached(functions, cls):
+    """These functions and those that they call by name: methods of the class, properties, functions beside them."""
+    functions = [f for f in functions if isinstance(f, types.FunctionType) and not of_torch(f)]
+    for function in functions:  # grows
+        for name in _names(function.__code__):
+            found = getattr(cls, name, function.__globals__.get(name))
+            found = getattr(found, "fget", found)
+            if isinstance(found, types.FunctionType) and not of_torch(found) and found not in functions:
+                functions.append(found)
+    return functions
+
+
+def _codes(code):
+    return [code, *(inner for each in code.co_consts if isinstance(each, types.CodeType) for inner in _codes(each))]
+
+
+def _names(code):
+    return {name for each in _codes(code) for name in each.co_names}
+
+
+@functools.lru_cache(maxsize=1024)
+def _changes(code):
+    """{(name, whether it is a global one, whether of the first argument)} of what code sets, or changes as a list."""
+    found, first = set(), (*code.co_varnames, "")[0]
+    for each in _codes(code):
+        instructions = instructions_of(each)
+        changes_items = any(i.opname in ("STORE_SUBSCR", "DELETE_SUBSCR") for i in instructions)
+        for at, (kind, name) in enumerate((i.opname, i.argval) for i in instructions):
+            if kind in ("STORE_GLOBAL", "DELETE_GLOBAL"):
+                found.add((name, True, False))
+            changed = changes_items or (at + 1 < len(instructions) and instructions[at + 1].argval in _CHANGING)
+            if kind in ("STORE_ATTR", "DELETE_ATTR") or (kind == "LOAD_ATTR" and changed):
+                found.add((name, False, each is code and is_attribute_of(first, instructions, at)))
+    return found
