@@ -26,26 +26,35 @@ def check_unchanged_by(called, reads):
 
 
 def _functions_of(module):
-    """(function, id of the module that `self` is in it, if that is known) of what runs in a call, hooks included."""
+    """(function, id of the module that its first argument is, if that is known) of what runs in a call."""
     for part in module.modules():
         if not is_of_torch(type(part)):
-            yield from ((function, id(part)) for function in _reached([type(part).forward], type(part)))
+            yield from _reached(type(part).forward, type(part), id(part))
         for hook in [hook for hooks in hooks_of(part) for hook in hooks.values()]:
             hook = getattr(hook, "func", hook)  # of a functools.partial
-            hook = getattr(hook, "__func__", hook if isinstance(hook, types.FunctionType) else type(hook).__call__)
-            yield from ((function, None) for function in _reached([hook], type(None)))
+            if isinstance(hook, types.FunctionType):
+                yield from _reached(hook)
+            else:  # a method, or an object that can be called
+                own = getattr(hook, "__self__", hook)
+                yield from _reached(getattr(hook, "__func__", type(hook).__call__), type(own), id(own))
 
 
-def _reached(functions, cls):
-    """These functions and those that they call by name: methods of the class, properties, functions beside them."""
-    functions = [f for f in functions if isinstance(f, types.FunctionType) and not of_torch(f)]
+def _reached(function, cls=object, holder=None):
+    """A function and those that it calls by name: methods and properties of the class, functions beside them."""
+    reached = {function: holder} if _is_somebodys(function) else {}
+    functions = list(reached)
     for function in functions:  # grows
         for name in _names(function.__code__):
-            found = getattr(cls, name, function.__globals__.get(name))
-            found = getattr(found, "fget", found)
-            if isinstance(found, types.FunctionType) and not of_torch(found) and found not in functions:
-                functions.append(found)
-    return functions
+            own = getattr(cls, name, None)
+            for found, of in ((getattr(own, "fget", own), holder), (function.__globals__.get(name), None)):
+                if _is_somebodys(found) and found not in reached:
+                    reached[found] = of
+                    functions.append(found)
+    return reached.items()
+
+
+def _is_somebodys(function):
+    return isinstance(function, types.FunctionType) and not of_torch(function)
 
 
 def _codes(code):
