@@ -49,8 +49,6 @@ def step_time(profile, path):
     """The microseconds of each kernel in a step, the longest first, a panel for each profiled step."""
     plt = _pyplot()
     rows = profile.profiles
-    if not rows:
-        return False
     figure, axes = plt.subplots(
         len(rows), 1, figsize=(10, 0.3 * (KERNELS_SHOWN + 4) * len(rows)), squeeze=False, sharex=True
     )

@@ -56,7 +56,8 @@ def _conditions(run):
     copy = run.ceiling("tb_per_sec")
     ceilings += [f"copying {copy} TB/s"] if copy else []
     said = f"Measured on {run.date} with torch {run.torch}" + (f" and triton {run.triton}" if run.triton else "") + "."
-    said += f" Ceilings in the same run: {', '.join(ceilings)}." if ceilings else ""
+    said += f" Ceilings, as measured there: {', '.join(ceilings)}." if ceilings else ""
+    said += f" {run.note}" if run.note else ""
     return said if run.on_gpu else f"{said} {_IN_TURN}"
 
 
@@ -129,7 +130,7 @@ def best_stock(entry, together):
 
 def relative_speed(entry):
     """images/s; on a CPU, where eager runs in turn with every other variant, in units of eager's in that precision."""
-    return entry.get("against_eager", 1.0) if is_cpu(entry["device"]) else entry["images_per_sec"]
+    return entry.get("against_eager") or 1.0 if is_cpu(entry["device"]) else entry["images_per_sec"]
 
 
 def _stock_microseconds(stock, fused):
@@ -161,7 +162,7 @@ def _unmeasured(run, entries):
     if not run.on_gpu:
         return []
     failed = [e for e in run.not_run if "bench_train_step" in e["fullname"] and "image_size" in e]
-    known = {(e["image_size"], e["batch"], e["variant"]) for e in [*entries, *failed]}
+    known = {(e["image_size"], e.get("batch"), e.get("variant")) for e in [*entries, *failed]}
     missing = []
     for size in IMAGE_SIZES:
         for batch in BATCHES:
@@ -194,7 +195,7 @@ def _growth(run):
 
 def _growth_from(smaller, entry):
     speed, memory, more = entry["images_per_sec"], entry.get("peak_memory_mb"), None
-    if smaller and memory and smaller.get("peak_memory_mb"):
+    if smaller and memory and smaller.get("peak_memory_mb") and smaller["batch"] < entry["batch"]:
         more = (memory - smaller["peak_memory_mb"]) / (entry["batch"] - smaller["batch"])
     return _number(1e6 / speed), _ratio(smaller and smaller["images_per_sec"], speed), _number(memory), _number(more)
 
@@ -217,7 +218,7 @@ def _profile(profile):
     said = (
         f"Measured on {profile.date}. Busy is the time in which a kernel runs, as a share of a step that nobody "
         "profiles; in the trace itself the profiler lengthens the gaps."
-    )
+    ) + (f" {profile.note}" if profile.note else "")
     return ["### Where the time of a step goes", _table(head, rows), said]
 
 

@@ -12,6 +12,7 @@ could not be kept stays where a message says, for `report.py FILE.json`.
 import argparse
 import itertools
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -68,6 +69,10 @@ def take_in_and_report(options):
     for file, content in zip(files, loaded, strict=True):
         if content.device == timing.device_name():
             raise ValueError(f"{file} is from this machine, which --run measures: give one of them")
+    kept = results / f"{reading.slug(timing.device_name())}.json"
+    if not options.models and kept.exists() and reading.load(kept).of("models"):
+        raise ValueError(f"models are in {kept}, which would lose them: give --models too, or name another --root")
+    folder_with(files, loaded, results)  # what is wrong with it is said before minutes of measuring
     with kept_if_not_taken_in() as folder:
         measured, complete = measure(folder, options.full, options.models, not options.no_checks)
         if measured:
@@ -105,11 +110,41 @@ def _readable(folder):
 
 
 def take_in(files, loaded, root, results):
-    """Keep the files and write the report; nothing of it if there is nothing to report."""
-    results.mkdir(parents=True, exist_ok=True)
-    for file, content in zip(files, loaded, strict=True):
-        keep(file, results / f"{content.name}.json")
-    report(root, results)
+    """Keep the files and write the report. All of it is made first: nothing is changed if something cannot be shown."""
+    new, runs, profiles, others = folder_with(files, loaded, results)
+    if not runs:
+        raise ValueError(f"{results} holds no results: give a file, or measure with --run")
+    with tempfile.TemporaryDirectory(prefix="fastgan-report-") as folder:
+        pictures = draw(runs, profiles, Path(folder))
+        page = tables.results(runs, profiles, {picture.name for picture in pictures})
+        results.mkdir(parents=True, exist_ok=True)
+        for target, (file, _) in new.items():
+            keep(file, target)
+            say(f"kept: {target}")
+        for picture in pictures:
+            keep(picture, results / picture.name)
+    for name in sorted(set(others) - {"probe.json"}):  # which is read by people
+        say(f"left out: {results / name} is neither of pytest-benchmark nor a profile")
+    with written_whole(root / "RESULTS.md") as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    say(f"written: {root / 'RESULTS.md'}")
+
+
+def folder_with(files, loaded, results):
+    """({where a file goes: (file, content)}, *`reading.load_folder` with the files in it), if nothing is lost by it."""
+    new = {results / f"{content.name}.json": (file, content) for file, content in zip(files, loaded, strict=True)}
+    runs, profiles, others = reading.load_folder(results, new)
+    for target, (file, content) in new.items():
+        if isinstance(content, reading.Run):
+            lost = content.lacks(reading.load(target)) if target.exists() else []
+            if lost:
+                raise ValueError(
+                    f"{file} would take the place of {target}, which has timings of {', '.join(lost)} too: measure "
+                    f"those (pytest benchmarks --go-on={file} --benchmark-json=all.json), or name another --root"
+                )
+        elif content.name not in [run.name + reading.PROFILE_SUFFIX for run in runs]:  # whose section it stands in
+            raise ValueError(f"{file} is a profile of {content.device}, of which there are no timings: give those too")
+    return new, runs, profiles, others
 
 
 def _check_different(files, loaded):
@@ -126,7 +161,7 @@ def measure(folder, full, models, checks):
     start, on_gpu = time.monotonic(), timing.ON_GPU
 
     def run(what, *command):
-        print(f"[{time.monotonic() - start:.0f} s] {what}", flush=True)
+        say(f"[{time.monotonic() - start:.0f} s] {what}")
         return run_to_its_end([sys.executable, "-m", *command])
 
     if on_gpu and checks and run("tests on the GPU", "pytest", "-q", "-m", "gpu") != 0:
@@ -141,7 +176,7 @@ def measure(folder, full, models, checks):
             files.append(folder / "profile.json")
         else:
             print("warning: no step could be profiled", file=sys.stderr)
-    print(f"[{time.monotonic() - start:.0f} s] report", flush=True)
+    say(f"[{time.monotonic() - start:.0f} s] report")
     return files, complete
 
 
@@ -180,26 +215,22 @@ def keep(file, target):
     if not (target.exists() and file.samefile(target)):
         with written_whole(target) as temporary:
             temporary.write_bytes(file.read_bytes())
-    print(f"kept: {target}")
 
 
-def report(root, results):
-    """RESULTS.md and the plots from everything in the folder of results."""
-    runs, profiles, others = reading.load_folder(results)
-    if not runs:
-        raise ValueError(f"{results} holds no results: give a file, or measure with --run")
-    for name in sorted(set(others) - {"probe.json"}):  # which is read by people
-        print(f"left out: {results / name} is neither of pytest-benchmark nor a profile")
-    drawn = set()
-    for run in runs:
-        pictures = [(f"{run.name}-throughput.png", plots.throughput, run)]
-        if run.name in profiles:
-            pictures.append((f"{run.name}-profile.png", plots.step_time, profiles[run.name]))
-        drawn |= {name for name, draw, content in pictures if draw(content, results / name)}
-    page = tables.results(runs, profiles, drawn)
-    with written_whole(root / "RESULTS.md") as temporary:
-        temporary.write_text(page, encoding="utf-8")
-    print(f"written: {root / 'RESULTS.md'}")
+def draw(runs, profiles, folder):
+    """Draw into a folder what there is to draw; the pictures."""
+    pictures = [(folder / f"{run.name}-throughput.png", plots.throughput, run) for run in runs]
+    profiled = [(run.name, profiles[run.name]) for run in runs if run.name in profiles]
+    pictures += [(folder / f"{name}-profile.png", plots.step_time, profile) for name, profile in profiled]
+    return [path for path, draw_into, content in pictures if draw_into(content, path)]
+
+
+def say(line):
+    """Print a line at once. A reader who has left, as `| head` does, stops nothing."""
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try again at its end
 
 
 if __name__ == "__main__":

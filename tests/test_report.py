@@ -240,8 +240,13 @@ def test_on_a_cpu_lines_are_of_what_ran_in_turn():
         (json.dumps({"profiles": [{}], "datetime": ""}), "incomplete"),
         (json.dumps(content(without(step("a", 1.0), "bytes_per_step"))), "has no bytes_per_step"),
         (json.dumps(content(without(layer("G1", "fused", "forward", 1.0), "direction"))), "has no direction"),
-        (json.dumps(content(step("a", "fast"))), "images_per_sec of benchmark test_train step[a] must be a number"),
+        (json.dumps(content(step("a", "fast"))), "images_per_sec of benchmark test_train step[a] must be a positive"),
         (json.dumps(content(step("a", 1.0), not_run=["test_b"])), "not_run"),
+        (
+            json.dumps(content({**step("a", 1.0), "group": ["a"]})),
+            "group of benchmark test_train step[a] must be a text",
+        ),
+        ("[" * 100_000, "is no JSON"),
     ],
 )
 def test_refuses_other_files_and_writes_nothing(write, capsys, text, expected):
@@ -251,6 +256,119 @@ def test_refuses_other_files_and_writes_nothing(write, capsys, text, expected):
     message = capsys.readouterr().err
     assert message.startswith("error: bad.json") and expected in message and message.count("\n") == 1
     assert sorted(path.name for path in Path().iterdir()) == ["bad.json", "good.json"]
+
+
+@pytest.mark.parametrize(
+    ("group", "field", "value"),
+    [
+        ("train step", "peak_memory_mb", "n/a"),
+        ("train step", "peak_memory_mb", -1.0),
+        *(("train step", "variant", value) for value in (None, 3, ["fused"])),
+        *(("train step", "device", value) for value in ("", "...", 3, ["a"])),
+        *(("train step", "images_per_sec", value) for value in (float("inf"), float("nan"), -1.0, 0, 10**400)),
+        *(("train step", "batch", value) for value in (None, 0, True)),
+        ("train step", "image_size", None),
+        ("train step", "torch", None),
+        ("layers", "layer", ["G1"]),
+        ("layers", "against_eager", "fast"),
+        ("losses", "microseconds", None),
+        ("ceilings", "tflops", "many"),
+    ],
+)
+def test_refuses_what_the_tables_could_not_show(write, capsys, group, field, value):
+    """By file and field, before it takes the place of what could be shown."""
+    assert run(write("good.json", complete())) == 0
+    before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+    bad = complete()
+    entry = next(entry for entry in bad["benchmarks"] if entry["group"] == group)
+    entry["extra_info"][field] = value
+    capsys.readouterr()
+    assert run(write("bad.json", bad)) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"error: bad.json: {field} of benchmark {entry['name']} must be"), message
+    assert message.count("\n") == 1
+    Path("bad.json").unlink()
+    assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"device": 3}, "device must be a text"),
+        ({"torch": None}, "torch must be a text"),
+        ({"profiles": []}, "no step"),
+        ({"profiles": [PROFILE["profiles"][0] | {"step_us": None}]}, "step_us of the profile of fused-bf16"),
+        ({"profiles": [PROFILE["profiles"][0] | {"kernel_us": {"a": "1"}}]}, "kernel_us of the profile of fused-bf16"),
+        ({"profiles": [PROFILE["profiles"][0] | {"gpu_busy": "97%"}]}, "gpu_busy of the profile of fused-bf16"),
+        ({"device": "Another GPU"}, "a profile of Another GPU, of which there are no timings"),
+    ],
+)
+def test_refuses_profiles_that_could_not_be_shown(write, capsys, change, expected):
+    assert run(write("b.json", complete()), write("p.json", PROFILE | change)) == 2
+    assert expected in capsys.readouterr().err
+    assert sorted(path.name for path in Path().iterdir()) == ["b.json", "p.json"]
+
+
+def test_what_is_not_there_may_be_null(write):
+    machine = {"device": "CPU, 4 threads", "triton": None, "dtype": "float32"}
+    bare = {"against_eager": None, "eager_images_per_sec": None, **machine}
+    measured = [step(variant, 9.0, memory=None, **bare) for variant in ("eager-fp32", "compile-fp32", "fused-fp32")]
+    not_run = [{"fullname": "bench_train_step.py::test_x", "extra_info": {"image_size": 64}, "reason": "none"}]
+    assert run(write("b.json", content(*measured, not_run=not_run))) == 0
+    assert cells(Path("RESULTS.md").read_text(), 128, "fused-fp32")[3:6] == ["–", "14,222", "1.00"]
+
+
+def test_a_selection_does_not_take_the_place_of_the_whole(write, capsys):
+    assert run(write("b.json", complete())) == 0
+    page, kept = Path("RESULTS.md").read_bytes(), Path("benchmarks/results/test-gpu-9000.json").read_bytes()
+    losses = [entry for entry in complete()["benchmarks"] if entry["group"] == "losses"]
+    capsys.readouterr()
+    assert run(write("l.json", content(*losses))) == 2
+    output = capsys.readouterr()
+    assert "which has timings of ceilings, data, generate, layers, models, train step too" in output.err
+    assert "--go-on=l.json" in output.err and output.err.count("\n") == 1 and not output.out
+    assert Path("RESULTS.md").read_bytes() == page
+    assert Path("benchmarks/results/test-gpu-9000.json").read_bytes() == kept
+    # All that went wrong with the others is a result too; and elsewhere nothing is lost.
+    assert report([write("l.json", content(*losses)), "--root", "elsewhere"]) == 0
+    named = [{**entry, "fullname": f"bench_{entry['group']}.py::test"} for entry in complete()["benchmarks"]]
+    write("benchmarks/results/test-gpu-9000.json", content(*named))
+    failed = [{"fullname": e["fullname"], "extra_info": {}, "reason": "x"} for e in named if e["group"] != "losses"]
+    assert run(write("f.json", content(*losses, not_run=failed))) == 0
+
+
+def test_what_a_run_would_lose_is_said_before_it(write, capsys, monkeypatch):
+    assert run(write("b.json", complete())) == 0
+    monkeypatch.setitem(report.__globals__, "measure", None)
+    assert run("--run", write("l.json", content(step("a", 1.0)))) == 2
+    assert "l.json would take the place of" in capsys.readouterr().err
+    monkeypatch.setattr(timing, "device_name", lambda: DEVICE)
+    assert run("--run") == 2  # without models
+    assert capsys.readouterr().err.startswith("error: --models are in benchmarks/results/test-gpu-9000.json")
+
+
+def test_no_folder_without_something_to_keep(write, capsys):
+    write("p.json", PROFILE)
+    assert report(["--root", "new/root"]) == report(["p.json", "--root", "new/root"]) == 2
+    assert "holds no results" in capsys.readouterr().err
+    assert [path.name for path in Path().iterdir()] == ["p.json"]
+
+
+def test_goes_on_without_a_reader(write, monkeypatch):
+    """As in `report.py | head -0`."""
+    end, pipe = os.pipe()
+    os.close(end)
+    with open(pipe, "w") as without_reader, monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", without_reader)
+        assert run(write("b.json", complete())) == 0
+    assert Path("RESULTS.md").exists()
+
+
+def test_notes_in_files_are_on_the_page(write):
+    measured, profile = complete() | {"note": "In two parts."}, PROFILE | {"note": "Of another version."}
+    assert run(write("b.json", measured), write("p.json", profile)) == 0
+    page = Path("RESULTS.md").read_text()
+    assert "copying 2.0 TB/s. In two parts.\n" in page and "lengthens the gaps. Of another version.\n" in page
 
 
 def test_refuses_a_missing_file_two_of_one_device_and_an_empty_folder(write, capsys):
@@ -276,7 +394,7 @@ def test_refuses_before_anything_is_measured(write, capsys, options, monkeypatch
 def test_what_was_measured_is_not_lost(error, status, write, capsys, monkeypatch):
     """Where it cannot be kept, or the run is stopped, a file is left, and what was there before stays whole."""
     Path("benchmarks/results").mkdir(parents=True)
-    before = write("benchmarks/results/test-gpu-9000.json", complete())
+    before = write("benchmarks/results/test-gpu-9000.json", content(step("fused-bf16", 1.0)))
     good, left = Path(before).read_bytes(), content(step("fused-bf16", 2.0))
 
     def measure(folder, *_):
@@ -339,7 +457,8 @@ def test_two_results_of_one_device_in_the_folder(write, capsys):
     Path("benchmarks/results").mkdir(parents=True)
     write("benchmarks/results/mine.json", complete())
     assert run(write("b.json", complete())) == 2
-    assert "both from Test GPU 9000" in capsys.readouterr().err
+    assert "mine.json and b.json are both from Test GPU 9000" in capsys.readouterr().err
+    assert [path.name for path in Path("benchmarks/results").iterdir()] == ["mine.json"]
 
 
 def test_other_json_in_the_folder_is_left_out_and_named(write, capsys):
@@ -349,9 +468,11 @@ def test_other_json_in_the_folder_is_left_out_and_named(write, capsys):
     assert "notes.json" in capsys.readouterr().out
 
 
-def test_results_in_the_repository_are_readable():
-    runs, profiles, _ = reading.load_folder(ROOT / "benchmarks" / "results")
-    assert tables.results(runs, profiles, set()).startswith("# Results")
+def test_the_page_in_the_repository_is_that_of_its_results():
+    results = ROOT / "benchmarks" / "results"
+    runs, profiles, _ = reading.load_folder(results)
+    page = tables.results(runs, profiles, {path.name for path in results.glob("*.png")})
+    assert page == (ROOT / "RESULTS.md").read_text(encoding="utf-8")
 
 
 def test_a_trace_is_summed_up_by_step():
