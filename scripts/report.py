@@ -4,9 +4,10 @@
     python scripts/report.py FILE.json ...      take in what pytest-benchmark or benchmarks.profiling wrote
     python scripts/report.py                    write RESULTS.md and the plots anew
 
-Every file taken in is kept as it is in benchmarks/results/, named after its device. Exit status: 0; 1 if the tests on
-the GPU fail or the benchmarks break off; 2 for anything wrong with the input; 130 after Ctrl-C. What was measured and
-could not be kept stays where a message says, for `report.py FILE.json`.
+Every file taken in is kept as it is in benchmarks/results/, named after its device, in the place of older results that
+have no kind of benchmark more. Exit status: 0; 1 if the tests on the GPU fail or the benchmarks break off; 2 for
+anything wrong with the input; 130 after Ctrl-C. What was measured and could not be kept stays where a message says, for
+`report.py FILE.json`.
 """
 
 import argparse
