@@ -19,6 +19,15 @@ def written_whole(path):
         raise
 
 
+def version_of(path):
+    """What is another after every ``written_whole`` of a file; None where there is no file."""
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return found.st_mtime_ns, found.st_ino, found.st_size
+
+
 @contextmanager
 def alone_in(folder):
     """A context that one process at a time can be in for an existing folder, where its file system knows locks.

@@ -26,16 +26,17 @@ def train(run):
     Raises:
         whatever reading the images raises; the steps before it are saved.
         ValueError: a loss or a weight is not finite (the state is saved as diverged.pt; checkpoint.pt stays as it was),
-            compilation fails, or another process is training in the folder.
+            compilation fails, or another process is training in the folder, or was since the run was made.
     """
     if run.first_step >= run.last_step:
         return run.first_step
     torch.backends.cudnn.benchmark = True  # worth it: all batches have one shape
     run.out.mkdir(parents=True, exist_ok=True)
     with alone_in(run.out):
-        run.write_config()
+        run.check_untouched()
         if not run.first_step:
-            run.save(0)  # whatever ends the run before it has saved a step, it can go on
+            run.save(0)  # before anything else is there: whatever ends the run from now on, it can go on
+        run.write_config()
         return _train(run)
 
 

@@ -11,7 +11,7 @@ import torch
 
 from fastgan import data
 from fastgan.backend import PRECISIONS
-from fastgan.files import check_writable
+from fastgan.files import check_writable, version_of
 from fastgan.models import Discriminator, Generator
 from fastgan.random_numbers import restore_rng
 from fastgan.training.allocation import keep_freed_memory
@@ -44,6 +44,7 @@ class Run:
     fixed_latent: torch.Tensor  # (SAMPLES, nz): the sample pictures are of these
     first_step: int = 0
     resident: data.ResidentImages | None = None  # the images, where they are on the GPU: the step's source
+    found: tuple | None = None  # `version_of` checkpoint.pt when the run was made; of a new one: None
 
     @property
     def steps_per_epoch(self):
@@ -74,6 +75,14 @@ class Run:
             workers=self.config.workers,
             **_batch_options(self.config),
         )
+
+    def check_untouched(self):
+        """Raise ValueError if another process has trained in the folder since this run was made."""
+        if version_of(self.out / CHECKPOINT) != self.found:
+            raise ValueError(
+                f"another process has trained in {self.out} meanwhile, and nothing of that was changed: "
+                f"--resume {shlex.quote(str(self.out))} goes on from there"
+            )
 
     def write_config(self):
         """Write config.json, into a folder that is there: every option, the data and what computes."""
@@ -139,9 +148,10 @@ def resumed_run(path, given=None, out=None):
     path = checkpoint_path(path)
     if out is not None and Path(out).resolve() != path.parent.resolve():
         raise ValueError(f"out {str(out)!r} contradicts the run to resume, which is in {str(path.parent)!r}")
-    if not (path.parent / CONFIG).is_file():
-        raise ValueError(f"{path.parent} holds no run to go on with: it has no {CONFIG}")
+    found = version_of(path.parent / CHECKPOINT)  # before the reading: it may be replaced meanwhile
     state = read_checkpoint(path)
+    if state["step"] and not (path.parent / CONFIG).is_file():  # a run that was ended before its first step may lack it
+        raise ValueError(f"{path.parent} holds no run to go on with: it has no {CONFIG}")
     config = continued(checkpoint_config(path, state), given or {})
     device = _check_machine(config)
     check_writable("resume", path.parent, folder=True)
@@ -160,7 +170,7 @@ def resumed_run(path, given=None, out=None):
         restore_rng(state["rng"], device)
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path} does not fit its own options: {error}") from error
-    return Run(config, path.parent, dataset, device, step, state["fixed_latent"], state["step"], resident)
+    return Run(config, path.parent, dataset, device, step, state["fixed_latent"], state["step"], resident, found)
 
 
 def _check_machine(config):

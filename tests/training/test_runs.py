@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from fastgan import data
-from fastgan.training import new_run, read_checkpoint, resumed_run, train
+from fastgan.training import Run, new_run, read_checkpoint, resumed_run, train
 from fastgan.training.pictures import draw_latents, grid, sample
 
 
@@ -193,6 +193,29 @@ def test_resuming_a_finished_run_changes_nothing(tiny, tmp_path):
     run = resumed_run(tmp_path)
     assert train(run) == run.first_step == run.last_step == 6
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_what_another_process_trained_meanwhile_is_left_as_it_is(tiny, tmp_path):
+    for make in (lambda: new_run(tiny(), tmp_path), lambda: resumed_run(tmp_path, {"max_steps": 8})):
+        late = make()
+        train(make())
+        before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+        with pytest.raises(ValueError, match=r"another process has trained in .* --resume"):
+            train(late)
+        assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+@pytest.mark.parametrize("writes", ["save", "write_config"])
+def test_a_run_that_ends_at_its_start_can_be_begun_anew_or_resumed(tiny, tmp_path, monkeypatch, writes):
+    def on_a_full_disk(*_):
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
+        patch.setattr(Run, writes, on_a_full_disk)
+        train(new_run(tiny(), tmp_path))
+    left = [path.name for path in tmp_path.iterdir()]
+    assert train(resumed_run(tmp_path) if left else new_run(tiny(), tmp_path)) == 6
+    assert (tmp_path / "config.json").exists()
 
 
 def test_a_data_set_that_changed_is_told(tiny, tmp_path):
