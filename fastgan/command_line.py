@@ -1,5 +1,6 @@
-"""How our command lines end: one line for whatever is wrong, and an exit status."""
+"""How our command lines speak and end: one line for whatever is wrong, and an exit status."""
 
+import os
 import sys
 import warnings
 
@@ -14,13 +15,21 @@ def run_command(main, options, **renamed):
     known = {name: name for name in options} | renamed
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+            warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}", "stderr")
             return main()
     except (ValueError, OSError) as error:
         name, *rest = " ".join(str(error).splitlines()).split(" ", 1)
         name = "--" + known[name].replace("_", "-") if name in known else name
-        print(" ".join(["error:", name, *rest]), file=sys.stderr)
+        say(" ".join(["error:", name, *rest]), "stderr")
         return 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        say("interrupted", "stderr")
         return 130
+
+
+def say(text, stream="stdout"):
+    """Print a line that is no result: where nobody reads it any more (a closed pipe or terminal), the work goes on."""
+    try:
+        print(text, file=getattr(sys, stream), flush=True)
+    except OSError:
+        setattr(sys, stream, open(os.devnull, "w"))  # for all that follows, and for Python, which flushes as it exits

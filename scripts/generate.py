@@ -6,7 +6,7 @@ Exit status: 0, 130 after Ctrl-C, 2 for anything wrong with the input.
 import argparse
 import sys
 
-from fastgan.command_line import run_command
+from fastgan.command_line import run_command, say
 from fastgan.training import generate
 
 
@@ -23,7 +23,7 @@ def parse(argv):
 
 def draw(options):
     count, side = generate(**options)
-    print(f"{count} pictures of {side}x{side} in {options['out']}")
+    say(f"{count} pictures of {side}x{side} in {options['out']}")
     return 0
 
 

@@ -11,7 +11,7 @@ import sys
 import torch
 
 import fastgan
-from fastgan.command_line import run_command
+from fastgan.command_line import run_command, say
 from fastgan.ops.choice import has_table, relatives
 from fastgan.training import TrainConfig, new_run, resumed_run, train
 from fastgan.training.config import add_options
@@ -33,15 +33,14 @@ def describe(run):
     how += ", compiled" if config.compile else ""
     how += ", in a CUDA graph" if config.cuda_graph and run.device.type == "cuda" else ""
     where = "" if run.resident is None else ", images on the GPU"
-    print(
+    say(
         f"{config.dataset}: {len(run.dataset):,} images of {side}x{side}, {run.steps_per_epoch} steps of "
-        f"{config.batch_size} an epoch; {how}, {config.precision} on {run.device}{where}; run folder {run.out}",
-        flush=True,
+        f"{config.batch_size} an epoch; {how}, {config.precision} on {run.device}{where}; run folder {run.out}"
     )
     if config.fused and run.device.type == "cuda":
         advise_tuning(run.device)
     if run.first_step:
-        print(f"going on after step {run.first_step} of {run.last_step}", flush=True)
+        say(f"going on after step {run.first_step} of {run.last_step}")
 
 
 def advise_tuning(device):
@@ -52,24 +51,23 @@ def advise_tuning(device):
     meanwhile = "cuDNN computes them"
     if others := relatives(device.index or 0):
         meanwhile += f", but for those in which our kernels are far ahead on {' and '.join(others)}"
-    print(
+    say(
         f"nobody has measured convolutions on {gpu} yet, so {meanwhile}: `python -m fastgan.tune` finds, in some "
-        "minutes, where our kernels are faster",
-        flush=True,
+        "minutes, where our kernels are faster"
     )
 
 
 def explain(run):
     latent = torch.zeros(run.config.batch_size, run.config.nz, device=run.device)
     images = torch.zeros(run.config.batch_size, run.dataset.nc, *[run.config.image_size] * 2, device=run.device)
-    print(fastgan.explain(run.step.generator, latent))
-    print(fastgan.explain(run.step.discriminator, images))
+    say(fastgan.explain(run.step.generator, latent))
+    say(fastgan.explain(run.step.discriminator, images))
 
 
 def run_training(options, out, resume, wants_explanation):
     run = new_run(TrainConfig(**options), out) if resume is None else resumed_run(resume, options, out)
     if run.first_step >= run.last_step:
-        print(
+        say(
             f"the run in {run.out} has finished its {run.last_step} steps (--epochs {run.config.epochs}, "
             f"--max-steps {run.config.max_steps}): a larger --epochs or --max-steps goes on with it"
         )
@@ -80,12 +78,12 @@ def run_training(options, out, resume, wants_explanation):
 
     step = train(run)
     if step < run.last_step:
-        print(f"interrupted; step {step} is saved. To go on: python scripts/train.py --resume {quoted(run.out)}")
+        say(f"interrupted; step {step} is saved. To go on: python scripts/train.py --resume {quoted(run.out)}")
         return 130
-    print(f"done: {step} steps. Pictures: {run.out}/samples/step-{step:06d}.png; losses: {run.out}/loss.png")
+    say(f"done: {step} steps. Pictures: {run.out}/samples/step-{step:06d}.png; losses: {run.out}/loss.png")
     another = (run.config.seed + 1) % 2**63  # the run's own seed would draw the pictures of the samples again
     checkpoint, more = quoted(run.out / "checkpoint.pt"), quoted(run.out / "more.png")
-    print(f"more: python scripts/generate.py {checkpoint} --out {more} --seed {another}")
+    say(f"more: python scripts/generate.py {checkpoint} --out {more} --seed {another}")
     return 0
 
 

@@ -1,5 +1,6 @@
 """The command lines: that they work, and that every kind of bad input ends in one clear line and status 2."""
 
+import io
 import json
 import os
 import shlex
@@ -254,6 +255,33 @@ def test_a_run_that_saved_no_step_goes_on(capsys, monkeypatch):
         [json.loads(line) for line in text.splitlines()] for text in (whole, Path("other/metrics.jsonl").read_text())
     ]
     assert [row["loss_g"] for row in rows[0]] == [row["loss_g"] for row in rows[1]]
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_closed_pipes_end_nothing(stream, monkeypatch):
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError(32, "Broken pipe")
+
+    def main(*arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, stream, Closed())
+            return train([*TINY, "--max-steps", "2", "--save-every", "1", *arguments])
+
+    assert main("--explain", "--out", "run") == 0 and read_checkpoint("run")["step"] == 2
+    assert main("--out", "run") == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, stream, Closed())
+        assert generate(["run", "--out", "new.png"]) == 0
+
+
+def test_a_picture_that_cannot_be_written_costs_no_checkpoint(monkeypatch):
+    def on_a_full_disk(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("fastgan.training.records.save_png", on_a_full_disk)
+    assert train([*TINY, "--max-steps", "2", "--out", "run"]) == 2
+    assert read_checkpoint("run")["step"] == 2
 
 
 def test_one_process_trains_in_a_folder(run_folder, capsys):

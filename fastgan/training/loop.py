@@ -54,8 +54,8 @@ def _train(run):
                 _stop_if_diverged(run, step, non_finite)
                 records.log(step, losses)
             if save:
+                run.save(step)  # first: what is written for people to look at may fail
                 records.draw(step)
-                run.save(step)
                 records.restart_clock()
             if last:
                 break

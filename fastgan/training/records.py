@@ -7,6 +7,7 @@ import shutil
 import time
 import warnings
 
+from fastgan.command_line import say
 from fastgan.files import written_whole
 from fastgan.training.devices import peak_memory_mb, synchronize
 from fastgan.training.pictures import grid, sample, save_png
@@ -138,8 +139,7 @@ class Records:
         self.board.add_image("samples", picture, step)
         if self.bar.disable:
             row = self.last_row
-            print(
+            say(
                 f"step {step}/{self.run.last_step}, epoch {row['epoch']}: loss D {row['loss_d']:.3f}, "
-                f"G {row['loss_g']:.3f}, {row['images_per_sec']:.0f} images/s, data wait {row['data_wait_ms']:.1f} ms",
-                flush=True,
+                f"G {row['loss_g']:.3f}, {row['images_per_sec']:.0f} images/s, data wait {row['data_wait_ms']:.1f} ms"
             )
