@@ -16,6 +16,14 @@ def check_integer(name, value, least, most=None):
         raise ValueError(f"{name} must be {allowed}; got {value!r}")
 
 
+def is_out_of_memory(error):
+    """Whether an exception says that the machine's memory, or the GPU's, does not suffice."""
+    said = ("out of memory", "can't allocate memory", "not enough memory")  # GPUs; CPUs; CPUs with Windows
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in said)
+    )
+
+
 def pair(name, value):
     """An int or a pair of ints as a list of two."""
     values = value if isinstance(value, list | tuple) else [value, value]

@@ -4,9 +4,13 @@ import os
 import sys
 import warnings
 
+from fastgan.checks import is_out_of_memory
+
+_TAKE_MEMORY = ("batch_size", "image_size", "ngf", "ndf", "num")
+
 
 def run_command(main, options, **renamed):
-    """Call ``main()`` and return its exit status: 2 after one line for bad input, 130 after Ctrl-C.
+    """Call ``main()`` and return its exit status: 2 after one line for bad input or lack of memory, 130 after Ctrl-C.
 
     Args:
         options: names of the arguments that messages may begin with; the user knows ``image_size`` as --image-size.
@@ -19,12 +23,23 @@ def run_command(main, options, **renamed):
             return main()
     except (ValueError, OSError) as error:
         name, *rest = " ".join(str(error).splitlines()).split(" ", 1)
-        name = "--" + known[name].replace("_", "-") if name in known else name
+        name = _flag(known[name]) if name in known else name
         say(" ".join(["error:", name, *rest]), "stderr")
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        cause = str(error).partition("\n")[0] or type(error).__name__
+        flags = " or ".join(_flag(name) for name in _TAKE_MEMORY if name in known)
+        say(f"error: not enough memory: {cause}" + (f"; a smaller {flags} needs less" if flags else ""), "stderr")
         return 2
     except KeyboardInterrupt:
         say("interrupted", "stderr")
         return 130
+
+
+def _flag(name):
+    return "--" + name.replace("_", "-")
 
 
 def say(text, stream="stdout"):

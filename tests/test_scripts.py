@@ -292,6 +292,37 @@ def test_one_process_trains_in_a_folder(run_folder, capsys):
     assert train(["--resume", "run", "--max-steps", "3"]) == 0
 
 
+@pytest.mark.parametrize(
+    "error, said",
+    (
+        (torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), "CUDA out of memory. Tried"),
+        (MemoryError(), "MemoryError"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "DefaultCPUAllocator: can't allocate memory"),
+    ),
+)
+def test_too_little_memory_is_one_line(error, said, run_folder, capsys, monkeypatch):
+    def too_large(*_, **__):
+        raise error
+
+    for place in ("loop._update", "run._train_step", "checkpoints.torch.load"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"fastgan.training.{place}", too_large)
+            capsys.readouterr()
+            assert train(["--resume", "run", "--max-steps", "3"]) == 2
+        smaller = "a smaller --batch-size or --image-size or --ngf or --ndf needs less"
+        assert capsys.readouterr().err == f"error: not enough memory: {said}; {smaller}\n"
+    monkeypatch.setitem(generate.__globals__, "generate", too_large)
+    assert generate(["run", "--out", "new.png"]) == 2
+    assert capsys.readouterr().err == f"error: not enough memory: {said}; a smaller --num needs less\n"
+
+
+@pytest.mark.parametrize("choice, said", (("foo", "one of auto"), ("triton", "need a CUDA device")))
+def test_a_backend_that_is_not_possible_leaves_nothing(choice, said, capsys, monkeypatch):
+    monkeypatch.setenv("FASTGAN_BACKEND", choice)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert said in refuse(train, capsys, *TINY, "--max-steps", "1", "--out", "run")
+
+
 def test_compilation_that_fails_is_one_line(capsys, monkeypatch):
     def broken(graph_module, inputs):
         raise OSError("no compiler")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from fastgan.checks import is_out_of_memory
 from fastgan.files import written_whole
 from fastgan.models import Generator
 from fastgan.random_numbers import rng_state
@@ -59,6 +60,8 @@ def read_checkpoint(path):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever bytes that are no checkpoint lead the unpickler to
+        if is_out_of_memory(error):
+            raise
         raise ValueError(f"{path} is not a fastgan checkpoint, or it is damaged: it cannot be loaded") from error
     if not isinstance(state, dict) or state.get("format") != _FORMAT or not _KEYS <= set(state):
         raise ValueError(f"{path} is not a fastgan checkpoint: it holds something else")

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from fastgan import data
-from fastgan.backend import PRECISIONS
+from fastgan.backend import PRECISIONS, select
+from fastgan.checks import is_out_of_memory
 from fastgan.files import check_writable, version_of
 from fastgan.models import Discriminator, Generator
 from fastgan.random_numbers import restore_rng
@@ -169,6 +170,8 @@ def resumed_run(path, given=None, out=None):
         step.load_state_dict(state)
         restore_rng(state["rng"], device)
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise ValueError(f"{path} does not fit its own options: {error}") from error
     return Run(config, path.parent, dataset, device, step, state["fixed_latent"], state["step"], resident, found)
 
@@ -177,6 +180,7 @@ def _check_machine(config):
     check_packages()
     device = pick_device(config.device)
     check_precision(config.precision, device)
+    select(device, PRECISIONS[config.precision])  # whether FASTGAN_BACKEND is possible here
     if config.data_on == "gpu" and device.type != "cuda":
         raise ValueError(f"data_on 'gpu' needs a CUDA device; the run's is {device.type!r}")
     return device
