@@ -1,5 +1,6 @@
 """The plots of the report: images/s over batch size, and where the time of a step goes. Needs matplotlib."""
 
+import os
 import re
 from collections import defaultdict
 
@@ -88,9 +89,7 @@ def readable(kernel):
 
 
 def _pyplot():
-    import matplotlib
-
-    matplotlib.use("Agg")
+    os.environ["MPLBACKEND"] = "agg"  # its import fails where a notebook named one that this Python does not have
     import matplotlib.pyplot as plt
 
     return plt

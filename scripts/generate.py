@@ -4,7 +4,11 @@ Exit status: 0, 130 after Ctrl-C, 2 for anything wrong with the input.
 """
 
 import argparse
+import signal
 import sys
+
+if __name__ == "__main__":
+    on_ctrl_c = signal.signal(signal.SIGINT, signal.SIG_DFL)  # while torch is imported: an end without a traceback
 
 from fastgan.command_line import run_command, say
 from fastgan.training import generate
@@ -33,4 +37,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, on_ctrl_c)
     sys.exit(main())

@@ -5,8 +5,15 @@ Exit status: 0 when the run is complete, 130 after Ctrl-C (the run is saved), 2 
 
 import argparse
 import dataclasses
+import os
 import shlex
+import signal
 import sys
+
+if __name__ == "__main__":
+    # Notebooks name one that this Python may not have, and it is not needed to draw into a file.
+    os.environ["MPLBACKEND"] = "agg"
+    on_ctrl_c = signal.signal(signal.SIGINT, signal.SIG_DFL)  # while torch is imported: an end without a traceback
 
 import torch
 
@@ -98,4 +105,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, on_ctrl_c)
     sys.exit(main())

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import plots, profiling, reading, tables, timing
-from tests.processes import ROOT, main_of
+from tests.processes import ROOT, main_of, run_compiling
 
 report = main_of("report")
 DEVICE = "Test GPU 9000"
@@ -486,6 +486,12 @@ def test_a_trace_is_summed_up_by_step():
     assert found["gpu_busy_in_trace"] == round(19 / 32, 3)
     with pytest.raises(ValueError, match="no kernels"):
         profiling.summary({"traceEvents": events[-1:]}, steps=2, step_seconds=1.0)
+
+
+def test_plots_need_no_backend_of_a_notebook():
+    code = "from benchmarks import plots; print(plots._pyplot().get_backend())"
+    result = run_compiling("-c", code, MPLBACKEND="nonsense")
+    assert result.stdout == "agg\n", result.stderr
 
 
 def test_kernel_names_become_readable():

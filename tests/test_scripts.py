@@ -354,9 +354,9 @@ def test_a_loss_that_is_not_finite_stops_with_the_step(capsys):
     assert Path("run/diverged.pt").exists() and read_checkpoint("run")["step"] == 0
 
 
-def start(*arguments):
-    command = [sys.executable, str(SCRIPTS / "train.py"), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def start(*arguments, script="train.py", **variables):
+    command = [sys.executable, str(SCRIPTS / script), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -366,6 +366,13 @@ def test_bad_input_in_a_process_of_its_own():
     assert process.returncode == 2 and output == ""
     assert error.startswith("error: --image-size") and "Traceback" not in error
     assert not any(Path().iterdir())
+
+
+@pytest.mark.parametrize("script", ["train.py", "generate.py"])
+def test_ctrl_c_while_torch_is_imported_is_quiet(script):
+    Path("torch.py").write_text("import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(9)")
+    process = start(script=script, PYTHONPATH=os.getcwd())
+    assert process.communicate(timeout=100) == ("", "") and process.returncode == -signal.SIGINT
 
 
 def test_help_and_the_library_import_nothing_that_only_training_needs():
@@ -381,7 +388,8 @@ def test_help_and_the_library_import_nothing_that_only_training_needs():
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(capsys):
-    process = start(*TINY, "--epochs", "1000", "--log-every", "1", "--save-every", "100000", "--out", "run")
+    arguments = [*TINY, "--epochs", "1000", "--log-every", "1", "--save-every", "100000", "--out", "run"]
+    process = start(*arguments, MPLBACKEND="nonsense")
     metrics, deadline = Path("run/metrics.jsonl"), time.monotonic() + 100
     while not (metrics.exists() and metrics.read_text().count("\n") > 2):
         assert time.monotonic() < deadline and process.poll() is None
