@@ -275,6 +275,16 @@ def test_closed_pipes_end_nothing(stream, monkeypatch):
         assert generate(["run", "--out", "new.png"]) == 0
 
 
+def test_without_stderr_and_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(sys, "stderr", None)  # as `2>&-` leaves it
+    assert train([*TINY, "--max-steps", "1", "--out", "~/run"]) == 0
+    assert train(["--max-steps", "2", "--resume", "~/run", "--out", "~/run"]) == 0
+    assert generate(["~/run", "--out", "~/new.png"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+    assert read_checkpoint("home/run")["step"] == 2 and Path("home/new.png").exists()
+
+
 def test_a_picture_that_cannot_be_written_costs_no_checkpoint(monkeypatch):
     def on_a_full_disk(*_):
         raise OSError("no space left on device")

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import sys
 import warnings
 from contextlib import nullcontext
 from multiprocessing.pool import ThreadPool
@@ -164,7 +165,7 @@ def _progress_bar(total):
         from tqdm import tqdm
     except ImportError:
         return nullcontext()
-    return tqdm(total=total, desc="decoding", unit=" images", delay=3, disable=None)
+    return tqdm(total=total, desc="decoding", unit=" images", delay=3, disable=None if sys.stderr else True)
 
 
 def _leave_out(images, failures):

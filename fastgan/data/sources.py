@@ -58,7 +58,10 @@ class FileSource:
         return len(self.paths)
 
     def __getitem__(self, index):
-        return _read_or_name(self.paths[index], self.paths[index], self.image_size)
+        path = self.paths[index]
+        if os.path.exists(path) and not os.path.isfile(path):  # to open a pipe is to wait for its writer
+            raise ValueError(f"cannot read the picture {path}: it is no regular file")
+        return _read_or_name(path, path, self.image_size)
 
 
 class LmdbSource:

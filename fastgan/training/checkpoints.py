@@ -76,7 +76,7 @@ def checkpoint_path(path):
     """
     if not os.fspath(path):
         raise ValueError("checkpoint must be the name of a file or of a run's folder; got ''")
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
     if path.is_dir():
         if not (path / CHECKPOINT).is_file():
             raise ValueError(f"{path} holds no {CHECKPOINT}")

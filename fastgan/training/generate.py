@@ -1,5 +1,6 @@
 """Pictures from a checkpoint."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -36,6 +37,7 @@ def generate(checkpoint, out, *, num=64, seed=0, separate=False, device="auto"):
     most_pictures = MOST_SEPARATE if separate else MOST_IN_GRID
     check_integer("num", num, 1, most_pictures)
     check_integer("seed", seed, 0, 2**63 - 1)
+    out = os.path.expanduser(out)
     _check_out(out, separate)
     out = Path(out)
     device = pick_device(device)

@@ -4,6 +4,7 @@ import importlib.util
 import itertools
 import json
 import shutil
+import sys
 import time
 import warnings
 
@@ -88,7 +89,7 @@ class Records:
             unit=" images",
             unit_scale=True,
             ncols=shutil.get_terminal_size().columns,  # 80 where the terminal does not tell
-            disable=None,  # on a terminal only; elsewhere each save prints a line
+            disable=None if sys.stderr else True,  # on a terminal only; elsewhere each save prints a line
         )
         self.restart_clock()
         return self

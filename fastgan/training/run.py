@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shlex
 import warnings
 from dataclasses import dataclass
@@ -123,7 +124,7 @@ def new_run(config, out=None):
         ValueError: an option that this machine or the data do not allow, or a folder that holds a run or cannot be
             written to.
     """
-    out = Path("runs", config.dataset) if out is None else out
+    out = Path("runs", config.dataset) if out is None else os.path.expanduser(out)
     device = _check_machine(config)
     _check_unused(out)
     out = Path(out)
@@ -147,7 +148,7 @@ def resumed_run(path, given=None, out=None):
         ValueError: no usable checkpoint there, options that contradict it, or the reasons of ``new_run``.
     """
     path = checkpoint_path(path)
-    if out is not None and Path(out).resolve() != path.parent.resolve():
+    if out is not None and Path(os.path.expanduser(out)).resolve() != path.parent.resolve():
         raise ValueError(f"out {str(out)!r} contradicts the run to resume, which is in {str(path.parent)!r}")
     found = version_of(path.parent / CHECKPOINT)  # before the reading: it may be replaced meanwhile
     state = read_checkpoint(path)

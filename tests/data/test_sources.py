@@ -128,6 +128,20 @@ def test_unreadable_pictures_are_left_out_and_named(pictures):
     assert folder.images[:, 0, 0, 0].tolist() == [10, 30, 40]
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_among_the_pictures_is_not_waited_for(pictures, monkeypatch):
+    def opened(path):
+        assert os.path.isfile(path), "waits for a writer"
+        return open_picture(path)
+
+    os.mkfifo(pictures / "z.png")
+    open_picture = Image.open
+    monkeypatch.setattr(Image, "open", opened)
+    monkeypatch.setattr(sys, "stderr", None)  # as `2>&-` leaves it
+    with pytest.warns(UserWarning, match=r"left out 1 of 6 pictures: .*z\.png: it is no regular file"):
+        assert len(data.load("folder", root=pictures, image_size=8)) == 5
+
+
 def test_nothing_but_unreadable_pictures(tmp_path):
     (tmp_path / "a.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"none of the 1 pictures can be read: .*a\.png"):
