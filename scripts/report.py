@@ -13,7 +13,6 @@ anything wrong with the input; 130 after Ctrl-C. What was measured and could not
 import argparse
 import itertools
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -27,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 try:
     from benchmarks import plots, reading, tables, timing
-    from fastgan.command_line import run_command
+    from fastgan.command_line import run_command, say
     from fastgan.files import check_writable, written_whole
 except ModuleNotFoundError as missing:
     print(f"error: {missing}; the benchmarks' packages come with: pip install -e '.[dev]'", file=sys.stderr)
@@ -224,14 +223,6 @@ def draw(runs, profiles, folder):
     profiled = [(run.name, profiles[run.name]) for run in runs if run.name in profiles]
     pictures += [(folder / f"{name}-profile.png", plots.step_time, profile) for name, profile in profiled]
     return [path for path, draw_into, content in pictures if draw_into(content, path)]
-
-
-def say(line):
-    """Print a line at once. A reader who has left, as `| head` does, stops nothing."""
-    try:
-        print(line, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try again at its end
 
 
 if __name__ == "__main__":
