@@ -18,7 +18,7 @@ from fastgan.graph_patterns import (
     changes_in_place,
     is_written_to,
     may_be_views,
-    only_read,
+    restore_layout,
     sole_user,
     stays_stock,
 )
@@ -118,13 +118,8 @@ def rewrite(graph_module):
     graph = graph_module.graph
     calls = [_replace(graph, match) for match in find(graph) if match.fused]
     for call in calls:
-        others = [user for user in call.users if user not in calls]
-        if others and not suggests_channels_last(call.meta["example_value"]):  # which is stock's result
-            # Fused calls need no other layout, but have to see what may be done to it in place.
-            wanting = others if only_read(others) else list(call.users)
-            with graph.inserting_after(call):
-                restored = graph.call_function(contiguous, (call,))
-            call.replace_all_uses_with(restored, lambda user, wanting=wanting: user in wanting)
+        if not suggests_channels_last(call.meta["example_value"]):  # which is stock's result
+            restore_layout(call, calls, contiguous)
     if calls:
         graph.lint()
         graph_module.recompile()

@@ -13,7 +13,7 @@ from torch.fx.experimental.symbolic_shapes import guard_scalar
 
 from fastgan import backend
 from fastgan.batch_groups import batch_groups, current_groups
-from fastgan.graph_patterns import find_groups, only_read
+from fastgan.graph_patterns import find_groups, restore_layout
 from fastgan.group_calls import run_parts, run_stock
 from fastgan.layout import in_stock_layout
 from fastgan.ops import layer as fused
@@ -267,13 +267,7 @@ def _compile(graph, runs, container):
         followed += tuple(len(run.nodes) > 1 for run in row)
         calls[call] = entry, (*convolutions, *(conv for conv, *_ in parts)), followed
     for call, in_row in calls.items():
-        others = [user for user in call.users if user not in calls]
-        if others:
-            # Fused calls need no other layout, but have to see what may be done to it in place.
-            wanting = others if only_read(others, container) else list(call.users)
-            with graph.inserting_after(call):
-                restored = graph.call_function(in_stock_layout, (call, *in_row))
-            call.replace_all_uses_with(restored, lambda user, wanting=wanting: user in wanting)
+        restore_layout(call, calls, in_stock_layout, *in_row, container=container)
     code = graph.python_code("self")
     scope = dict(code.globals)
     exec(compile(code.src, f"<fused forward of {type(container).__name__}>", "exec"), scope)

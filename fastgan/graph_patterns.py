@@ -165,18 +165,28 @@ def is_written_to(node, container=None):
     return False
 
 
-def only_read(users, container=None):
-    """Whether these nodes are known to leave what they are given as it is, and to hand on nothing of its memory."""
-    return all(_only_reads(user, container) for user in users)
+def restore_layout(call, calls, function, *arguments, container=None):
+    """Give the users of a fused call, but for other such `calls`, its result as stock's lies: function(call, …).
+
+    Fused calls need no other layout, but have to see what may be done to it in place: then all users get it.
+    """
+    others = [user for user in call.users if user not in calls]
+    if not others:
+        return
+    wanting = others if all(_only_reads(user, container) for user in others) else list(call.users)
+    with call.graph.inserting_after(call):
+        restored = call.graph.call_function(function, (call, *arguments))
+    call.replace_all_uses_with(restored, lambda user: user in wanting)
 
 
 def _only_reads(node, container):
+    """Whether a node is known to leave what it is given as it is, and to hand on nothing of its memory."""
     if node.op == "output":
         return True
     if node.op == "call_module":
         module = container.get_submodule(node.target)
         return type(module) in _READING_LAYERS and not has_hooks(module)
-    return node.target in _READING and not node.kwargs.keys() & {"out", "inplace"}
+    return node.target in _READING and not changes_in_place(node)
 
 
 def find_groups(graph, container):

@@ -45,13 +45,14 @@ def trace(container, arguments, watch=None):
     code.type(cls)
     code.function(cls.forward, cls, called_first=True)
     with _disable_current_modes(), random_numbers_kept() as drawn:  # fake tensors, say: a mode of theirs has no numbers
-        on, off = (_trace_once(container, arguments, code, watch, switch) for switch in (True, False))
+        (on, read), (off, _) = (_trace_once(container, arguments, code, watch, switch) for switch in (True, False))
         if drawn():
             raise Untraceable(RANDOM)
     if on.python_code("self").src != off.python_code("self").src:
         raise Untraceable("it asks whether gradients or autocast are on")
-    called = [container.get_submodule(node.target) for node in on.nodes if node.op == "call_module"]
-    if code.asks_for_none and not all(map(returns_something, called)):
+    called = {node.target: container.get_submodule(node.target) for node in on.nodes if node.op == "call_module"}
+    check_unchanged_by(called, code.globals | read)
+    if code.asks_for_none and not all(map(returns_something, called.values())):
         raise Untraceable("it asks whether a result is None")
     return on
 
@@ -162,13 +163,11 @@ def _trace_once(container, arguments, code, watch, modes_on):
         with reads.recorded():
             graph = tracer.trace(container)
         reads.check_unchanged()
-        called = {n.target: container.get_submodule(n.target) for n in graph.nodes if n.op == "call_module"}
-        check_unchanged_by(called, code.globals | reads.values)
         if freeze(list(given.values())) != before:
             raise Untraceable("it changes an argument")
         if _get_modes() != (modes_on,) * 3:
             raise Untraceable("it switches gradients or autocast")
-        return graph
+        return graph, reads.values
     except Untraceable:
         raise
     except Exception as error:  # what fx cannot follow may raise anything

@@ -11,6 +11,7 @@ from fastgan.training.step import _fused_convolutions
 from fastgan.weight_copies import WeightCopies
 from tests.captures import SimulatedGraph, simulate_graphs
 from tests.conftest import HAS_GPU
+from tests.forwards import Counting
 from tests.training.small_gan import NZ, make_networks, real_batches
 
 pytestmark = pytest.mark.skipif(HAS_GPU, reason="test_cuda_graph.py has real graphs")
@@ -129,15 +130,6 @@ def test_images_of_other_dimensions(shape, monkeypatch, triton_backend):
 
 def test_a_discriminator_that_changes_at_each_step(monkeypatch, triton_backend):
     """One pass would be tried within the capture, which waits for no number: two passes come before."""
-
-    class Counting(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.calls = 0
-
-        def forward(self, x):
-            self.calls += 1
-            return x
 
     simulate_graphs(monkeypatch)
     generator, discriminator = make_networks(dtype=torch.float32)
