@@ -25,14 +25,14 @@ def is_out_of_memory(error):
 
 
 def pair(name, value):
-    """An int or a pair of ints as a list of two."""
+    """An int or a pair of ints as a pair."""
     values = value if isinstance(value, list | tuple) else [value, value]
     if len(values) != 2 or not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
         raise ValueError(f"{name} must be an int or a pair of ints; got {value!r}")
     least = 1 if name == "stride" else 0
     if min(values) < least:
         raise ValueError(f"{name} must be at least {least}; got {value!r}")
-    return list(values)
+    return tuple(values)
 
 
 def check_conv_bn_act(
@@ -43,26 +43,14 @@ def check_conv_bn_act(
     beta,
     running_mean,
     running_var,
-    *,
-    training,
-    momentum,
-    eps,
-    transposed,
-    stride,
-    padding,
-    output_padding,
-    activation,
-    negative_slope,
-    activation_first,
-    batch_groups,
-    process_group,
+    layer,
 ):
-    """Raise ValueError or TypeError for what `functional.conv2d_bn_act` and its transposed twin cannot take."""
+    """Raise ValueError or TypeError for what the operators of a `fastgan.ops.constants.Layer` cannot take."""
     _check_tensors(x=x, weight=weight)
     for name, tensor in (("x", x), ("weight", weight)):
         if tensor.dim() != 4:
             raise ValueError(f"{name} must have 4 dimensions; got shape {tuple(tensor.shape)}")
-    in_axis, out_axis = (0, 1) if transposed else (1, 0)
+    in_axis, out_axis = (0, 1) if layer.transposed else (1, 0)
     in_channels, out_channels = weight.shape[in_axis], weight.shape[out_axis]
     if x.shape[1] != in_channels:
         raise ValueError(
@@ -84,29 +72,42 @@ def check_conv_bn_act(
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var must be given both or neither")
     with_batch_norm = any(tensor is not None for tensor in (gamma, beta, running_mean))
-    if with_batch_norm and not training and running_mean is None:
+    if with_batch_norm and not layer.batch_statistics and running_mean is None:
         raise ValueError("running_mean and running_var are needed when training is False; got None")
+    _check_numbers(layer, with_batch_norm)
+    if not isinstance(layer.groups, int) or layer.groups < 1 or x.shape[0] % layer.groups:
+        raise ValueError(f"batch_groups must divide the batch of {x.shape[0]} images; got {layer.groups!r}")
+    shared = layer.process_group is not None
+    if shared and x.numel() == 0:
+        raise ValueError(f"x must not be empty where processes share their statistics; got shape {tuple(x.shape)}")
+    height, width = _check_sizes(x, weight, layer)
+    images = x.shape[0] // layer.groups
+    if with_batch_norm and layer.batch_statistics and not shared and images * height * width == 1:
+        raise ValueError(
+            "Expected more than 1 value per channel when training, got output size "
+            f"{(images, out_channels, height, width)}: BatchNorm has no variance of one value"
+        )
+
+
+def _check_numbers(layer, with_batch_norm):
+    """Look at the constants that are no sizes."""
+    activation, momentum = layer.activation, layer.momentum
     if not isinstance(momentum, int | float | torch.Tensor) or getattr(momentum, "ndim", 0) != 0:
         raise TypeError(f"momentum must be a number or a 0-dim tensor; got {momentum!r}")
-    if not isinstance(eps, int | float):
-        raise TypeError(f"eps must be a number; got {eps!r}")
+    if not isinstance(layer.eps, int | float):
+        raise TypeError(f"eps must be a number; got {layer.eps!r}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}; got {activation!r}")
-    if activation == "leaky_relu" and not negative_slope >= 0:
-        raise ValueError(f"negative_slope must be at least 0; got {negative_slope!r}")
-    if activation_first and (activation is None or not with_batch_norm):
+    if activation == "leaky_relu" and not layer.slope >= 0:
+        raise ValueError(f"negative_slope must be at least 0; got {layer.slope!r}")
+    if layer.activation_first and (activation is None or not with_batch_norm):
         got = f"activation={activation!r} and {'a' if with_batch_norm else 'no'} BatchNorm"
         raise ValueError(f"activation_first=True needs an activation and a BatchNorm after it; got {got}")
-    if not isinstance(batch_groups, int) or batch_groups < 1 or x.shape[0] % batch_groups:
-        raise ValueError(f"batch_groups must divide the batch of {x.shape[0]} images; got {batch_groups!r}")
-    images = x.shape[0] // batch_groups
-    if process_group is not None and x.numel() == 0:
-        raise ValueError(f"x must not be empty where processes share their statistics; got shape {tuple(x.shape)}")
-    alone = training and with_batch_norm and process_group is None
-    _check_sizes(x, weight, images, out_channels, transposed, stride, padding, output_padding, alone)
 
 
-def _check_sizes(x, weight, images, out_channels, transposed, stride, padding, output_padding, batch_statistics):
+def _check_sizes(x, weight, layer):
+    """The (h, w) of the layer's output."""
+    transposed, stride, padding, output_padding = layer.where()
     for extra, step in zip(output_padding, stride, strict=True):
         if extra and extra >= step:
             raise ValueError(f"output_padding must be less than stride {tuple(stride)}; got {tuple(output_padding)}")
@@ -116,11 +117,7 @@ def _check_sizes(x, weight, images, out_channels, transposed, stride, padding, o
             f"x of {x.shape[2]}×{x.shape[3]} is too small for kernel {tuple(weight.shape[2:])}, stride "
             f"{tuple(stride)} and padding {tuple(padding)}: the output would be {height}×{width}"
         )
-    if batch_statistics and images * height * width == 1:
-        raise ValueError(
-            "Expected more than 1 value per channel when training, got output size "
-            f"{(images, out_channels, height, width)}: BatchNorm has no variance of one value"
-        )
+    return height, width
 
 
 def check_loss(**arguments):

@@ -26,6 +26,7 @@ from fastgan.group_calls import gamma_of_ones
 from fastgan.layout import contiguous, suggests_channels_last
 from fastgan.ops import layer as fused
 from fastgan.ops.choice import what_follows
+from fastgan.ops.constants import Layer
 from fastgan.patterns import WRITTEN_TO
 
 _CONVOLUTIONS = {  # how each is called
@@ -230,22 +231,15 @@ def _replace(graph, match):
     last = match.nodes[-1]
     # As they are now: an operator may have taken the place of the layer before.
     conv = _arguments(_CONVOLUTIONS[match.nodes[0].target], match.nodes[0])
-    batch_norm = match.batch_norm
-    if batch_norm is not None:
-        batch_norm = _arguments(_BATCH_NORM, next(node for node in match.nodes if node.target is F.batch_norm))
-        del batch_norm["x"]
+    where = [_pair(conv.get(name, 0)) for name in ("stride", "padding", "output_padding")]
+    layer = Layer(match.transposed, *where, *match.activation, match.activation_first)
+    vectors = (None,) * 4
+    if match.batch_norm is not None:
+        norm = _arguments(_BATCH_NORM, next(node for node in match.nodes if node.target is F.batch_norm))
+        vectors = [norm[name] for name in ("weight", "bias", "running_mean", "running_var")]
+        layer = layer._replace(batch_statistics=norm["training"], momentum=norm["momentum"], eps=norm["eps"])
     with graph.inserting_before(last):
-        call = graph.call_function(
-            _fused_call,
-            (conv["x"], conv["weight"], conv["bias"]),
-            dict(
-                batch_norm=batch_norm,
-                transposed=match.transposed,
-                activation=match.activation,
-                activation_first=match.activation_first,
-                **{name: list(_pair(conv.get(name, 0))) for name in ("stride", "padding", "output_padding")},
-            ),
-        )
+        call = graph.call_function(_fused_call, (conv["x"], conv["weight"], conv["bias"], *vectors, layer))
         call.meta = dict(last.meta)
     last.replace_all_uses_with(call)
     for node in reversed(match.nodes):
@@ -253,13 +247,9 @@ def _replace(graph, match):
     return call
 
 
-def _fused_call(x, weight, bias, *, batch_norm, transposed, activation, **options):
+def _fused_call(x, weight, bias, gamma, beta, running_mean, running_var, layer):
     """A captured group as one operator, on tensors."""
-    vectors, norm_options = (None,) * 4, dict(training=False, momentum=0.0, eps=0.0)
-    if batch_norm is not None:
-        gamma, beta, mean, var = (batch_norm[name] for name in ("weight", "bias", "running_mean", "running_var"))
-        vectors = (gamma_of_ones(gamma, beta, mean, weight.shape[1 if transposed else 0], weight), beta, mean, var)
-        norm_options = {name: batch_norm[name] for name in norm_options}
-    name, slope = activation
-    named = dict(transposed=transposed, activation=name, negative_slope=slope, batch_groups=1)
-    return fused.conv_bn_act(x, weight, bias, *vectors, **named, **norm_options, **options)
+    if layer.batch_statistics:
+        channels = weight.shape[1 if layer.transposed else 0]
+        gamma = gamma_of_ones(gamma, beta, running_mean, channels, weight)
+    return fused.conv_bn_act(x, weight, bias, gamma, beta, running_mean, running_var, layer=layer)

@@ -6,6 +6,7 @@ variable FASTGAN_BACKEND (auto, triton or reference) forces one. See `fastgan.ba
 
 from fastgan.checks import pair
 from fastgan.losses import discriminator_bce, generator_bce
+from fastgan.ops.constants import Layer
 from fastgan.ops.layer import conv_bn_act
 
 __all__ = ["conv2d_bn_act", "conv_transpose2d_bn_act", "discriminator_bce", "generator_bce"]
@@ -63,20 +64,11 @@ def conv_transpose2d_bn_act(
 
     Source: Ioffe & Szegedy 2015 (arXiv:1502.03167) for BatchNorm; Radford et al. 2015 (arXiv:1511.06434).
     """
-    return conv_bn_act(
-        *(x, weight, bias, gamma, beta, running_mean, running_var),
-        training=training,
-        momentum=momentum,
-        eps=eps,
-        transposed=True,
-        stride=pair("stride", stride),
-        padding=pair("padding", padding),
-        output_padding=pair("output_padding", output_padding),
-        activation=activation,
-        negative_slope=negative_slope,
-        activation_first=activation_first,
-        batch_groups=batch_groups,
+    layer = Layer(
+        *(True, pair("stride", stride), pair("padding", padding), pair("output_padding", output_padding)),
+        *(activation, negative_slope, activation_first, training, momentum, eps, batch_groups),
     )
+    return conv_bn_act(x, weight, bias, gamma, beta, running_mean, running_var, layer=layer)
 
 
 def conv2d_bn_act(
@@ -110,17 +102,8 @@ def conv2d_bn_act(
     Raises:
         ValueError, TypeError: as `conv_transpose2d_bn_act`.
     """
-    return conv_bn_act(
-        *(x, weight, bias, gamma, beta, running_mean, running_var),
-        training=training,
-        momentum=momentum,
-        eps=eps,
-        transposed=False,
-        stride=pair("stride", stride),
-        padding=pair("padding", padding),
-        output_padding=[0, 0],
-        activation=activation,
-        negative_slope=negative_slope,
-        activation_first=activation_first,
-        batch_groups=batch_groups,
+    layer = Layer(
+        *(False, pair("stride", stride), pair("padding", padding), (0, 0)),
+        *(activation, negative_slope, activation_first, training, momentum, eps, batch_groups),
     )
+    return conv_bn_act(x, weight, bias, gamma, beta, running_mean, running_var, layer=layer)

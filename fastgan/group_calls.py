@@ -12,15 +12,14 @@ from fastgan.cpu_convolution import convolve
 from fastgan.first_order import only_first_order
 from fastgan.layout import contiguous, with_stock_gradient
 from fastgan.ops import layer as fused
-from fastgan.ops.chain import Layer, run_chain
+from fastgan.ops.chain import run_chain
+from fastgan.ops.constants import Layer
 from fastgan.ops.operators import is_watched
 from fastgan.ops.reference import activate_
 from fastgan.patterns import hooks_compute_weight, unfit_number, unfit_setting
 from fastgan.weight_copies import weight_copy
 
 _VECTORS = {"weight", "bias"}  # of a BatchNorm
-_NO_VECTORS = (None,) * 4
-_NO_BATCH_NORM = dict(training=False, momentum=0.0, eps=0.0, batch_groups=1)
 
 
 def run_layers(x, conv, forwards, batch_norm):
@@ -86,29 +85,22 @@ def _run_operator(x, part, **links):
     if conv._forward_pre_hooks and hooks_compute_weight(conv):
         for hook in conv._forward_pre_hooks.values():
             hook(conv, (x,))
-    vectors, options = _batch_norm_arguments(batch_norm, x) if batch_norm is not None else (_NO_VECTORS, _NO_BATCH_NORM)
-    if part.activation_first:
-        options["activation_first"] = True
+    vectors, batches, layer = (None,) * 4, None, Layer(*_constants(part), name=part.name)
+    if batch_norm is not None:
+        vectors, batches, settings = _batch_norm_arguments(batch_norm, x)
+        layer = layer._replace(**settings)
     if links["x_link"] is None:
         x = with_stock_gradient(x, conv)
-    try:
-        return fused.linked_conv_bn_act(
-            x,
-            conv.weight,  # once: a parametrized one is computed each time
-            conv.bias,
-            *vectors,
-            transposed=conv.transposed,
-            stride=conv.stride,
-            padding=conv.padding,
-            output_padding=conv.output_padding,
-            activation=part.activation,
-            negative_slope=part.negative_slope,
-            weight_copy=weight_copy(conv),
-            **options,
-            **links,
-        )
-    except (ValueError, TypeError) as error:
-        raise type(error)(f"layer {part.name!r}: {error}") from error
+    weight = conv.weight  # once: a parametrized one is computed each time
+    more = dict(weight_copy=weight_copy(conv), num_batches_tracked=batches, **links)
+    return fused.linked_conv_bn_act(x, weight, conv.bias, *vectors, layer=layer, **more)
+
+
+def _constants(part):
+    """Those fields of the Layer of a group that have no defaults, and whether it activates first."""
+    conv = part.conv
+    where = (conv.transposed, conv.stride, conv.padding, conv.output_padding)
+    return (*where, part.activation, part.negative_slope, part.activation_first)
 
 
 def run_as_chain(x, parts):
@@ -157,10 +149,8 @@ def _tensors_and_layer(part, dtype, casts, batch_groups):
         return None
     learned = (weight, bias)
     copy = copy if copy is not None and copy.dtype == dtype else None
-    act = (part.activation, part.negative_slope)
-    constants = (conv.transposed, conv.stride, conv.padding, conv.output_padding, *act)
     if bn is None:
-        return (*learned, None, None, copy, None, None, None), Layer(*constants, name=part.name)
+        return (*learned, None, None, copy, None, None, None), Layer(*_constants(part), name=part.name)
     own = bn._parameters
     running_mean, running_var, batches, batch_statistics = _statistics_of(bn)
     updates = bn.training and running_mean is not None
@@ -173,7 +163,8 @@ def _tensors_and_layer(part, dtype, casts, batch_groups):
         if vector is not None and not vector.is_contiguous():
             return None
     layer = Layer(
-        *(*constants, part.activation_first, batch_statistics),
+        *_constants(part),
+        batch_statistics=batch_statistics,
         momentum=float(bn.momentum) if updates else 0.0,
         eps=bn.eps,
         groups=batch_groups if batch_statistics else 1,
@@ -191,30 +182,35 @@ def _statistics_of(bn):
 
 
 def _batch_norm_arguments(bn, x):
-    """A BatchNorm as the operator's (gamma, beta, running_mean, running_var) and options.
+    """A BatchNorm's (gamma, beta, running_mean, running_var), what counts its batches, and fields of its Layer.
 
     As stock does: count the batch first, update only statistics that are tracked, and take the batch's own where
     there are none to use.
     """
-    running_mean, running_var, batches, training = _statistics_of(bn)
+    running_mean, running_var, batches, batch_statistics = _statistics_of(bn)
     momentum = bn.momentum
     if batches is not None and momentum is None:
         batches.add_(current_groups())
         # On a GPU a tensor: reading it would wait. In float64, as stock divides.
         momentum = 1.0 / (batches.double() if batches.is_cuda else float(batches))
         batches = None
-    momentum = 0.0 if momentum is None else momentum
     gamma = gamma_of_ones(bn.weight, bn.bias, running_mean, bn.num_features, x)
-    options = dict(
-        training=training,
-        momentum=momentum,
+    settings = dict(
+        batch_statistics=batch_statistics,
+        momentum=0.0 if momentum is None else momentum,
         eps=bn.eps,
-        batch_groups=current_groups() if training else 1,
-        num_batches_tracked=batches,
+        groups=current_groups() if batch_statistics else 1,
+        process_group=_processes(bn),
     )
-    if isinstance(bn, nn.SyncBatchNorm) and bn.training and is_distributed():
-        options["process_group"] = bn.process_group or dist.group.WORLD
-    return (gamma, bn.bias, running_mean, running_var), options
+    return (gamma, bn.bias, running_mean, running_var), batches, settings
+
+
+def _processes(bn):
+    """The torch.distributed group with which a BatchNorm shares its statistics, or None."""
+    if not (isinstance(bn, nn.SyncBatchNorm) and bn.training and is_distributed()):
+        return None
+    group = bn.process_group or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None
 
 
 def gamma_of_ones(gamma, beta, running_mean, channels, like):

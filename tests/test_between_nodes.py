@@ -152,7 +152,7 @@ def test_stays_stock(function, monkeypatch):
     calls = count_operator_calls(monkeypatch)
     fastgan.fuse(model)
     assert_equal_calls(model, stock)
-    assert calls and all(options["training"] is False for options in calls)
+    assert calls and not any(layer.batch_statistics for layer in calls)
     row = next(row for row in fastgan.explain(model) if row.path == "conv1")
     assert "BatchNorm2d" not in row.pattern and IN_BETWEEN[function] in row.reason
 
@@ -165,7 +165,7 @@ def test_does_not_matter(function, monkeypatch):
     calls = count_operator_calls(monkeypatch)
     fastgan.fuse(model)
     assert_equal_calls(model, stock)
-    assert any(options["activation"] == "relu" and options["training"] for options in calls)
+    assert any(layer.activation == "relu" and layer.batch_statistics for layer in calls)
 
 
 def norm_of_the_second(self, x):

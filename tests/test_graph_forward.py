@@ -140,7 +140,7 @@ def test_results_with_a_place_of_their_own(function, monkeypatch):
     with torch.no_grad():
         assert_close(model(x), stock(x))
     assert_close(model.state_dict(), stock.state_dict())
-    assert [options["activation"] for options in calls] == [None, None]
+    assert [layer.activation for layer in calls] == [None, None]
     reasons = {row.path: row.reason for row in fastgan.explain(model)}
     assert f"{function.__name__} after it stays stock" in reasons["conv1"]
 

@@ -6,12 +6,10 @@ convolution goes on through the activation and to the BatchNorm before it in the
 """
 
 import functools
-from typing import NamedTuple
 
 import torch
 
 from fastgan.backend import is_batched
-from fastgan.checks import check_conv_bn_act
 from fastgan.ops.batch_norm import batch_norm_act, batch_norm_act_grad, batch_norm_grad_of_sums, vector_grads
 from fastgan.ops.convolution import activation_grad, conv, conv_statistics, plain_conv, weight_grad_of
 from fastgan.ops.geometry import backward_where
@@ -23,61 +21,10 @@ from fastgan.ops.running import update_running
 from fastgan.ops.way_back import conv_activation_grad, conv_batch_norm_grad
 from fastgan.wanted import are_wanted
 
-_ALONE = ([], None, 0.0)  # what the operators are told of their input: it is not the result of a linked layer
+ALONE = ([], None, 0.0)  # what the operators are told of their input: it is not the result of a linked layer
 TENSORS = 8  # of a layer: weight, bias, gamma, beta, weight_copy, running_mean, running_var, num_batches_tracked
 LEARNED = 4  # the first of these
 KEPT = 5  # of each layer for backward: the weight as the kernels read it, y, mean, invstd, result
-
-
-class Layer(NamedTuple):
-    """The constants of a layer: what `conv`, or `conv_statistics` and `batch_norm_act`, take besides tensors."""
-
-    transposed: bool
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    output_padding: tuple[int, int]
-    activation: str | None
-    slope: float
-    activation_first: bool = False  # before BatchNorm
-    batch_statistics: bool = False  # whether its BatchNorm takes the batch's own
-    momentum: float = 0.0
-    eps: float = 0.0
-    groups: int = 1
-    name: str | None = None  # in what is said of bad input, which is looked for where there is a name
-
-    def where(self):
-        return self.transposed, self.stride, self.padding, self.output_padding
-
-    def before(self):
-        """(activation, slope) before BatchNorm."""
-        return (self.activation, self.slope) if self.activation_first else (None, 0.0)
-
-    def after(self):
-        return (None, 0.0) if self.activation_first else (self.activation, self.slope)
-
-    def options(self):
-        """What `fastgan.functional` calls them."""
-        return dict(
-            training=self.batch_statistics,
-            momentum=self.momentum,
-            eps=self.eps,
-            transposed=self.transposed,
-            stride=self.stride,
-            padding=self.padding,
-            output_padding=self.output_padding,
-            activation=self.activation,
-            negative_slope=self.slope,
-            activation_first=self.activation_first,
-            batch_groups=self.groups,
-            process_group=None,
-        )
-
-    def check(self, *tensors):
-        """Raise for what the operators cannot take, as `functional.conv2d_bn_act` does."""
-        try:
-            check_conv_bn_act(*tensors, **self.options())
-        except (ValueError, TypeError) as error:
-            raise type(error)(f"layer {self.name!r}: {error}") from error
 
 
 def run_chain(x, tensors, layers):
@@ -87,8 +34,8 @@ def run_chain(x, tensors, layers):
         x: in the dtype that is computed in.
         tensors: TENSORS for each layer, one layer after the other, None where there is none. A BatchNorm has one of
             gamma, beta and the running statistics at least, and those contiguous.
-        layers: a tuple of Layers. One without `batch_statistics` has no BatchNorm, or takes its running statistics, and
-            then nothing of the chain has a gradient.
+        layers: a tuple of Layers; those with a name are still to be checked. One without `batch_statistics` has no
+            BatchNorm, or takes its running statistics, and then nothing of the chain has a gradient.
     """
     wanted = [each is not None and each.requires_grad for each in (x, *tensors)]
     if not (torch.is_grad_enabled() and any(wanted)):
@@ -170,10 +117,10 @@ def _layer(form, x, weight, bias, gamma, beta, weight_copy, running_mean, runnin
     if not layer.batch_statistics:
         known = (running_mean, running_var, gamma, beta, layer.eps)
         act = (layer.activation, layer.slope)
-        result = form(conv)(x, weight, weight_copy, bias, *known, *layer.where(), *act, *_ALONE, False)
+        result = form(conv)(x, weight, weight_copy, bias, *known, *layer.where(), *act, *ALONE, False)
         return result, None, None, None, None
     y, mean, invstd, var = form(conv_statistics)(
-        x, weight, weight_copy, bias, layer.eps, *layer.where(), *layer.before(), layer.groups, *_ALONE
+        x, weight, weight_copy, bias, layer.eps, *layer.where(), *layer.before(), layer.groups, *ALONE
     )
     result = form(batch_norm_act)(y, mean, invstd, gamma, beta, True, *layer.after())
     return result, y, mean, invstd, var
@@ -271,4 +218,4 @@ def _plain_layer(x, weight, bias, gamma, beta, weight_copy, layer):
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     if layer.batch_statistics and gamma is None and beta is None:
         gamma = x.new_ones(weight.shape[1 if layer.transposed else 0])  # with none of both there is no BatchNorm
-    return conv_bn_act_reference(x, weight, bias, gamma, beta, None, None, **layer.options())
+    return conv_bn_act_reference(x, weight, bias, gamma, beta, None, None, layer)

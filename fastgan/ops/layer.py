@@ -8,9 +8,8 @@ from typing import NamedTuple
 import torch
 
 from fastgan import backend
-from fastgan.checks import check_conv_bn_act
 from fastgan.ops import batch_norm, convolution, running
-from fastgan.ops.chain import Layer, run_chain
+from fastgan.ops.chain import ALONE, run_chain
 from fastgan.ops.operators import is_watched
 from fastgan.ops.reference import conv_bn_act_reference
 
@@ -26,37 +25,27 @@ class Link(NamedTuple):
     normalized: tuple[torch.Tensor, ...] = ()
 
 
-def conv_bn_act(x, weight, *tensors, **options):
-    """act(BatchNorm(conv(x))): what `fastgan.functional` has two functions for, without links to other layers.
+def conv_bn_act(x, weight, *vectors, layer):
+    """act(BatchNorm(conv(x))): what `fastgan.functional` has two functions for.
 
     Args:
-        tensors: bias, gamma, beta, running_mean and running_var, each (C,) or None.
-        options: `transposed`, and those of `functional.conv_transpose2d_bn_act` without defaults, strides and paddings
-            as pairs; or see `linked_conv_bn_act`.
+        vectors: bias, gamma, beta, running_mean and running_var, each (C,) or None.
+        layer: a `fastgan.ops.constants.Layer`.
     """
-    return linked_conv_bn_act(x, weight, *tensors, **options)[0]
+    return linked_conv_bn_act(x, weight, *vectors, layer=layer)[0]
 
 
 def linked_conv_bn_act(
-    x,
-    weight,
-    *tensors,
-    weight_copy=None,
-    num_batches_tracked=None,
-    activation_first=False,
-    process_group=None,
-    x_link=None,
-    gives_link=False,
-    **options,
+    x, weight, *vectors, layer, weight_copy=None, num_batches_tracked=None, x_link=None, gives_link=False
 ):
     """(result of `conv_bn_act`, its Link or None).
 
     `weight_copy` holds the weight's values in the dtype that is computed in, or None: see `fastgan.weight_copies`.
     `num_batches_tracked`, if any, counts the batches that the running statistics are updated with.
 
-    With a torch.distributed `process_group`, BatchNorm in training normalises with the statistics of the batches of all
-    its processes, as torch.nn.SyncBatchNorm does, each of `batch_groups` with the same one of the others. Gradients are
-    of the sum of the processes' losses; those of the parameters are this process's part of them (of a bias right before
+    With a `process_group` of several processes, BatchNorm in training normalises with the statistics of the batches of
+    all of them, as torch.nn.SyncBatchNorm does, each of the `groups` with the same one of the others. Gradients are of
+    the sum of the processes' losses; those of the parameters are this process's part of them (of a bias right before
     BatchNorm it is given as zero, which the parts sum to). It has no double backward, torch.compile breaks its graph
     there, and an empty batch is refused.
 
@@ -65,19 +54,14 @@ def linked_conv_bn_act(
     BatchNorm's backward needs, so that nobody reads it again for that. Both calls or none run kernels. Such a pair has
     no gradients of gradients: see `fastgan.first_order`.
     """
-    if process_group is not None and torch.distributed.get_world_size(process_group) == 1:
-        process_group = None
-    options.update(activation_first=activation_first, process_group=process_group)
-    check_conv_bn_act(x, weight, *tensors, **options)
+    layer.check(x, weight, *vectors)
     implementation, _ = backend.select(x.device, compute_dtype(x))
     # An empty batch has nothing to launch; stock knows what to say of it, and of a weight that autocast leaves alone.
     if implementation == "reference" or x.numel() == 0 or weight.dtype not in backend.KERNEL_DTYPES:
         if num_batches_tracked is not None:
-            num_batches_tracked.add_(options["batch_groups"])
-        return conv_bn_act_reference(x, weight, *tensors, **options), None
-    more = dict(weight_copy=weight_copy, num_batches_tracked=num_batches_tracked)
-    more |= dict(x_link=x_link or Link(None, 0.0), gives_link=gives_link)
-    return _by_kernels(x, weight, *tensors, **more, **options)
+            num_batches_tracked.add_(layer.groups)
+        return conv_bn_act_reference(x, weight, *vectors, layer), None
+    return _by_kernels(x, weight, weight_copy, vectors, num_batches_tracked, layer, x_link, gives_link)
 
 
 def has_kernels_for(x):
@@ -101,55 +85,23 @@ def compute_dtype(x):
     return torch.get_autocast_dtype(device_type)
 
 
-def _by_kernels(
-    x,
-    weight,
-    bias,
-    gamma,
-    beta,
-    running_mean,
-    running_var,
-    *,
-    training,
-    momentum,
-    eps,
-    transposed,
-    stride,
-    padding,
-    output_padding,
-    activation,
-    negative_slope,
-    activation_first,
-    batch_groups,
-    process_group,
-    weight_copy,
-    num_batches_tracked,
-    x_link,
-    gives_link,
-):
+def _by_kernels(x, weight, weight_copy, vectors, batches, layer, x_link, gives_link):
     # The operators take the weight and the vectors as they are: mixed precision casts no more than it must.
     x = x.to(compute_dtype(x))
     if weight_copy is not None and weight_copy.dtype != x.dtype:
         weight_copy = None
     # The kernels read these as if each lay in memory by itself. They write running statistics, which are not copied.
-    bias, gamma, beta = map(_contiguous, (bias, gamma, beta))
-    layer = Layer(
-        *(transposed, tuple(stride), tuple(padding), tuple(output_padding)),
-        *(activation, negative_slope, activation_first),
-        batch_statistics=training,
-        eps=eps,
-        groups=batch_groups,
-    )
+    *learned, running_mean, running_var = vectors
+    bias, gamma, beta = map(_contiguous, learned)
     to_convolve = (x, weight, weight_copy, bias)
-    of_x = (list(x_link.normalized), x_link.activation, x_link.slope)
+    of_x = ALONE if x_link is None else (list(x_link.normalized), x_link.activation, x_link.slope)
     vectors = (gamma, beta, running_mean, running_var)
     if all(vector is None for vector in vectors):
         return _without_batch_norm(*to_convolve, layer, of_x, gives_link)
-    if not training:
+    if not layer.batch_statistics:
         known = map(_contiguous, (running_mean, running_var))
         return _with_known_statistics(*to_convolve, gamma, beta, *known, layer, of_x), None
-    updates = (momentum, num_batches_tracked)
-    return _with_batch_statistics(*to_convolve, *vectors, *updates, layer, process_group, of_x, gives_link)
+    return _with_batch_statistics(*to_convolve, *vectors, batches, layer, of_x, gives_link)
 
 
 def _without_batch_norm(x, weight, weight_copy, bias, layer, of_x, gives_link):
@@ -185,19 +137,18 @@ def _with_batch_statistics(
     beta,
     running_mean,
     running_var,
-    momentum,
-    num_batches_tracked,
+    batches,
     layer,
-    process_group,
     of_x,
     gives_link,
 ):
     """(result, its Link or None) where BatchNorm normalises with the batch's own statistics."""
-    tensors = (weight, bias, gamma, beta, weight_copy, running_mean, running_var, num_batches_tracked)
+    momentum, process_group = layer.momentum, layer.process_group
+    tensors = (weight, bias, gamma, beta, weight_copy, running_mean, running_var, batches)
     linked = gives_link or any(of_x)
     alone = not linked and process_group is None and not _updated_by_torch(running_mean, running_var, momentum)
     if alone and not is_watched([tensor for tensor in (x, *tensors) if tensor is not None]):
-        return run_chain(x, tensors, (layer._replace(momentum=float(momentum)),)), None
+        return run_chain(x, tensors, (layer._replace(momentum=float(momentum), name=None),)), None
     y, mean, invstd, var = convolution.conv_statistics(
         *(x, weight, weight_copy, bias, layer.eps, *layer.where(), *layer.before(), layer.groups, *of_x)
     )
@@ -207,9 +158,9 @@ def _with_batch_statistics(
         rows = y.numel() // (layer.groups * y.shape[1])
         mean, invstd, var, count = synchronised.share_statistics(mean, var, rows, layer.eps, process_group)
     if running_mean is not None:
-        _update_running(running_mean, running_var, mean, var, momentum, num_batches_tracked)
-    elif num_batches_tracked is not None:
-        num_batches_tracked.add_(layer.groups)
+        _update_running(running_mean, running_var, mean, var, momentum, batches)
+    elif batches is not None:
+        batches.add_(layer.groups)
     after = layer.after()
     if process_group is not None:
         return synchronised.batch_norm_act(y, mean, invstd, gamma, beta, count, *after, process_group), None

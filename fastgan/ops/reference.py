@@ -7,49 +7,27 @@ from fastgan import backend
 from fastgan.ops.running import lerp_running
 
 
-def conv_bn_act_reference(
-    x,
-    weight,
-    bias,
-    gamma,
-    beta,
-    running_mean,
-    running_var,
-    *,
-    training,
-    momentum,
-    eps,
-    transposed,
-    stride,
-    padding,
-    output_padding,
-    activation,
-    negative_slope,
-    activation_first,
-    batch_groups,
-    process_group,
-):
-    """`functional.conv2d_bn_act` and its transposed twin where no kernels run."""
-    if transposed:
-        y = F.conv_transpose2d(x, weight, bias, stride, padding, output_padding)
+def conv_bn_act_reference(x, weight, bias, gamma, beta, running_mean, running_var, layer):
+    """What the operators of a `fastgan.ops.constants.Layer` compute."""
+    if layer.transposed:
+        y = F.conv_transpose2d(x, weight, bias, layer.stride, layer.padding, layer.output_padding)
     else:
-        y = F.conv2d(x, weight, bias, stride, padding)
-    if activation_first:
-        y = activate_(y, activation, negative_slope)
-        activation = None
+        y = F.conv2d(x, weight, bias, layer.stride, layer.padding)
+    y = activate_(y, *layer.before())
     if not (gamma is None and beta is None and running_mean is None and running_var is None):
-        if training and process_group is not None:
+        training, momentum, eps = layer.batch_statistics, layer.momentum, layer.eps
+        if training and layer.process_group is not None:
             from fastgan.ops import synchronised  # imports Dynamo, which takes as long as torch itself
 
-            y, mean, var = synchronised.batch_norm_reference(y, gamma, beta, eps, batch_groups, process_group)
+            y, mean, var = synchronised.batch_norm_reference(y, gamma, beta, eps, layer.groups, layer.process_group)
             if running_mean is not None:
                 lerp_running(running_mean, running_var, mean, var, momentum)
-            return activate_(y, activation, negative_slope)
-        parts = y.chunk(batch_groups) if training else (y,)
+            return activate_(y, *layer.after())
+        parts = y.chunk(layer.groups) if training else (y,)
         # In order, because each part updates the running statistics.
         parts = [F.batch_norm(p, running_mean, running_var, gamma, beta, training, float(momentum), eps) for p in parts]
         y = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return activate_(y, activation, negative_slope)
+    return activate_(y, *layer.after())
 
 
 def activate_(y, activation, negative_slope):

@@ -8,8 +8,10 @@ from torch import nn
 
 import fastgan
 from fastgan import functional as fused
-from fastgan.ops import batch_norm, convolution, layer
+from fastgan.ops import batch_norm, convolution
 from fastgan.ops.choice import Choice
+from fastgan.ops.constants import Layer
+from fastgan.ops.layer import linked_conv_bn_act
 from tests.accuracy import assert_as_accurate_as_stock, error
 from tests.kernels.comparison import PLAIN, draw, gradient_of_norms, leaves, ours, stock, stock_convolution
 
@@ -117,10 +119,9 @@ def test_mixed_precision(copied, training, device, triton_backend, poisoned):
     reference = penalty_grads(stock, case, tensors, torch.float64)
     x, *rest = leaves(tensors)
     kept = rest[0].detach().half() if copied else None
-    where = dict(transposed=True, stride=[2, 2], padding=[1, 1], output_padding=[0, 0], batch_groups=1)
-    options = dict(training=training, momentum=0.3, eps=1e-3, activation="tanh", negative_slope=0.2)
+    constants = Layer(True, (2, 2), (1, 1), (0, 0), "tanh", 0.0, batch_statistics=training, momentum=0.3, eps=1e-3)
     with torch.autocast(device.type, torch.float16):
-        out = layer.conv_bn_act(x, *rest, weight_copy=kept, **options, **where)
+        out, _ = linked_conv_bn_act(x, *rest, layer=constants, weight_copy=kept)
     assert out.dtype == torch.float16
     _, norms = gradient_of_norms(out.float(), x)
     grads = torch.autograd.grad(((norms - 1) ** 2).mean(), [x, *rest[:4]])

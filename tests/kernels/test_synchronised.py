@@ -8,12 +8,13 @@ import torch.distributed as dist
 from torch.nn import functional as F
 
 from fastgan.ops import layer as fused
+from fastgan.ops.constants import Layer
 from tests.interpreter import use_interpreter
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this PyTorch has no torch.distributed")
 
 
-class Layer(NamedTuple):
+class Case(NamedTuple):
     transposed: bool = False
     activation: str | None = None
     activation_first: bool = False
@@ -26,15 +27,20 @@ class Layer(NamedTuple):
     def convolution(self):
         return dict(stride=2, padding=1) if self.size != (4, 4) else dict(stride=1, padding=0)
 
+    def constants(self, process_group):
+        where = [(value, value) for value in (*self.convolution().values(), 0)]
+        more = dict(batch_statistics=True, momentum=0.3, eps=1e-3, groups=self.groups, process_group=process_group)
+        return Layer(self.transposed, *where, self.activation, 0.2, self.activation_first, **more)
+
 
 LAYERS = {
-    "conv": Layer(activation="leaky_relu"),
-    "transposed": Layer(transposed=True, activation="tanh"),
-    "activation first": Layer(activation="sigmoid", activation_first=True),
-    "groups": Layer(activation="relu", groups=2, batches=(4, 2)),
-    "one value": Layer(activation="tanh", batches=(1, 2), size=(4, 4)),
-    "reference": Layer(activation="tanh", backend="reference", dtype=torch.float64),
-    "reference, groups": Layer(
+    "conv": Case(activation="leaky_relu"),
+    "transposed": Case(transposed=True, activation="tanh"),
+    "activation first": Case(activation="sigmoid", activation_first=True),
+    "groups": Case(activation="relu", groups=2, batches=(4, 2)),
+    "one value": Case(activation="tanh", batches=(1, 2), size=(4, 4)),
+    "reference": Case(activation="tanh", backend="reference", dtype=torch.float64),
+    "reference, groups": Case(
         activation="sigmoid", activation_first=True, groups=2, batches=(2, 4), backend="reference"
     ),
 }
@@ -83,24 +89,11 @@ def _in_this_process(layer, rank, device):
     xs, parameters, running, grads = draw(layer)
     x, *parameters = (t.to(device).requires_grad_() for t in (xs[rank], *parameters))
     running, batches = [t.to(device) for t in running], torch.tensor(0, device=device)
-    numbers = {name: [value, value] for name, value in layer.convolution().items()}
-    options = dict(
-        **numbers,
-        training=True,
-        momentum=0.3,
-        eps=1e-3,
-        transposed=layer.transposed,
-        output_padding=[0, 0],
-        activation=layer.activation,
-        negative_slope=0.2,
-        activation_first=layer.activation_first,
-        batch_groups=layer.groups,
-        process_group=dist.group.WORLD,
-    )
+    constants = layer.constants(dist.group.WORLD)
     if layer == LAYERS["conv"]:
         compiled = torch.compile(fused.conv_bn_act, backend="aot_eager")
-        compiled = compiled(x, *parameters, *(t.clone() for t in running), **options).detach()
-    out = fused.conv_bn_act(x, *parameters, *running, num_batches_tracked=batches, **options)
+        compiled = compiled(x, *parameters, *(t.clone() for t in running), layer=constants).detach()
+    out, _ = fused.linked_conv_bn_act(x, *parameters, *running, layer=constants, num_batches_tracked=batches)
     assert layer != LAYERS["conv"] or torch.equal(out, compiled)
     assert batches == layer.groups
     with pytest.raises(RuntimeError, match="no backward with create_graph=True"):
@@ -153,11 +146,8 @@ def test_two_processes_equal_one(name, found):
         assert not expected.abs().max() > 1e-9 or not torch.equal(actual, other)  # each process's own part
 
 
-def test_an_empty_batch_is_refused(monkeypatch):
-    monkeypatch.setattr(dist, "get_world_size", lambda group: 2)
+def test_an_empty_batch_is_refused():
     layer = LAYERS["conv"]
     x, parameters = draw(layer)[0][0], draw(layer)[1]
-    where = dict(transposed=False, stride=[2, 2], padding=[1, 1], output_padding=[0, 0], batch_groups=1)
-    options = dict(training=True, momentum=0.1, eps=1e-5, activation=None, negative_slope=0.0)
     with pytest.raises(ValueError, match="x must not be empty"):
-        fused.conv_bn_act(x[:0], *parameters, None, None, **options, **where, process_group=object())
+        fused.conv_bn_act(x[:0], *parameters, None, None, layer=layer.constants(object()))
