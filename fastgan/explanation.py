@@ -75,17 +75,19 @@ def explain(model, *inputs):
     if hasattr(model, "dynamo_ctx"):  # of torch.compile
         explain_original = _explain_compiled if _backend_name(model) == "fastgan" else explain
         return explain_original(model._orig_mod, *inputs)
-    shapes = _shapes(model, inputs) if inputs else {}
+    calls = _calls(model, inputs) if inputs else {}
     groups = all_groups(model)
     rows = Explanation(type(model).__name__)
     for path, conv in model.named_modules():
         if not isinstance(conv, nn.modules.conv._ConvNd):
             continue
-        sizes = shapes.get(path, ())
+        sizes, within = calls.get(path, ((), None))
         shape = " → ".join("×".join(map(str, size)) for size in sizes)
-        group = groups.get(path)
-        if group is None or not group.fused:
+        group, container = groups.get(path, (None, None))
+        is_called = within is None or container in within
+        if group is None or not group.fused or not is_called:
             reason = group.reason if group else _why_untouched(model, path)
+            reason = reason if is_called else f"the layers of its {type(container).__name__} are called one by one"
             rows.append(Row(path, type(conv).__name__, shape, False, "stock", reason))
             continue
         implementation, reason = _implementation(group, sizes)
@@ -176,26 +178,42 @@ def input_of(args, kwargs):
     return args[0] if args else kwargs["input"]
 
 
-def _shapes(model, inputs):
-    """{path of a convolution: (input shape, output shape)} of one call, which leaves the model as it is."""
-    shapes, handles = {}, []
+def _calls(model, inputs):
+    """{path of a convolution: ((input shape, output shape), the fused containers within whose forward it ran)}.
+
+    Of one call, which leaves the model as it is.
+    """
+    calls, handles, at_work = {}, [], []
 
     def hook_for(path):
         def hook(module, args, kwargs, output):
-            shapes[path] = tuple(input_of(args, kwargs).shape), tuple(output.shape)
+            _, within = calls.get(path, (None, at_work))
+            sizes = tuple(input_of(args, kwargs).shape), tuple(output.shape)
+            calls[path] = sizes, [container for container in within if container in at_work]
 
         return hook
+
+    def noting(container):
+        def forward(*args, **kwargs):
+            at_work.append(container)
+            result = type(container).forward(container, *args, **kwargs)
+            at_work.pop()
+            return result
+
+        return forward
 
     try:
         for path, module in model.named_modules():
             if isinstance(module, nn.modules.conv._ConvNd):
                 handles.append(module.register_forward_hook(hook_for(path), with_kwargs=True))
-        with running_stock(model):
+        with running_stock(model) as containers:
+            for container in containers:
+                container.forward = noting(container)
             _call(model, inputs)
     finally:
         for handle in handles:
             handle.remove()
-    return shapes
+    return calls
 
 
 def _call(model, inputs):

@@ -66,11 +66,11 @@ def unfuse(model):
 
 @contextmanager
 def running_stock(model):
-    """Within it every module runs its own forward, fused or not."""
+    """Within it every module runs its own forward, fused or not: gives those that were."""
     fused_containers = [container for container in model.modules() if is_fused(container)]
     forwards = [container.__dict__.pop("forward") for container in fused_containers]
     try:
-        yield
+        yield fused_containers
     finally:
         for container, forward in zip(fused_containers, forwards, strict=True):
             container.forward = forward
@@ -120,7 +120,7 @@ def plan_of(container):
 
 
 def all_groups(model):
-    """{path of its first module: Group} of every group inside `model` that `fuse` took over.
+    """{path of its first module: (Group, container)} of every group in a container inside `model` that is fused.
 
     What is called in several ways stands for the one in which the least is fused; what is called from several modules,
     for the outermost, whose call may go past the forward of the others.
@@ -132,13 +132,14 @@ def all_groups(model):
             for group in groups_of(container):
                 name = ".".join(filter(None, (path, group.names[0])))
                 own[name] = min(own.get(name, group), group, key=lambda g: len(g.modules))
-            groups = own | groups
+            for name, group in own.items():
+                groups.setdefault(name, (group, container))
     return groups
 
 
 def fused_groups(model):
     """{path of the convolution: Group} of everything inside `model` that runs as one operator."""
-    return {path: group for path, group in all_groups(model).items() if group.fused}
+    return {path: group for path, (group, _) in all_groups(model).items() if group.fused}
 
 
 class SequentialForward:

@@ -32,9 +32,8 @@ def model(monkeypatch, tmp_path):
     tile = {"block_m": 64, "block_n": 16, "block_k": 16, "num_warps": 4, "num_stages": 3}
     measured = Measurement("triton", tile, 5.0, 9.0, 8)
     write_table(choice.user_table_path(GPU), GPU, {}, {problem: measured})
-    monkeypatch.setattr(
-        explanation, "_shapes", lambda model, inputs: {"0": (INPUT, (8, 8, 8, 8)), "3": ((8, 8, 8, 8), (8, 4, 6, 6))}
-    )
+    sizes = {"0": (INPUT, (8, 8, 8, 8)), "3": ((8, 8, 8, 8), (8, 4, 6, 6))}
+    monkeypatch.setattr(explanation, "_calls", lambda *given: {path: (pair, [model]) for path, pair in sizes.items()})
     yield fastgan.fuse(model)
     choice.forget()
 
@@ -64,6 +63,36 @@ def test_layers_called_by_keyword():
     for network in (ByKeyword(), fastgan.fuse(ByKeyword())):
         (row,) = fastgan.explain(network, torch.ones(2, 3, 5, 5))
         assert row.shape == "2×3×5×5 → 2×4×3×3"
+
+
+def test_layers_called_one_by_one():
+    """A fused Sequential whose layers somebody calls without it, in a forward that cannot be followed."""
+
+    class Features(nn.Module):
+        def __init__(self, deep):
+            super().__init__()
+            self.main = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU())
+            self.head = nn.Sequential(nn.Conv2d(4, 2, 3), nn.Sigmoid())
+            self.deep = deep
+
+        def forward(self, x):
+            if x.sum() > 0:  # which no trace knows
+                x = x + 1
+            features = []
+            for layer in self.main if self.deep else [self.main]:
+                x = layer(x)
+                features.append(x)
+            return self.head(x), features
+
+    for deep in (True, False):
+        model = fastgan.fuse(Features(deep))
+        assert [row.fused for row in fastgan.explain(model)] == [True] * 3
+        first, second, head = fastgan.explain(model, torch.randn(2, 3, 8, 8))
+        assert head.fused and head.shape == "2×4×4×4 → 2×2×2×2"
+        assert first.fused is second.fused is not deep
+        if deep:
+            assert first.reason == second.reason == "the layers of its Sequential are called one by one"
+            assert second.shape == "2×4×6×6 → 2×4×4×4"
 
 
 def test_the_mode_decides_what_follows(model):
