@@ -1,22 +1,29 @@
 """What fused layers compute convolutions by on a CPU: matrix products, against stock convolutions."""
 
 import copy
-from contextlib import contextmanager
 
 import pytest
 import torch
 from torch import nn
 
 import fastgan
-from fastgan import cpu_convolution, cpu_products
+from fastgan import cpu_convolution
 from fastgan.cpu_convolution import Convolution, convolve
 from tests.accuracy import assert_as_accurate_as_stock
+from tests.cpu.layers import (
+    DTYPES,
+    LAYOUTS,
+    OF_STOCK,
+    OURS,
+    assert_that_an_activation_in_place_may_follow,
+    is_stock,
+    layouts,
+    products_in_less_than_float32,
+    run,
+)
 
-LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 GAINS_IN_FLOAT32 = cpu_convolution._gains_in_float32.__wrapped__  # without its cache
 IS_INTEL, LACKS_AVX512 = cpu_convolution._is_intel.__wrapped__, cpu_convolution.lacks_avx512.__wrapped__
-OURS, OF_STOCK = "ConvolutionBackward", "ConvolutionBackward0"
 # name → (layer, shape of its input, name of what autograd remembers of the formula)
 LAYERS = {
     "from one position": (lambda: nn.ConvTranspose2d(7, 5, (4, 3), stride=2, bias=False), (6, 7, 1, 1), None),
@@ -49,16 +56,6 @@ LAYERS = {
 BY_CONVOLUTION = [name for name in LAYERS if LAYERS[name][2] == OURS]
 
 
-@pytest.fixture(autouse=True)
-def cpu(monkeypatch):
-    """An Intel CPU that has AVX-512 and instructions for half precision, and takes layers as small as these."""
-    monkeypatch.setattr(cpu_convolution, "_is_intel", lambda: True)
-    monkeypatch.setattr(cpu_convolution, "lacks_avx512", lambda: False)
-    monkeypatch.setattr(cpu_convolution, "_gains_in_float32", lambda dtype, trains: False)
-    monkeypatch.setattr(cpu_convolution, "_LEAST_LOW", 1)
-    monkeypatch.setattr(cpu_convolution, "_LEAST_CHANNELS", 6)
-
-
 def make(name, layout="channels_last"):
     torch.manual_seed(0)
     layer, shape, _ = LAYERS[name]
@@ -69,32 +66,6 @@ def is_ours(name, y, layout="channels_last"):
     """Whether y came about by the formula of the layer so named."""
     expected = LAYERS[name][2] or {"contiguous": "ViewBackward0", "channels_last": "PermuteBackward0"}[layout]
     return y.grad_fn.name() == expected
-
-
-def run(layer, x, dout, forward):
-    """(result, gradients for x, the weight and the bias, if there is one)."""
-    x = x.clone(memory_format=torch.preserve_format).requires_grad_()
-    y = forward(x)
-    return (y, *torch.autograd.grad(y, (x, *layer.parameters()), dout.to(y.dtype)))
-
-
-def is_stock(layer, x):
-    """Whether its convolution is left to stock."""
-    return convolve(x, layer, lambda x: None) is None
-
-
-@contextmanager
-def products_in_less_than_float32():
-    torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision("highest")
-
-
-def layouts(tensor):
-    """The names of the layouts that it has: of those without meaning where sizes are one, both."""
-    return {name for name, layout in LAYOUTS.items() if tensor.is_contiguous(memory_format=layout)}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -161,20 +132,6 @@ def test_strides_of_one_position(name, layout, x_layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_an_activation_in_place_may_follow(name, layout):
     assert_that_an_activation_in_place_may_follow(*make(name, layout))
-
-
-@pytest.mark.parametrize("name", ["4x4", "transposed 4x4"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_an_activation_in_place_may_follow_a_wide_layer(name, layout, monkeypatch):
-    assert_that_an_activation_in_place_may_follow(*make_wide(name, monkeypatch, layout))
-
-
-def assert_that_an_activation_in_place_may_follow(layer, x):
-    x.requires_grad_()
-    y = convolve(x, layer, layer.forward).tanh_()
-    gradients = torch.autograd.grad(y.square().sum(), (x, layer.weight))
-    stock = layer(x).tanh()
-    torch.testing.assert_close(gradients, torch.autograd.grad(stock.square().sum(), (x, layer.weight)))
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -259,6 +216,8 @@ def test_half_precision_stays_stock_where_that_is_no_gain(monkeypatch):
 AVX512 = {"architecture": "x86_64", "cpu_name": "Intel Xeon"} | dict.fromkeys(
     ("avx512_f", "avx512_bf16", "avx512_fp16"), True
 )
+
+
 CPUS = {
     "AVX2": ({"architecture": "x86_64", "cpu_name": "Intel Core i7"}, (True, True), (True, True)),
     "AVX-512 of an EPYC": ({**AVX512, "cpu_name": "AMD EPYC", "avx512_fp16": False}, (False, False), (True, True)),
@@ -317,133 +276,6 @@ def test_gradients_of_gradients(transposed, high_channels, monkeypatch):
     where = (transposed, (2, 2), (1, 1), (1, 1) if transposed else (0, 0))
     torch.autograd.gradcheck(lambda *args: Convolution.apply(*args, *where), operands)
     torch.autograd.gradgradcheck(lambda *args: Convolution.apply(*args, *where), operands)
-
-
-# Low sides of at most 16 positions; at some taps of the last two nothing meets.
-WIDE = {
-    "4x4": (lambda: nn.Conv2d(6, 5, 4, 2, 1, bias=False), (3, 6, 8, 8)),
-    "transposed 4x4": (lambda: nn.ConvTranspose2d(6, 5, 4, 2, 1, bias=False), (3, 6, 4, 4)),
-    "transposed, other sizes": (
-        lambda: nn.ConvTranspose2d(6, 5, (5, 4), (3, 2), (2, 1), output_padding=(2, 1), bias=False),
-        (3, 6, 2, 7),
-    ),
-    "every position": (lambda: nn.Conv2d(6, 5, 3, 1, 1, bias=False), (2, 6, 3, 5)),
-    "no padding, rows left over": (lambda: nn.Conv2d(6, 5, (3, 2), (3, 2), bias=False), (2, 6, 8, 7)),
-    "kernels wider than images": (lambda: nn.Conv2d(6, 5, (11, 7), 1, 3, bias=False), (2, 6, 5, 3)),
-    "one position": (lambda: nn.ConvTranspose2d(6, 5, 5, 3, 2, bias=False), (2, 6, 1, 1)),
-    "one tap": (lambda: nn.Conv2d(6, 5, 1, bias=False), (2, 6, 3, 4)),
-    "to one position, with padding": (lambda: nn.Conv2d(6, 5, 4, 2, 1, bias=False), (2, 6, 2, 2)),
-}
-
-
-def make_wide(name, monkeypatch, layout="channels_last"):
-    """(layer, x), where every weight is a wide one."""
-    monkeypatch.setattr(cpu_convolution, "_WIDE_ELEMENTS", 1)
-    monkeypatch.setattr(cpu_products, "_MANY_CHANNELS", 5)
-    torch.manual_seed(0)
-    layer, shape = WIDE[name]
-    return layer().to(memory_format=LAYOUTS[layout]), torch.randn(shape).to(memory_format=LAYOUTS[layout])
-
-
-@pytest.mark.parametrize("x_layout", LAYOUTS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("taps_at_once", [1, 1500])  # one image, all of them or some
-@pytest.mark.parametrize("name", WIDE)
-def test_wide_layers(name, taps_at_once, layout, x_layout, monkeypatch, poisoned):
-    layer, x = make_wide(name, monkeypatch, layout)
-    x = x.contiguous(memory_format=LAYOUTS[x_layout])
-    monkeypatch.setattr(cpu_products, "_TAPS_AT_ONCE", taps_at_once)
-    exact = copy.deepcopy(layer).double()
-    dout = torch.randn_like(layer(x))
-    ours = run(layer, x, dout, lambda x: convolve(x, layer, layer.forward))
-    mixed = (layout, x_layout) == ("contiguous", "channels_last") and "contiguous" not in layouts(x)
-    assert ours[0].grad_fn.name() == (OF_STOCK if mixed else OURS)
-    stock, reference = run(layer, x, dout, layer), run(exact, x.double(), dout.double(), exact)
-    for what, *results in zip(("y", "dx", "dweight"), ours, stock, reference, strict=True):
-        assert layouts(results[0]) == layouts(results[1])
-        assert_as_accurate_as_stock(f"{name}: {what}", *results)
-
-
-@pytest.mark.parametrize("name, stock_calls", [("4x4", 0), ("transposed 4x4", 0), ("transposed, other sizes", 1)])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_wide_layers_are_products(name, stock_calls, layout, monkeypatch):
-    layer, x = make_wide(name, monkeypatch, layout)
-    calls = []
-    monkeypatch.setattr(cpu_convolution, "_convolution", lambda *args: calls.append(args) or layer(args[0]))
-    with torch.no_grad():
-        torch.testing.assert_close(convolve(x, layer, None), layer(x))
-    assert len(calls) == stock_calls
-
-
-def test_wide_layers_of_other_cpus_are_products_for_weight_gradients_only(monkeypatch):
-    layer, x = make_wide("4x4", monkeypatch)
-    monkeypatch.setattr(cpu_convolution, "_is_intel", lambda: False)
-    assert is_stock(*make_wide("4x4", monkeypatch, "contiguous"))
-    with torch.no_grad():
-        assert is_stock(layer, x)
-    for name in ("to_low", "to_high"):
-        monkeypatch.setattr(cpu_convolution, name, None)
-    assert_gradients_of_stock(layer, x)
-
-
-def assert_gradients_of_stock(layer, x):
-    """By a `Convolution` of ours."""
-    y = convolve(x.requires_grad_(), layer, None)
-    gradients = torch.autograd.grad(y.square().sum(), (x, layer.weight))
-    stock = torch.autograd.grad(layer(x).square().sum(), (x, layer.weight))
-    torch.testing.assert_close(gradients, stock, rtol=1e-4, atol=1e-4)
-    assert y.grad_fn.name() == OURS
-
-
-@pytest.mark.parametrize(
-    "name, products",
-    [("4x4", {"to_low"}), ("transposed 4x4", {"to_low", "to_high"}), ("every position", set())],
-)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_which_wide_layers_gain_without_avx512(name, products, layout, monkeypatch):
-    layer, x = make_wide(name, monkeypatch, layout)
-    monkeypatch.setattr(cpu_convolution, "lacks_avx512", lambda: True)
-    monkeypatch.setattr(cpu_convolution, "_is_intel", lambda: False)
-    monkeypatch.setattr(cpu_convolution, "_WIDE_ELEMENTS_UPWARDS", layer.weight.numel() + ("transposed" not in name))
-    called = set()
-    for product in ("to_low", "to_high"):
-        original = getattr(cpu_products, product)
-        monkeypatch.setattr(
-            cpu_convolution, product, lambda *args, name=product, original=original: called.add(name) or original(*args)
-        )
-    assert_gradients_of_stock(layer, x)
-    assert called == products
-
-
-@pytest.mark.parametrize("of", ["x", "weight"])
-@pytest.mark.parametrize("name", ["4x4", "transposed 4x4"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_gradients_of_wide_gradients(name, of, layout, monkeypatch):
-    layer, x = make_wide(name, monkeypatch, layout)
-    monkeypatch.setattr(cpu_products, "_TAPS_AT_ONCE", 1500)
-    learning = {"x": x.requires_grad_(), "weight": layer.weight}
-
-    def penalty(forward):
-        y = forward(x)
-        (gradient,) = torch.autograd.grad(y.square().sum(), learning[of], create_graph=True)
-        return torch.autograd.grad(gradient.square().sum(), tuple(learning.values()))
-
-    ours, stock = penalty(lambda x: convolve(x, layer, layer.forward)), penalty(layer)
-    torch.testing.assert_close(ours, stock, rtol=1e-3, atol=1e-5)
-
-
-def test_wide_layers_that_stay_stock(monkeypatch):
-    layer, x = make_wide("4x4", monkeypatch)
-    assert not is_stock(layer, x)
-    assert is_stock(layer, torch.randn(3, 6, 10, 10))  # 25 positions
-    in_no_order = copy.deepcopy(layer)
-    in_no_order.weight = nn.Parameter(layer.weight.detach().transpose(2, 3))
-    assert is_stock(in_no_order, x)
-    assert is_stock(copy.deepcopy(layer).double(), x.double())
-    with products_in_less_than_float32():
-        assert is_stock(layer, x)
-    monkeypatch.setattr(cpu_convolution, "_WIDE_ELEMENTS", layer.weight.numel() + 1)
-    assert is_stock(layer, x)
 
 
 def test_what_stays_stock(monkeypatch):
