@@ -1,6 +1,7 @@
 """Triton's interpreter, which runs the kernels where there is no GPU."""
 
 import importlib.util
+import inspect
 import os
 
 
@@ -21,6 +22,8 @@ def use_interpreter():
         scope.set_attr(tensor, "__index__", lambda number: number.handle.data.item())
 
     interpreter._patch_lang_tensor = patch_lang_tensor
+    interpreter._patch_builtin = _with_known_builtins(interpreter)
+    _make_shapes_once(interpreter.tl.core)
     interpreter._patch_lang = _once_a_launch(interpreter._patch_lang)
     interpreter._get_np_dtype = _once_a_name(interpreter._get_np_dtype)
 
@@ -55,3 +58,39 @@ def _once_a_name(np_dtype):
         return found[dtype.name]
 
     return look_up
+
+
+def _with_known_builtins(interpreter):
+    """`_patch_builtin`, which looks through all that a package holds at each launch."""
+    found = {}
+
+    def patch_builtin(package, builder, scope):
+        if package not in found:
+            members = inspect.getmembers(package)
+            found[package] = [(name, member) for name, member in members if interpreter.tl.core.is_builtin(member)]
+        for name, member in found[package]:
+            interpreter._patch_attr(package, name, member, builder, scope)
+
+    return patch_builtin
+
+
+def _make_shapes_once(core):
+    """Let types and tensors of one shape share what is checked and wrapped for it: a fifth of the time goes there."""
+    new_type, new_tensor, types, shapes = core.block_type.__init__, core.tensor.__init__, {}, {}
+
+    def block_type(self, element_ty, shape):
+        key = (element_ty.name, *shape)
+        if key not in types:
+            new_type(self, element_ty, shape)
+            types[key] = vars(self)
+        self.__dict__ = types[key]
+
+    def tensor(self, handle, type):
+        shape = type.shape if type.is_block() else ()
+        if shape not in shapes:
+            new_tensor(self, handle, type)
+            shapes[shape] = self.shape, self.numel
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = shapes[shape]
+
+    core.block_type.__init__, core.tensor.__init__ = block_type, tensor
