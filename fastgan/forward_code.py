@@ -10,6 +10,7 @@ import contextlib
 import dis
 import functools
 import operator
+import os
 import random
 import sys
 import types
@@ -46,7 +47,7 @@ _KNOWN = frozenset(
 _PURE_MODULES = frozenset(["math", "itertools"])
 _NATIVE = (torch._C._VariableFunctions, torch._C._nn)
 _FUNCTIONS = (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType, types.FunctionType)
-TORCH = str(Path(torch.__file__).parent)
+TORCH = str(Path(torch.__file__).parent) + os.sep  # and not torchvision, say
 # Decorators of PyTorch that switch a mode around the call.
 _SWITCHES = tuple(str(Path(TORCH, *parts)) for parts in (("utils", "_contextlib.py"), ("amp", "autocast_mode.py")))
 # The methods that make, copy, show or describe an object: a forward that only uses it runs none of them.

@@ -80,10 +80,10 @@ class GraphForward:
         return forward(*args, **kwargs)
 
     def _wants_graph(self, given, tensors):
-        """Whether there are kernels for any of the arguments, and nobody else traces the call to see the layers."""
+        """Whether there are kernels where any of the arguments is, and nobody else traces it to see the layers."""
         if any([isinstance(value, fx.Proxy) for value in given.values()]):
             return False
-        return current_groups() > 1 or any([fused.has_kernels_for(tensor) for tensor in tensors])
+        return current_groups() > 1 or any([fused.may_have_kernels(tensor) for tensor in tensors])
 
     def plan(self):
         """The Plan of a call with tensors for all that has no default, in the container's present mode."""

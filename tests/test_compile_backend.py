@@ -12,9 +12,8 @@ from torch.nn.utils import parametrizations
 
 import fastgan
 from fastgan import compile_backend
-from fastgan.ops import layer as fused
 from tests.forwards import FOLLOWED, Layers, data_dependent, forward_of, remembers
-from tests.pairs import assert_close, make_pair, one_step
+from tests.pairs import assert_close, make_pair, one_step, suppose_kernels
 from tests.stacks import MODELS
 
 
@@ -26,7 +25,7 @@ def _reference(monkeypatch):
 @pytest.fixture
 def rewritten(monkeypatch):
     """A backend like ours without inductor after it, for tensors without kernels too; its list of [Found]."""
-    monkeypatch.setattr(fused, "has_kernels_for", lambda x: True)
+    suppose_kernels(monkeypatch)
 
     def backend(graph_module, example_inputs):
         backend.found.append(compile_backend.find(graph_module.graph))

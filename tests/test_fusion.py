@@ -15,7 +15,7 @@ import fastgan
 from fastgan.models import Discriminator, Generator
 from fastgan.ops import layer as fused
 from tests.accuracy import assert_as_accurate_as_stock
-from tests.pairs import assert_close, assert_same, block, count_operator_calls, make_pair, one_step
+from tests.pairs import assert_close, assert_same, block, count_operator_calls, make_pair, one_step, suppose_kernels
 from tests.stacks import MODELS, STAYS_STOCK, InOrder, Nested, SharedActivation
 
 
@@ -270,7 +270,7 @@ def test_float32_and_autocast():
 @pytest.mark.parametrize("runs", ["layers", "operators"])
 def test_compiled_generator(training, runs, monkeypatch):
     if runs == "operators":
-        monkeypatch.setattr(fused, "has_kernels_for", lambda x: True)
+        suppose_kernels(monkeypatch)
     stock, model = make_pair(lambda: Generator(image_size=8, nz=3, ngf=2, nc=1))
     fastgan.fuse(model).train(training)
     eager = copy.deepcopy(model)

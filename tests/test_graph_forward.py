@@ -11,7 +11,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 import fastgan
-from fastgan.ops import layer as fused
+from fastgan import graph_forward
 from tests.forwards import (
     FOLLOWED,
     REFUSED,
@@ -34,7 +34,7 @@ from tests.forwards import (
     told_by_position,
     used_twice,
 )
-from tests.pairs import assert_close, assert_same, count_operator_calls, make_pair, one_step
+from tests.pairs import assert_close, assert_same, count_operator_calls, make_pair, one_step, suppose_kernels
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +66,31 @@ def test_compiled(function, monkeypatch):
     assert len(calls) == 2 * FOLLOWED[function]
 
 
+class FromLabels(nn.Module):
+    """What it is given are integers, and what the kernels would get it makes itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.latents, self.up, self.norm = nn.Embedding(5, 16), nn.ConvTranspose2d(4, 4, 4, 2, 1), nn.BatchNorm2d(4)
+        self.to_images = nn.ConvTranspose2d(4, 3, 4, 2, 1)
+
+    def forward(self, labels):
+        x = self.latents(labels).view(-1, 4, 2, 2)
+        return torch.tanh(self.to_images(F.relu(self.norm(self.up(x)))))
+
+
+def test_kernels_for_what_a_forward_makes(device, monkeypatch):
+    monkeypatch.setenv("FASTGAN_BACKEND", "triton")
+    torch.manual_seed(0)
+    stock = FromLabels().to(device)
+    model, rows = fastgan.fuse(copy.deepcopy(stock)), []
+    run_parts = graph_forward.run_parts
+    monkeypatch.setattr(graph_forward, "run_parts", lambda x, parts: rows.append(len(parts)) or run_parts(x, parts))
+    labels = torch.tensor([3, 1, 4], device=device)
+    torch.testing.assert_close(model(labels), stock(labels), rtol=1e-3, atol=1e-3)
+    assert rows == [2]
+
+
 def patterns(function):
     return {row.path: row.pattern for row in fastgan.explain(fastgan.fuse(forward_of(function)()))}
 
@@ -73,7 +98,7 @@ def patterns(function):
 def test_input_changed_in_between(monkeypatch):
     """Without gradients, which stock has none of there either."""
     stock, model = make_pair(forward_of(input_changed_in_between))
-    monkeypatch.setattr(fused, "has_kernels_for", lambda x: True)
+    suppose_kernels(monkeypatch)
     fastgan.fuse(model)
     x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
     with torch.no_grad():
@@ -214,7 +239,7 @@ def test_arguments(compiled, monkeypatch):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_attributes_that_change(compiled, monkeypatch):
     stock, model = make_pair(forward_of(by_attribute))
-    monkeypatch.setattr(fused, "has_kernels_for", lambda x: True)
+    suppose_kernels(monkeypatch)
     fastgan.fuse(model)
     run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
     x = torch.randn(2, 3, 8, 8, dtype=torch.float64)

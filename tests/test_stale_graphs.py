@@ -13,9 +13,8 @@ from torch.nn import functional as F
 
 import fastgan
 from fastgan import tracing
-from fastgan.ops import layer as fused
 from tests.forwards import Layers
-from tests.pairs import assert_same, count_operator_calls, make_pair
+from tests.pairs import assert_same, count_operator_calls, make_pair, suppose_kernels
 
 
 class Base(Layers):
@@ -178,7 +177,7 @@ def test_change_of_compiled(function, monkeypatch):
     stock, model = network(function)
     monkeypatch.setattr(sys.modules[__name__], "FACTOR", 2.0)
     # Not count_operator_calls, whose count would have each call compiled anew.
-    monkeypatch.setattr(fused, "has_kernels_for", lambda x: True)
+    suppose_kernels(monkeypatch)
     compiled = torch.compile(fastgan.fuse(model), fullgraph=True, backend="aot_eager")
     x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
     for _ in range(2):
@@ -279,7 +278,7 @@ def test_copies(monkeypatch):
 
 def test_first_calls_from_several_threads(monkeypatch):
     """fx changes every module while it traces: what other threads call meanwhile is none of the trace's."""
-    monkeypatch.setattr(fused, "has_kernels_for", lambda x: True)
+    suppose_kernels(monkeypatch)
 
     def call(barrier, network, x, results):
         barrier.wait()
@@ -317,7 +316,7 @@ def test_a_call_from_another_thread_that_outlasts_the_trace(monkeypatch):
         return call_module(tracer, *call)
 
     monkeypatch.setattr(tracing._Tracer, "call_module", watched)
-    monkeypatch.setattr(fused, "has_kernels_for", lambda x: True)
+    suppose_kernels(monkeypatch)
     fastgan.fuse(Several())(x)
     ended.set()
     thread.join()

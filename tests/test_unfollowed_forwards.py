@@ -292,6 +292,15 @@ def test_methods_of_parents_are_followed(make, monkeypatch):
     assert calls
 
 
+def test_packages_whose_names_begin_like_torch(monkeypatch):
+    """Their code is somebody's, to be looked at: torchvision's."""
+    resnet = pytest.importorskip("torchvision").models.resnet
+    stock, model = make_pair(lambda: resnet.BasicBlock(3, 3))
+    calls = count_operator_calls(monkeypatch)
+    assert_same(fastgan.fuse(model), stock)
+    assert calls and all(row.fused for row in fastgan.explain(model))
+
+
 def test_own_call_of_a_child(monkeypatch):
     class Counting(nn.Identity):
         calls = 0

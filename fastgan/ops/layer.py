@@ -70,11 +70,18 @@ def has_kernels_for(x):
     Not while hooks on all modules are registered: they are for the calls of the layers. And what is no tensor is for
     the layers to refuse.
     """
+    return _may_be_of_kernels(x) and x.dim() == 4 and backend.select(x.device, compute_dtype(x))[0] == "triton"
+
+
+def may_have_kernels(x):
+    """Whether it may for what somebody makes of `x`: latents are of other dimensions, and labels of another dtype."""
+    return _may_be_of_kernels(x) and backend.select(x.device, torch.float32)[0] == "triton"
+
+
+def _may_be_of_kernels(x):
     if not isinstance(x, torch.Tensor) or not (x.is_cuda or backend.forces_triton()):
         return False  # for nothing else: a CPU step of a small network feels every question
-    if x.dim() != 4 or any(backend.HOOKS_OF_ALL):
-        return False
-    return backend.select(x.device, compute_dtype(x))[0] == "triton"
+    return not any(backend.HOOKS_OF_ALL)
 
 
 def compute_dtype(x):
