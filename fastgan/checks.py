@@ -24,6 +24,11 @@ def is_out_of_memory(error):
     )
 
 
+def in_short(error):
+    """An exception in a part of a line: its type and the first sentence of what it says."""
+    return f"{type(error).__name__}: {error}".partition("\n")[0].partition(". ")[0]
+
+
 def pair(name, value):
     """An int or a pair of ints as a pair."""
     values = value if isinstance(value, list | tuple) else [value, value]

@@ -4,10 +4,12 @@ from dataclasses import asdict, dataclass
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from fastgan import backend
 from fastgan.compile_backend import find
-from fastgan.fusion import all_groups, check_module, groups_of, is_sequential, plan_of, running_stock
+from fastgan.fusion import all_groups, check_module, groups_of, is_sequential, plans_of, running_stock
+from fastgan.graph_forward import GraphForward
 from fastgan.group_calls import is_distributed
 from fastgan.ops.choice import choose, conv_problem
 from fastgan.ops.layer import compute_dtype
@@ -61,7 +63,8 @@ def explain(model, *inputs):
 
     Args:
         model: an nn.Module, fused or not; it is not changed.
-        inputs: what to call it with, to show shapes too; without gradients, and on copies of its buffers.
+        inputs: what to call it with, to show shapes too, and how such a call runs; without gradients, and on copies of
+            its parameters and buffers.
 
     Returns:
         An Explanation, which prints as a table: a list of Row (path, pattern, shape, fused, implementation, reason),
@@ -75,24 +78,27 @@ def explain(model, *inputs):
     if hasattr(model, "dynamo_ctx"):  # of torch.compile
         explain_original = _explain_compiled if _backend_name(model) == "fastgan" else explain
         return explain_original(model._orig_mod, *inputs)
-    calls = _calls(model, inputs) if inputs else {}
-    groups = all_groups(model)
+    calls, kinds = _calls(model, inputs) if inputs else ({}, {})
+    groups = {id(group.modules[0]): (group, container) for _, group, container in all_groups(model, kinds)}
     rows = Explanation(type(model).__name__)
     for path, conv in model.named_modules():
         if not isinstance(conv, nn.modules.conv._ConvNd):
             continue
         sizes, within = calls.get(path, ((), None))
         shape = " → ".join("×".join(map(str, size)) for size in sizes)
-        group, container = groups.get(path, (None, None))
-        is_called = within is None or container in within
-        if group is None or not group.fused or not is_called:
-            reason = group.reason if group else _why_untouched(model, path)
-            reason = reason if is_called else f"the layers of its {type(container).__name__} are called one by one"
-            rows.append(Row(path, type(conv).__name__, shape, False, "stock", reason))
+        group, container = groups.get(id(conv), (None, None))
+        if group is None:
+            reason = _why_untouched(model, path, kinds)
+        elif within is not None and container not in within:
+            reason = f"the layers of its {type(container).__name__} are called one by one"
+        elif not group.fused:
+            reason = group.reason
+        else:
+            implementation, reason = _implementation(group, sizes)
+            reason = "; ".join(filter(None, (group.reason, _whose_statistics(group.batch_norm), reason)))
+            rows.append(Row(path, group.pattern, shape, True, implementation, reason))
             continue
-        implementation, reason = _implementation(group, sizes)
-        reason = "; ".join(filter(None, (group.reason, _whose_statistics(group.batch_norm), reason)))
-        rows.append(Row(path, group.pattern, shape, True, implementation, reason))
+        rows.append(Row(path, type(conv).__name__, shape, False, "stock", reason))
     return rows
 
 
@@ -142,6 +148,9 @@ def _explain_compiled(model, *inputs):
         return graph_module.forward
 
     _call(torch.compile(model, backend=record), inputs)
+    others = sum(isinstance(module, nn.modules.conv._ConvNd) for module in model.modules()) - len(rows)
+    if others > 0:
+        rows.title += f", of which {others} more convolutions are in no graph of this call"
     return rows
 
 
@@ -154,7 +163,7 @@ def _captured_row(found):
     return Row(found.path, found.pattern, shape, True, implementation, "; ".join(filter(None, (found.reason, reason))))
 
 
-def _why_untouched(model, path):
+def _why_untouched(model, path, kinds):
     """Why a convolution is in no group that fuse took over: what the nearest module says whose forward may call it."""
     if path == "":
         return "a convolution by itself: fuse works on the module that calls it"
@@ -164,11 +173,12 @@ def _why_untouched(model, path):
         container, name = model.get_submodule(".".join(parts[:end])), ".".join(parts[end:])
         if type(container).forward is nn.Module.forward and "forward" not in container.__dict__:
             continue  # a ModuleList, say: others call what it holds
-        for group in groups_of(container):
+        called = kinds.get(id(container), ())
+        for group in groups_of(container, called):
             if group.names[0] == name:
                 return group.reason if not group.fused else "fastgan.fuse was not called on it"
         if not is_sequential(container):
-            reason = plan_of(container).reason
+            reason = next(filter(None, [plan.reason for plan in plans_of(container, called)]), "")
             why = why or f"{type(container).__name__}.forward stays as it is: {reason or f'it does not call {name}'}"
     return why
 
@@ -179,11 +189,13 @@ def input_of(args, kwargs):
 
 
 def _calls(model, inputs):
-    """{path of a convolution: ((input shape, output shape), the fused containers within whose forward it ran)}.
+    """What one call shows, which leaves the model as it is.
 
-    Of one call, which leaves the model as it is.
+    Returns:
+        {path of a convolution: ((input shape, output shape), the fused containers within whose forward it ran)},
+        {id of a fused container: kinds of its calls, as `GraphForward.kind_of` gives them}.
     """
-    calls, handles, at_work = {}, [], []
+    calls, kinds, handles, at_work = {}, {}, [], []
 
     def hook_for(path):
         def hook(module, args, kwargs, output):
@@ -193,8 +205,10 @@ def _calls(model, inputs):
 
         return hook
 
-    def noting(container):
+    def noting(container, fused_forward):
         def forward(*args, **kwargs):
+            if isinstance(fused_forward, GraphForward):
+                kinds.setdefault(id(container), []).append(fused_forward.kind_of(args, kwargs))
             at_work.append(container)
             result = type(container).forward(container, *args, **kwargs)
             at_work.pop()
@@ -206,19 +220,20 @@ def _calls(model, inputs):
         for path, module in model.named_modules():
             if isinstance(module, nn.modules.conv._ConvNd):
                 handles.append(module.register_forward_hook(hook_for(path), with_kwargs=True))
-        with running_stock(model) as containers:
-            for container in containers:
-                container.forward = noting(container)
+        with running_stock(model) as fused_forwards:
+            for container, fused_forward in fused_forwards:
+                container.forward = noting(container, fused_forward)
             _call(model, inputs)
     finally:
         for handle in handles:
             handle.remove()
-    return calls
+    return calls, kinds
 
 
 def _call(model, inputs):
-    """Call the model without gradients, and on copies of its buffers: of what running statistics, say, become."""
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    """Call the model without gradients, and on copies of its tensors, which a forward in training may change."""
+    own = (*model.named_parameters(), *model.named_buffers())
+    tensors = {name: tensor.detach().clone() for name, tensor in own if not is_lazy(tensor)}
     devices = [tensor.device for tensor in inputs if isinstance(tensor, torch.Tensor) and tensor.is_cuda]
     with torch.no_grad(), torch.random.fork_rng(devices):
-        torch.func.functional_call(model, buffers, inputs)
+        torch.func.functional_call(model, tensors, inputs)

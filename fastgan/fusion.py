@@ -66,11 +66,11 @@ def unfuse(model):
 
 @contextmanager
 def running_stock(model):
-    """Within it every module runs its own forward, fused or not: gives those that were."""
+    """Within it every module runs its own forward: gives [(container, the forward that it has when fused)]."""
     fused_containers = [container for container in model.modules() if is_fused(container)]
     forwards = [container.__dict__.pop("forward") for container in fused_containers]
     try:
-        yield fused_containers
+        yield list(zip(fused_containers, forwards, strict=True))
     finally:
         for container, forward in zip(fused_containers, forwards, strict=True):
             container.forward = forward
@@ -99,47 +99,54 @@ def _may_be_fused(group):
     return group.fused or isinstance(group.modules[0], nn.modules.lazy.LazyModuleMixin)
 
 
-def groups_of(container):
-    """The Groups in a container's own forward as it stands now, whether fuse was called on it or not."""
+def groups_of(container, kinds=()):
+    """The Groups in a container's own forward as it stands now, whether fuse was called on it or not.
+
+    Args:
+        kinds: of calls, as `GraphForward.kind_of` gives them; others are those with tensors for all without a default.
+    """
     if is_sequential(container):
         return match(list(container._modules), list(container._modules.values()))
-    return plan_of(container).groups
+    return [group for plan in plans_of(container, kinds) for group in plan.groups]
 
 
-def plan_of(container):
-    """The Plan of a container with a forward of its own: for a call with all that has no default, tensors."""
+def plans_of(container, kinds=()):
+    """The Plans of a container with a forward of its own for these kinds of calls: see `groups_of`."""
     if is_graph_forward(container):
-        return container.forward.plan()
+        return [container.forward.plan(kind) for kind in kinds or (None,)]
     if "forward" in container.__dict__:
-        return Plan("its forward was replaced")
+        return [Plan("its forward was replaced")]
     if not any(isinstance(module, nn.modules.conv._ConvNd) for module in container.modules()):
-        return Plan("it has no convolutions")
+        return [Plan("it has no convolutions")]
     if not isinstance(type(container).forward, types.FunctionType):
-        return Plan(f"its forward is a {type(type(container).forward).__name__}")
-    return GraphForward(container).plan()
+        return [Plan(f"its forward is a {type(type(container).forward).__name__}")]
+    return [GraphForward(container).plan()]
 
 
-def all_groups(model):
-    """{path of its first module: (Group, container)} of every group in a container inside `model` that is fused.
+def all_groups(model, kinds=None):
+    """[(path of its first module, Group, container)] of every group in a container inside `model` that is fused.
 
     What is called in several ways stands for the one in which the least is fused; what is called from several modules,
     for the outermost, whose call may go past the forward of the others.
+
+    Args:
+        kinds: {id of a container: kinds of its calls}.
     """
-    groups = {}
+    groups = {}  # by the id of that module, which may have several names
     for path, container in model.named_modules():
         if is_fused(container):
             own = {}
-            for group in groups_of(container):
-                name = ".".join(filter(None, (path, group.names[0])))
-                own[name] = min(own.get(name, group), group, key=lambda g: len(g.modules))
-            for name, group in own.items():
-                groups.setdefault(name, (group, container))
-    return groups
+            for group in groups_of(container, (kinds or {}).get(id(container), ())):
+                first = id(group.modules[0])
+                own[first] = min(own.get(first, group), group, key=lambda g: len(g.modules))
+            for first, group in own.items():
+                groups.setdefault(first, (".".join(filter(None, (path, group.names[0]))), group, container))
+    return list(groups.values())
 
 
 def fused_groups(model):
     """{path of the convolution: Group} of everything inside `model` that runs as one operator."""
-    return {path: group for path, (group, _) in all_groups(model).items() if group.fused}
+    return {path: group for path, group, _ in all_groups(model) if group.fused}
 
 
 class SequentialForward:

@@ -62,13 +62,10 @@ class GraphForward:
         compiling = torch.compiler.is_compiling()
         if not compiling and type(container).forward is not self._forward:
             self._prepare()
-        given = dict(zip(self._names, args, strict=False)) | kwargs
+        given, fits = self._bind(args, kwargs)
         tensors = [value for value in given.values() if isinstance(value, torch.Tensor)]
-        fits = len(args) <= self._positional and len(given) == len(args) + len(kwargs)
         if fits and self._wants_graph(given, tensors):
-            names = tuple([name for name, value in given.items() if isinstance(value, torch.Tensor)])
-            constants = tuple([(name, _constant(value)) for name, value in given.items() if name not in names])
-            found = self._find((container.training, names, constants))
+            found = self._find(self._kind(given))
             if found is not None:
                 run, guarded, parents = getattr(self, found)
                 # All is as it was, or the plan would be another; but only here torch.compile sees what it depends on.
@@ -85,14 +82,30 @@ class GraphForward:
             return False
         return current_groups() > 1 or any([fused.may_have_kernels(tensor) for tensor in tensors])
 
-    def plan(self):
-        """The Plan of a call with tensors for all that has no default, in the container's present mode."""
+    def kind_of(self, args, kwargs):
+        """What is known of a call in advance, by which its Plan is found; None of one that does not fit the forward."""
+        given, fits = self._bind(args, kwargs)
+        return self._kind(given) if fits else None
+
+    def plan(self, kind=None):
+        """The Plan of a kind of calls; if none is given, of those with tensors for all that has no default."""
         if type(self.container).forward is not self._forward:
             self._prepare()
         if not self._names:
             return Plan("it takes any number of arguments")
         needed = [p.name for p in self._parameters if p.default is p.empty]
-        return self._plan_for((self.container.training, tuple(needed), ()))
+        return self._plan_for(kind or (self.container.training, tuple(needed), ()))
+
+    def _bind(self, args, kwargs):
+        """({name: what is given for it}, whether all of it has a name of its own)."""
+        given = dict(zip(self._names, args, strict=False)) | kwargs
+        return given, len(args) <= self._positional and len(given) == len(args) + len(kwargs)
+
+    def _kind(self, given):
+        """(mode, names of tensors, constants with their names)."""
+        names = tuple([name for name, value in given.items() if isinstance(value, torch.Tensor)])
+        constants = tuple([(name, _constant(value)) for name, value in given.items() if name not in names])
+        return self.container.training, names, constants
 
     def _find_plan(self, key):
         """The name of the attribute that runs calls of this kind, or None where the container's own forward has to."""

@@ -24,6 +24,7 @@ _FUNCTIONS = {
     "sigmoid": (torch.sigmoid, torch.sigmoid_, F.sigmoid, torch.special.expit, "sigmoid", "sigmoid_"),
 }
 _ACTIVATIONS = {name.lower() for name in nn.modules.activation.__all__}
+_OTHER_NORMS = {"instance_norm", "group_norm", "layer_norm", "local_response_norm", "rms_norm"}
 _MODULES = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid}
 _ACTIVATION_OF = {function: name for name, functions in _FUNCTIONS.items() for function in functions}
 _STATEMENTS = IN_PLACE | {getattr(operator, function.__name__) for function in IN_PLACE} | {operator.setitem}
@@ -144,11 +145,11 @@ def may_be_views(tensors, last, new):
 
 
 def stays_stock(user):
-    """What to say of a function that follows and is an activation, but none of the operators'; "" of any other."""
+    """What to say of a function that follows and is an activation or a norm, but none of the operators'."""
     if user is None:
         return ""
     name = _name(user)
-    known = user.target in _ACTIVATION_OF or name.replace("_", "") in _ACTIVATIONS
+    known = user.target in _ACTIVATION_OF or name in _OTHER_NORMS or name.replace("_", "") in _ACTIVATIONS
     return f"{name} after it stays stock" if known else ""
 
 

@@ -23,6 +23,7 @@ _ACTIVATIONS = {nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.Tanh: "tanh", nn
 _CODE = ("forward", "_conv_forward")  # the methods that layers compute by
 # Our backward of convolution + LeakyReLU reads the activated result, stock's the input: it must not be overwritten.
 WRITTEN_TO = "what follows LeakyReLU changes its result in place"
+_OTHER_NORMS = (nn.modules.instancenorm.__name__, nn.modules.normalization.__name__)
 # The layers of PyTorch that may give their input, or a view of it, as their result.
 _PASSING_ON = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd)
 _WEIGHT_HOOKS = (SpectralNorm, WeightNorm)  # the older norms compute the weight before each call
@@ -124,6 +125,8 @@ def _why_not_joined(group, module):
     """Why a module that could be part of the pattern is not; "" where it is, and where it is another kind of module."""
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         return _why_not_batch_norm(module, group.modules[0]) if group.batch_norm is None else ""
+    if type(module).__module__ in _OTHER_NORMS:
+        return f"{type(module).__name__} after it stays stock"
     return _why_not_activation(module) if group.activation is None else ""
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import fx, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from fastgan.checks import in_short
 from fastgan.forward_changes import check_unchanged_by
 from fastgan.forward_code import RANDOM, CodeCheck, Untraceable, returns_something
 from fastgan.forward_reads import Reads
@@ -171,8 +172,7 @@ def _trace_once(container, arguments, code, watch, modes_on):
     except Untraceable:
         raise
     except Exception as error:  # what fx cannot follow may raise anything
-        first_line = (str(error).splitlines() or [""])[0]
-        raise Untraceable(f"torch.fx cannot trace it ({type(error).__name__}: {first_line[:80]})") from None
+        raise Untraceable(f"torch.fx cannot trace it ({in_short(error)[:120]})") from None
     finally:
         _set_modes(*modes)
 

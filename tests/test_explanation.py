@@ -33,7 +33,8 @@ def model(monkeypatch, tmp_path):
     measured = Measurement("triton", tile, 5.0, 9.0, 8)
     write_table(choice.user_table_path(GPU), GPU, {}, {problem: measured})
     sizes = {"0": (INPUT, (8, 8, 8, 8)), "3": ((8, 8, 8, 8), (8, 4, 6, 6))}
-    monkeypatch.setattr(explanation, "_calls", lambda *given: {path: (pair, [model]) for path, pair in sizes.items()})
+    calls = {path: (pair, [model]) for path, pair in sizes.items()}
+    monkeypatch.setattr(explanation, "_calls", lambda model, inputs: (calls, {}))
     yield fastgan.fuse(model)
     choice.forget()
 
@@ -93,6 +94,59 @@ def test_layers_called_one_by_one():
         if deep:
             assert first.reason == second.reason == "the layers of its Sequential are called one by one"
             assert second.shape == "2×4×6×6 → 2×4×4×4"
+
+
+def test_convolutions_of_several_names():
+    """They go by what they are: the block of a generator with spectral norm, as people write it."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 3, padding=1)
+            self.model = nn.Sequential(self.conv, nn.BatchNorm2d(3), nn.ReLU())
+
+        def forward(self, x):
+            return self.model(x) + x
+
+    (row,) = fastgan.explain(fastgan.fuse(Block()))
+    assert (row.path, row.pattern, row.fused) == ("conv", "Conv2d + BatchNorm2d + ReLU", True)
+
+
+class Growing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.from_rgb = nn.ModuleList([nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)])
+
+    def forward(self, x, step=0):
+        return torch.relu(self.from_rgb[step](x))
+
+
+def test_the_call_that_is_given():
+    """And not one with default values."""
+    model, x = fastgan.fuse(Growing()), torch.randn(2, 3, 4, 4)
+    unused = "Growing.forward stays as it is: it does not call from_rgb"
+    for step, arguments in ((0, ()), (0, (x,)), (1, (x, 1))):
+        rows = fastgan.explain(model, *arguments)
+        assert [row.fused for row in rows] == [step == 0, step == 1]
+        assert rows[1 - step].reason.startswith(unused) and not rows[1 - step].shape
+
+
+def test_leaves_parameters_as_they_are():
+    class Counting(nn.Conv2d):
+        def forward(self, x):
+            self.bias.data += 1
+            return super().forward(x)
+
+    model = fastgan.fuse(nn.Sequential(Counting(3, 4, 3)))
+    before = model[0].bias.clone()
+    fastgan.explain(model, torch.randn(2, 3, 4, 4))
+    assert torch.equal(model[0].bias, before)
+
+
+def test_norms_that_stay_stock():
+    for norm in (nn.InstanceNorm2d(4), nn.GroupNorm(2, 4), nn.LocalResponseNorm(2)):
+        (row,) = fastgan.explain(fastgan.fuse(nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.ReLU())))
+        assert row.fused and row.reason.startswith(f"{type(norm).__name__} after it stays stock")
 
 
 def test_the_mode_decides_what_follows(model):

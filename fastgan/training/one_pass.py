@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from fastgan.batch_groups import batch_groups
+from fastgan.checks import in_short
 from fastgan.fusion import fused_groups
 from fastgan.patterns import hooks_of
 from fastgan.random_numbers import random_numbers_kept
@@ -16,6 +17,7 @@ _SETTINGS = ("momentum", "padding_mode", "padding", "dilation", "groups", "p")
 # Of each kind, to try it on. Pieces of 2, 4 or 8 images, with statistics of their own, then hold both kinds.
 IMAGES = 7
 TOLERANCE = 1e-6
+_ON_MORE = "which images share a batch, on chance, or on the calls before it (as of a spectral_norm in training)"
 
 
 def seen_of(discriminator, real_images):
@@ -68,7 +70,7 @@ def one_pass_obstacle(discriminator, real_images, fake_images):
         for model in (together, apart):
             model.zero_grad()
     except Exception as error:  # the older weight_norm keeps a weight that torch does not copy; a lock, say
-        return f"it cannot be copied to try it ({_in_short(error)})"
+        return f"it cannot be copied to try it ({in_short(error)})"
     try:
         with torch.enable_grad(), random_numbers_kept() as drawn:
             with batch_groups(2):
@@ -86,16 +88,16 @@ def one_pass_obstacle(discriminator, real_images, fake_images):
     except Exception as error:  # it wants a dtype, or a number of images, of its own
         if wants_default_layout(error):
             raise
-        return f"it cannot be tried on {len(real)} images of each kind in float64 ({_in_short(error)})"
+        return f"it cannot be tried on {len(real)} images of each kind in float64 ({in_short(error)})"
     names = ", ".join(name or type(module).__name__ for name, module in _stock_batch_norms(discriminator))
     hint = f": BatchNorm runs unfused in {names}" if names else ""
     if not _close(logits, expected):
-        return "its logits depend on which images share a batch, or on chance" + hint
+        return f"its logits depend on {_ON_MORE}{hint}"
     for name, left in together.named_buffers():
         if not _close(left.double(), apart.get_buffer(name).double()):
             return f"it leaves another {name}" + hint
     if not _close(grads, expected_grads):
-        return "its gradients depend on which images share a batch, or on chance" + hint
+        return f"its gradients depend on {_ON_MORE}{hint}"
     return None
 
 
@@ -108,10 +110,6 @@ def _grads(logits, model):
         logits.square().sum().backward()
     grads = [parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]
     return torch.cat([logits.new_zeros(1), *grads]).detach()
-
-
-def _in_short(error):
-    return f"{type(error).__name__}: {error}".partition("\n")[0].partition(". ")[0]
 
 
 def _close(ours, theirs):
