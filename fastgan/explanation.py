@@ -8,11 +8,12 @@ from torch.nn.parameter import is_lazy
 
 from fastgan import backend
 from fastgan.compile_backend import find
-from fastgan.fusion import all_groups, check_module, groups_of, is_sequential, plans_of, running_stock
+from fastgan.fusion import all_groups, check_module, groups_of, plans_of, running_stock
 from fastgan.graph_forward import GraphForward
 from fastgan.group_calls import is_distributed
 from fastgan.ops.choice import choose, conv_problem
 from fastgan.ops.layer import compute_dtype
+from fastgan.patterns import is_sequential
 
 
 @dataclass(frozen=True)
@@ -79,18 +80,21 @@ def explain(model, *inputs):
         explain_original = _explain_compiled if _backend_name(model) == "fastgan" else explain
         return explain_original(model._orig_mod, *inputs)
     calls, kinds = _calls(model, inputs) if inputs else ({}, {})
-    groups = {id(group.modules[0]): (group, container) for _, group, container in all_groups(model, kinds)}
+    groups = {}
+    for _, group, container in all_groups(model, kinds):
+        groups.setdefault(id(group.modules[0]), []).append((group, container))
     rows = Explanation(type(model).__name__)
     for path, conv in model.named_modules():
         if not isinstance(conv, nn.modules.conv._ConvNd):
             continue
         sizes, within = calls.get(path, ((), None))
         shape = " → ".join("×".join(map(str, size)) for size in sizes)
-        group, container = groups.get(id(conv), (None, None))
-        if group is None:
+        own = groups.get(id(conv), [])
+        group, container = next((each for each in own if within is None or each[1] in within), (None, None))
+        if not own:
             reason = _why_untouched(model, path, kinds)
-        elif within is not None and container not in within:
-            reason = f"the layers of its {type(container).__name__} are called one by one"
+        elif group is None:
+            reason = f"the layers of its {type(own[-1][1]).__name__} are called one by one"
         elif not group.fused:
             reason = group.reason
         else:

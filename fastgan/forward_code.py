@@ -22,6 +22,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fastgan.patterns import is_replaced
+
 
 class Untraceable(Exception):
     """A forward that a symbolic trace does not stand for, and why."""
@@ -62,11 +64,7 @@ _NOT_OF_CALLS = frozenset(
 
 def returns_something(module):
     """Whether a module cannot return None: PyTorch's own do not, whatever their hooks are, nor when they are fused."""
-    return all(is_of_torch(type(part)) and not _is_replaced(vars(part).get("forward")) for part in module.modules())
-
-
-def _is_replaced(forward):
-    return forward is not None and not type(forward).__module__.startswith("fastgan.")
+    return all(is_of_torch(type(part)) and not is_replaced(vars(part).get("forward")) for part in module.modules())
 
 
 def of_torch(function):

@@ -13,8 +13,8 @@ from fastgan.forward_code import TORCH, Untraceable, of_torch
 from fastgan.watching import MISSING, freeze
 
 _CONTAINER_FILE = sys.modules[nn.Sequential.__module__].__file__
-_OURS = (__file__, sys.modules[Untraceable.__module__].__file__, sys.modules[freeze.__module__].__file__)
-_OURS += (str(Path(__file__).with_name("tracing.py")),)
+_FILES = ("forward_reads.py", "forward_code.py", "watching.py", "tracing.py", "patterns.py")
+_OURS = tuple(str(Path(__file__).with_name(name)) for name in _FILES)
 
 
 class Reads:

@@ -19,9 +19,17 @@ from fastgan.graph_forward import GraphForward, Plan, is_graph_forward, look_lik
 from fastgan.group_calls import run_layers, run_parts
 from fastgan.layout import in_stock_layout
 from fastgan.ops import layer as fused
-from fastgan.patterns import any_has_hooks, code_of, has_same_code, inplace_flags, match, parents_in
-
-_SEQUENTIAL_FORWARD, _SEQUENTIAL_ITER = nn.Sequential.forward, nn.Sequential.__iter__  # somebody may patch them
+from fastgan.patterns import (
+    any_has_hooks,
+    code_of,
+    has_same_code,
+    hooks_of,
+    in_order,
+    inplace_flags,
+    is_sequential,
+    match,
+    parents_in,
+)
 
 
 def fuse(model):
@@ -43,7 +51,7 @@ def fuse(model):
         TypeError: not an nn.Module, or a scripted one.
     """
     check_module(model)
-    for container in model.modules():
+    for container in reversed(list(model.modules())):  # the inner ones first, which the outer ones take notice of
         if isinstance(container, torch.jit.ScriptModule) or "forward" in container.__dict__:
             continue
         if any(map(_may_be_fused, groups_of(container))):
@@ -83,12 +91,6 @@ def check_module(model):
         raise TypeError("model must not be a scripted module: fused layers and torch.jit cannot be had together")
 
 
-def is_sequential(container):
-    """Whether its type runs its children one after the other, in their order."""
-    kind = type(container)
-    return kind.forward is _SEQUENTIAL_FORWARD and kind.__iter__ is _SEQUENTIAL_ITER
-
-
 def is_fused(container):
     """Whether `fuse` took over the container's forward."""
     return isinstance(container.__dict__.get("forward"), SequentialForward | GraphForward)
@@ -106,7 +108,8 @@ def groups_of(container, kinds=()):
         kinds: of calls, as `GraphForward.kind_of` gives them; others are those with tensors for all without a default.
     """
     if is_sequential(container):
-        return match(list(container._modules), list(container._modules.values()))
+        names, modules, _ = in_order(container)
+        return match(names, modules)
     return [group for plan in plans_of(container, kinds) for group in plan.groups]
 
 
@@ -126,27 +129,30 @@ def plans_of(container, kinds=()):
 def all_groups(model, kinds=None):
     """[(path of its first module, Group, container)] of every group in a container inside `model` that is fused.
 
-    What is called in several ways stands for the one in which the least is fused; what is called from several modules,
-    for the outermost, whose call may go past the forward of the others.
+    What is called in several ways stands for the one in which the least is fused. What is called from several modules
+    comes several times, first in the outermost, whose call may go past the forward of the others.
 
     Args:
         kinds: {id of a container: kinds of its calls}.
     """
-    groups = {}  # by the id of that module, which may have several names
+    groups = []
     for path, container in model.named_modules():
         if is_fused(container):
             own = {}
             for group in groups_of(container, (kinds or {}).get(id(container), ())):
                 first = id(group.modules[0])
                 own[first] = min(own.get(first, group), group, key=lambda g: len(g.modules))
-            for first, group in own.items():
-                groups.setdefault(first, (".".join(filter(None, (path, group.names[0]))), group, container))
-    return list(groups.values())
+            for group in own.values():
+                groups.append((".".join(filter(None, (path, group.names[0]))), group, container))
+    return groups
 
 
 def fused_groups(model):
     """{path of the convolution: Group} of everything inside `model` that runs as one operator."""
-    return {path: group for path, group, _ in all_groups(model) if group.fused}
+    found = {}  # by the convolution, which may have several paths
+    for path, group, _ in all_groups(model):
+        found.setdefault(id(group.modules[0]), (path, group))
+    return {path: group for path, group in found.values() if group.fused}
 
 
 class SequentialForward:
@@ -194,36 +200,41 @@ class SequentialForward:
         container = self.container
         if torch.compiler.is_compiling():
             return groups_of(container)
-        modules, kept = tuple(container._modules.values()), self._kept
-        if kept is None or not kept.holds(modules):
-            kept = _Kept(modules, groups_of(container))
+        kept = self._kept
+        if kept is None or not kept.holds():
+            kept = _Kept(container)
             self._kept = None if any_has_hooks(kept.attributes) else kept
         return kept.groups
 
 
 class _Kept:
-    """The Groups of modules in a row, and what they depend on.
+    """The Groups of the modules that a container calls in a row, and what they depend on.
 
     It is asked at every call, so whole tuples are compared and tested.
     """
 
-    def __init__(self, modules, groups):
-        self.modules, self.groups = modules, groups
-        self._types = tuple(map(type, modules))  # parametrizations change those
+    def __init__(self, container):
+        names, modules, passed = in_order(container)
+        self.groups = match(names, modules)
+        self._passed = [(module._modules, tuple(module._modules.values())) for module in passed]
+        self._inner = [(hooks_of(module), module.__dict__, module.__dict__.get("forward")) for module in passed[1:]]
+        self._modules = (*modules, *passed)
+        self._types = tuple(map(type, self._modules))  # parametrizations change those
         self._code = code_of(self._types)
-        self.attributes = [module.__dict__ for module in modules]  # there are no hooks in them
-        asking = modules if any(group.asks_who_writes for group in groups) else ()
+        self.attributes = [module.__dict__ for module in modules if not is_fused(module)]  # there are no hooks in them
+        asking = modules if any(group.asks_who_writes for group in self.groups) else ()
         self._flags = inplace_flags(asking)
-        self._inner = [(part._modules, list(part._modules.values())) for part in parents_in(asking)]
+        self._parts = [(part._modules, list(part._modules.values())) for part in parents_in(asking)]
 
-    def holds(self, modules):
+    def holds(self):
         return (
-            self.modules == modules
-            and self._types == tuple(map(type, modules))
+            all([tuple(children.values()) == modules for children, modules in self._passed])
+            and self._types == tuple(map(type, self._modules))
             and has_same_code(self._code)
             and not any_has_hooks(self.attributes)
+            and not any([any(hooks) or own.get("forward") is not forward for hooks, own, forward in self._inner])
             and all([own.get("inplace") is flag for own, flag in self._flags])
-            and all([list(inner.values()) == children for inner, children in self._inner])
+            and all([list(parts.values()) == children for parts, children in self._parts])
         )
 
 

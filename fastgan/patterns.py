@@ -20,6 +20,7 @@ from fastgan.ops.choice import what_follows
 _CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 _BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 _ACTIVATIONS = {nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid"}
+_SEQUENTIAL_FORWARD, _SEQUENTIAL_ITER = nn.Sequential.forward, nn.Sequential.__iter__  # somebody may patch them
 _CODE = ("forward", "_conv_forward")  # the methods that layers compute by
 # Our backward of convolution + LeakyReLU reads the activated result, stock's the input: it must not be overwritten.
 WRITTEN_TO = "what follows LeakyReLU changes its result in place"
@@ -86,6 +87,42 @@ class Part(NamedTuple):
     negative_slope: float
     activation_first: bool
     name: str
+
+
+def is_sequential(module):
+    """Whether its type runs its children one after the other, in their order."""
+    kind = type(module)
+    return getattr(kind, "forward", None) is _SEQUENTIAL_FORWARD and kind.__iter__ is _SEQUENTIAL_ITER
+
+
+def passes_through(module):
+    """Whether to call it is to call its children one after the other, and nothing else."""
+    if not is_sequential(module) or any(hooks_of(module)) or module._compiled_call_impl is not None:
+        return False
+    return not is_replaced(module.__dict__.get("forward"))
+
+
+def is_replaced(forward):
+    """Whether a module's own `forward`, if it has one, is anything but ours."""
+    return forward is not None and not type(forward).__module__.startswith("fastgan.")
+
+
+def in_order(sequential):
+    """(names, modules, passed) of what a sequential module calls: the children of those passed through in their place.
+
+    passed: all that its call passes through, itself included.
+    """
+    names, modules, passed = [], [], [sequential]
+    for name, child in sequential._modules.items():
+        if passes_through(child):
+            inner_names, inner, inner_passed = in_order(child)
+            names += [f"{name}.{inner_name}" for inner_name in inner_names]
+            modules += inner
+            passed += inner_passed
+        else:
+            names.append(name)
+            modules.append(child)
+    return names, modules, passed
 
 
 def match(names, modules):

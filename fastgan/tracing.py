@@ -20,6 +20,7 @@ from fastgan.checks import in_short
 from fastgan.forward_changes import check_unchanged_by
 from fastgan.forward_code import RANDOM, CodeCheck, Untraceable, returns_something
 from fastgan.forward_reads import Reads
+from fastgan.patterns import passes_through
 from fastgan.random_numbers import random_numbers_kept
 from fastgan.watching import Watch, freeze
 
@@ -29,7 +30,9 @@ _MAYBE_NONE = frozenset(["grad", "grad_fn", "_grad", "_grad_fn", "_base", "_back
 
 
 def trace(container, arguments, watch=None):
-    """The graph of ``container.forward(**arguments)`` in its present mode; every module that it calls is a leaf.
+    """The graph of ``container.forward(**arguments)`` in its present mode, in which a module that it calls is a node.
+
+    In place of an nn.Sequential those that it calls are.
 
     Args:
         container: an nn.Module that runs its type's own forward.
@@ -104,13 +107,14 @@ IN_PLACE = frozenset(map(_in_place, _STATEMENTS.split()))
 
 
 class _Tracer(fx.Tracer):
-    """Every module is a leaf, and every call is made in the modes in which the forward itself was called."""
+    """Every module is a leaf, but for a Sequential, and every call is made in the modes of the forward's own call."""
 
     proxy_buffer_attributes = True
 
-    def __init__(self, arguments):
+    def __init__(self, arguments, watch):
         super().__init__()
-        self._arguments, self._modes, self._thread = arguments, _get_modes(), threading.get_ident()
+        self._arguments, self._watch = arguments, watch
+        self._modes, self._thread = _get_modes(), threading.get_ident()
 
     def proxy(self, node):
         return _Proxy(node, self)
@@ -124,7 +128,18 @@ class _Tracer(fx.Tracer):
             return forward(*args, **kwargs)
         if module not in self.submodule_paths:  # made by the forward itself: what it does counts, not what it is
             return forward(*args, **kwargs)
+        children = module._modules.values()
+        if len(args) == 1 and not kwargs and passes_through(module):
+            if all(isinstance(child, nn.Module) and type(child).__call__ is nn.Module.__call__ for child in children):
+                return self._call_children(module, *args)
         return super().call_module(module, forward, args, kwargs)
+
+    def _call_children(self, module, x):
+        self._watch.called([module])
+        self._watch.children(module)
+        for child in module._modules.values():
+            x = child(x)
+        return x
 
     def getattr(self, name, value, parameter_proxies):
         if threading.get_ident() != self._thread:
@@ -159,7 +174,7 @@ def _trace_once(container, arguments, code, watch, modes_on):
     before = freeze(list(given.values()))
     try:
         _set_modes(modes_on, modes_on, modes_on)
-        tracer = _Tracer({name: given.get(name, TENSOR) for name in arguments})
+        tracer = _Tracer({name: given.get(name, TENSOR) for name in arguments}, watch)
         reads = Reads(container, code, watch, tracer)
         with reads.recorded():
             graph = tracer.trace(container)

@@ -74,7 +74,7 @@ class Watch:
 
     def called(self, modules):
         """Watch the types, their code and the hooks of modules that are called; what they hold is theirs."""
-        self._called = list(dict.fromkeys(modules))
+        self._called += modules
 
     def _note(self, holder, name, get):
         if (id(holder), name) not in self._noted:
@@ -88,6 +88,7 @@ class Watch:
     def start(self):
         """All is noted: take what is compared at every call."""
         self._children = [(m._modules, list(m._modules), list(m._modules.values())) for m in self.parents.values()]
+        self._called = list(dict.fromkeys(self._called))
         self._types = list(map(type, self._called))
         self._code = code_of(self._types)
         self._forwards = [m.__dict__.get("forward") for m in self._called]

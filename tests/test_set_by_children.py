@@ -1,5 +1,7 @@
 """What a forward reads after a module that it calls has set it: fuse sees that, and leaves such a forward stock."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -149,7 +151,7 @@ def test_stays_stock(kind, monkeypatch):
     fastgan.fuse(model)
     assert_equal_calls(model, stock)
     (row,) = (row for row in fastgan.explain(kind()) if row.path == "conv")
-    assert not row.fused and "child may set" in row.reason
+    assert not row.fused and re.search(r"child(\.1)? may set", row.reason)
 
 
 def test_does_not_matter(monkeypatch):
