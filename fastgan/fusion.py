@@ -227,12 +227,16 @@ class _Kept:
         self._parts = [(part._modules, list(part._modules.values())) for part in parents_in(asking)]
 
     def holds(self):
+        for children, modules in self._passed:
+            if tuple(children.values()) != modules:
+                return False
+        for hooks, own, forward in self._inner:
+            if any(hooks) or own.get("forward") is not forward:
+                return False
         return (
-            all([tuple(children.values()) == modules for children, modules in self._passed])
-            and self._types == tuple(map(type, self._modules))
+            self._types == tuple(map(type, self._modules))
             and has_same_code(self._code)
             and not any_has_hooks(self.attributes)
-            and not any([any(hooks) or own.get("forward") is not forward for hooks, own, forward in self._inner])
             and all([own.get("inplace") is flag for own, flag in self._flags])
             and all([list(parts.values()) == children for parts, children in self._parts])
         )

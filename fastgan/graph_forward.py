@@ -45,7 +45,8 @@ class GraphForward:
         self._parameters = _parameters(self._forward)
         self._names = tuple(p.name for p in self._parameters)
         self._positional = sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in self._parameters)
-        self._plans, self._count, self._warned = {}, 0, False
+        self._plans, self._warned = {}, False
+        self._count, self._calls, self._refused = 0, 0, 0  # of plans made, and of calls
         # A constant to torch.compile, which cannot trace a trace; what comes of it is an attribute that it can guard.
         self._find = backend.constant_result(lambda key: self._find_plan(key))
         look_like_own(self, self.container)
@@ -118,41 +119,53 @@ class GraphForward:
             key = freeze(key)
             if key is None:
                 return Plan("it is called with a constant that can change")
-        plans = self._plans.setdefault(key, [])
+        plans = self._plans.get(key, ())
         for i, plan in enumerate(plans):
             if plan.holds():
+                plan.used = self._calls = self._calls + 1
                 if i:
                     with _PLANNING:
                         plans.remove(plan)
                         plans.insert(0, plan)
                 return plan
         with _PLANNING:
-            return self._new_plan(plans, names, constants)
+            return self._new_plan(key, names, constants)
 
-    def _new_plan(self, plans, names, constants):
+    def _new_plan(self, key, names, constants):
+        plans = self._plans.get(key, [])
         if plans and plans[0].holds():  # which another thread has made meanwhile
             return plans[0]
-        stale = [plan for plan in plans if not plan.watch.same_modules()]
-        for plan in stale:
-            plans.remove(plan)
-            self.__dict__.pop(plan.attribute)
-        if sum(map(len, self._plans.values())) >= MOST_PLANS:
-            return self._too_many(names, constants)
+        for plan in [plan for plan in plans if not plan.watch.same_modules()]:
+            self._forget(plan)
+        every = [plan for plans in self._plans.values() for plan in plans]
+        if len(every) >= MOST_PLANS:
+            self._refused += 1
+            if self._refused % MOST_PLANS:  # one in so many may be the first of many calls that are alike
+                return self._too_many(names, constants)
+            self._forget(min(every, key=lambda plan: plan.used))
         plan = plan_call(self.container, dict.fromkeys(names, TENSOR) | dict(constants))
         self._count += 1
-        plan.attribute = f"_run_{self._count}"
+        plan.attribute, plan.used = f"_run_{self._count}", self._calls
         parents = tuple((module, _children(module)) for module in plan.watch.parents.values())
         guarded = tuple(plan.watch.guarded.values()) if plan.watch.can_compile else None
         setattr(self, plan.attribute, (plan.run, guarded, parents))
-        plans.insert(0, plan)  # last, for other threads that look through them
+        self._plans.setdefault(key, []).insert(0, plan)  # last, for other threads that look through them
         return plan
+
+    def _forget(self, plan):
+        for key, plans in list(self._plans.items()):
+            if plan in plans:
+                plans.remove(plan)
+                if not plans:
+                    del self._plans[key]
+        self.__dict__.pop(plan.attribute)
 
     def _too_many(self, names, constants):
         why = f"it was called in more than {MOST_PLANS} ways: other constants or attributes each time"
         if not self._warned:
             self._warned = True
             given = ", ".join([*names, *(f"{name}={value!r}" for name, value in constants)])
-            text = f"{type(self.container).__name__}.forward({given}) and other new calls run stock from here on: {why}"
+            text = f"{type(self.container).__name__}.forward({given}) and most other new calls run stock: {why}"
             warnings.warn(text, RuntimeWarning, stacklevel=2)
         return Plan(why)
 
@@ -223,6 +236,7 @@ class Plan:
     watch: Watch = field(default_factory=Watch)
     run: object = None
     attribute: str | None = None
+    used: int = 0  # the number of the last call that it was for
 
     def holds(self):
         return self.watch.same_modules() and self.watch.same_values()

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import fastgan
 from fastgan import tracing
+from fastgan.graph_forward import MOST_PLANS
 from tests.forwards import Layers
 from tests.pairs import assert_same, count_operator_calls, make_pair, suppose_kernels
 
@@ -250,6 +251,35 @@ def test_edited_graph_module(monkeypatch):
         module.recompile()
     del calls[:]
     assert_same(model, stock)
+    assert calls
+
+
+def fading(self, x, share=None):
+    return F.relu(self.conv1(x)) * (self.share if share is None else share)
+
+
+@pytest.mark.parametrize("as_argument", [True, False])
+def test_a_constant_that_comes_to_rest(as_argument, monkeypatch):
+    """The share of a new layer in a network that grows: a number of its own in each step, until it is one for good."""
+    stock, model = network(fading)
+    stock.share = model.share = 0.0
+    calls = count_operator_calls(monkeypatch)
+    fastgan.fuse(model)
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+
+    def call(share):
+        for each in (stock, model):
+            each.share = share
+        arguments = (x, share) if as_argument else (x,)
+        torch.testing.assert_close(model(*arguments), stock(*arguments))
+
+    with pytest.warns(RuntimeWarning, match="most other new calls run stock"):
+        for i in range(2 * MOST_PLANS + 3):
+            call(i / 100)
+    assert sum(map(len, model.forward._plans.values())) == MOST_PLANS
+    del calls[:]
+    for _ in range(MOST_PLANS + 3):
+        call(1.0)
     assert calls
 
 

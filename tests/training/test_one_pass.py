@@ -366,7 +366,7 @@ def test_a_generator_of_more_images():
 
 
 def test_forwards_that_are_not_followed_any_more():
-    with pytest.warns(RuntimeWarning, match="run stock from here on"):
+    with pytest.warns(RuntimeWarning, match="most other new calls run stock"):
         step = _followed(_FadingIn, lambda model, i: setattr(model, "alpha", (i / 100,)), steps=MOST_PLANS + 3)
     assert step.one_pass
 
