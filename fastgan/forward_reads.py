@@ -1,6 +1,7 @@
 """What a forward reads of its module and of the modules below it, while it is traced."""
 
 import copy
+import functools
 import sys
 import threading
 import types
@@ -69,6 +70,8 @@ class Reads:
 
     def _read(self, module, name):
         """What the forward gets for module.name, noted: a computed attribute, its own, or its class's."""
+        if name == "__getattr__":
+            return functools.partial(self._look_up, module)
         attributes, cls = object.__getattribute__(module, "__dict__"), type(module)
         of_class = next((vars(base)[name] for base in cls.__mro__ if name in vars(base)), MISSING)
         self._watch.children(module)
@@ -141,6 +144,14 @@ class Reads:
         elif _replaces_getattr(type(module)):
             raise Untraceable(f"it reads {self._named(module, name)}, which is computed")
         return object.__getattribute__(module, name)  # which fails: nn.Module.__getattr__ is asked then
+
+    def _look_up(self, module, name):
+        """What the forward gets for module.__getattr__(name)."""
+        self._watch.children(module)
+        try:
+            return self._registered(module, name, object.__getattribute__(module, "__dict__"))
+        except AttributeError:
+            return nn.Module.__getattr__(module, name)
 
     def _look_in(self, module):
         """The forward gets hold of the children of a module."""

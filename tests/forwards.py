@@ -110,6 +110,11 @@ def by_attribute(self, x):
     return self.conv2(F.leaky_relu(self.bn1(self.conv1(x)), self.slope))
 
 
+def by_name(self, x):
+    y = self.__getattr__("conv" + str(1))(x)
+    return self.__getattr__("conv2")(F.relu(self.__getattr__("bn1")(y))) * self.__getattr__("bn1").weight.mean()
+
+
 def by_shape(self, x):
     n, _, h, w = x.shape
     h += 0
@@ -160,6 +165,7 @@ FOLLOWED = {
     branches: 3,
     shared_layers: 4,
     dropout: 2,
+    by_name: 2,
     by_attribute: 2,
     by_shape: 2,
     method_of_its_own: 1,
