@@ -54,20 +54,30 @@ def test_every_kernel_in_its_default_configuration_and_in_those_of_the_tables():
         assert json.dumps([launch.kernel, {name: _plain(value) for name, value in launch.options.items()}]) in found
 
 
-@pytest.mark.parametrize("target, instruction", (("sm_80", "mma"), ("sm_90", "wgmma"), ("sm_100", "tcgen05")))
-def test_a_table(target, instruction, tmp_path):
+@pytest.fixture
+def table(tmp_path):
     tile = {"block_m": 64, "block_n": 64, "block_k": 32, "num_warps": 4, "num_stages": 3}
     problem = Problem("down", "bfloat16", 16, (8, 8), (16, 16), 64, 32, (4, 4), (2, 2), (1, 1))
     lost = problem._replace(batch=32)
     rows = {problem: Measurement("triton", tile, 1.0, 2.0, 16), lost: Measurement("cudnn", None, None, 2.0, 32)}
     write_table(tmp_path / "table.json", "NVIDIA T800", {}, rows)
-    (row,) = rows_of("--target", target, "--only-tables", "--table", tmp_path / "table.json")
+    return tmp_path / "table.json"
+
+
+@pytest.mark.parametrize("target, instruction", (("sm_80", "mma"), ("sm_100", "tcgen05")))
+def test_a_table(target, instruction, table):
+    (row,) = rows_of("--target", target, "--only-tables", "--table", table)
     assert row["kernel"] == "down_kernel" and row["dtype"] == "bfloat16" and row["target"] == target
     assert row["config"]["BLOCK_M"] == 64 and row["config"]["num_stages"] == 3
     assert row["matrix_instruction"] == instruction
     assert row["spill_bytes"] == 0 and row["registers"] > 0 and row["shared_bytes"] > 0
-    printed = inspect("--target", target, "--only-tables", "--table", tmp_path / "table.json").stdout
-    assert "registers" in printed and "64×64×32×4×3" in printed
+
+
+def test_what_it_prints(table):
+    printed = inspect("--target", "sm_90", "--only-tables", "--table", table).stdout
+    head, row = printed.splitlines()[:2]
+    assert "registers" in head
+    assert row.split()[0] == "down_kernel" and "64×64×32×4×3" in row and "wgmma" in row
 
 
 def test_bad_input(tmp_path, capsys, monkeypatch):
