@@ -1,5 +1,6 @@
 """explain: what every convolution of a model runs as, and why."""
 
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
@@ -236,8 +237,32 @@ def _calls(model, inputs):
 
 def _call(model, inputs):
     """Call the model without gradients, and on copies of its tensors, which a forward in training may change."""
-    own = (*model.named_parameters(), *model.named_buffers())
-    tensors = {name: tensor.detach().clone() for name, tensor in own if not is_lazy(tensor)}
     devices = [tensor.device for tensor in inputs if isinstance(tensor, torch.Tensor) and tensor.is_cuda]
-    with torch.no_grad(), torch.random.fork_rng(devices):
-        torch.func.functional_call(model, tensors, inputs)
+    with torch.no_grad(), torch.random.fork_rng(devices), _on_copies(model):
+        model(*inputs)
+
+
+@contextmanager
+def _on_copies(model):
+    """Within it the model has copies of its parameters and buffers.
+
+    torch.func.functional_call leaves some of its copies in a module that has several names.
+    """
+    modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    owned = [(own, dict(own)) for module in modules for own in (module._parameters, module._buffers)]
+    copies = {}  # by the id of the original, which may be in several modules
+    try:
+        for own, originals in owned:
+            for name, tensor in originals.items():
+                if tensor is not None and not is_lazy(tensor):
+                    own[name] = copies.setdefault(id(tensor), _copy(tensor))
+        yield
+    finally:
+        for own, originals in owned:
+            own.clear()
+            own.update(originals)
+
+
+def _copy(tensor):
+    values = tensor.detach().clone()
+    return nn.Parameter(values, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else values

@@ -131,16 +131,30 @@ def test_the_call_that_is_given():
         assert rows[1 - step].reason.startswith(unused) and not rows[1 - step].shape
 
 
-def test_leaves_parameters_as_they_are():
+def test_leaves_the_model_as_it_is():
+    """Its tensors, and what is in them: here of a module with two names, whose forward changes a parameter."""
+
     class Counting(nn.Conv2d):
         def forward(self, x):
             self.bias.data += 1
             return super().forward(x)
 
-    model = fastgan.fuse(nn.Sequential(Counting(3, 4, 3)))
-    before = model[0].bias.clone()
-    fastgan.explain(model, torch.randn(2, 3, 4, 4))
-    assert torch.equal(model[0].bias, before)
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = Counting(3, 4, 3)
+            self.main = nn.Sequential(self.conv, nn.BatchNorm2d(4))
+
+        def forward(self, x):
+            return self.main(x)
+
+    model = Net()
+    tensors = list(model.state_dict(keep_vars=True).values())
+    values = [tensor.clone() for tensor in tensors]
+    fastgan.explain(fastgan.fuse(model), torch.randn(2, 3, 4, 4))
+    now = list(model.state_dict(keep_vars=True).values())
+    assert [*map(id, now)] == [*map(id, tensors)]
+    assert all(map(torch.equal, now, values))
 
 
 def test_norms_that_stay_stock():
