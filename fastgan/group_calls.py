@@ -85,10 +85,10 @@ def _run_operator(x, part, **links):
     if conv._forward_pre_hooks and hooks_compute_weight(conv):
         for hook in conv._forward_pre_hooks.values():
             hook(conv, (x,))
-    vectors, batches, layer = (None,) * 4, None, Layer(*_constants(part), name=part.name)
+    vectors, batches, settings = (None,) * 4, None, {}
     if batch_norm is not None:
         vectors, batches, settings = _batch_norm_arguments(batch_norm, x)
-        layer = layer._replace(**settings)
+    layer = Layer(*_constants(part), name=part.name, **settings)
     if links["x_link"] is None:
         x = with_stock_gradient(x, conv)
     weight = conv.weight  # once: a parametrized one is computed each time
