@@ -1,10 +1,10 @@
 """fuse and unfuse: the fused operators inside modules that already exist.
 
 `fuse` changes neither modules nor parameters. It gives each container whose forward calls convolutions an instance
-attribute `forward` that runs them in fused groups; `unfuse` deletes it. An nn.Sequential is a chain as it stands
-(`SequentialForward`); what other forwards do with their children is traced (`fastgan.graph_forward`). Groups are
-matched again as soon as a layer is replaced or gets a hook, so such changes take effect, and train() and eval() do at
-every call.
+attribute `forward` that runs them in fused groups; `unfuse` deletes it. An nn.Sequential is a chain as it stands, with
+the layers of those inside of it (`SequentialForward`); what other forwards do with their children is traced
+(`fastgan.graph_forward`). Groups are matched again as soon as a layer is replaced or gets a hook, so such changes take
+effect, and train() and eval() do at every call.
 """
 
 import types
@@ -23,12 +23,12 @@ from fastgan.patterns import (
     any_has_hooks,
     code_of,
     has_same_code,
-    hooks_of,
     in_order,
     inplace_flags,
     is_sequential,
     match,
     parents_in,
+    passes_through,
 )
 
 
@@ -217,7 +217,7 @@ class _Kept:
         names, modules, passed = in_order(container)
         self.groups = match(names, modules)
         self._passed = [(module._modules, tuple(module._modules.values())) for module in passed]
-        self._inner = [(hooks_of(module), module.__dict__, module.__dict__.get("forward")) for module in passed[1:]]
+        self._inner = passed[1:]
         self._modules = (*modules, *passed)
         self._types = tuple(map(type, self._modules))  # parametrizations change those
         self._code = code_of(self._types)
@@ -230,11 +230,9 @@ class _Kept:
         for children, modules in self._passed:
             if tuple(children.values()) != modules:
                 return False
-        for hooks, own, forward in self._inner:
-            if any(hooks) or own.get("forward") is not forward:
-                return False
         return (
-            self._types == tuple(map(type, self._modules))
+            all(map(passes_through, self._inner))
+            and self._types == tuple(map(type, self._modules))
             and has_same_code(self._code)
             and not any_has_hooks(self.attributes)
             and all([own.get("inplace") is flag for own, flag in self._flags])
