@@ -215,9 +215,10 @@ def _calls(model, inputs):
             if isinstance(fused_forward, GraphForward):
                 kinds.setdefault(id(container), []).append(fused_forward.kind_of(args, kwargs))
             at_work.append(container)
-            result = type(container).forward(container, *args, **kwargs)
-            at_work.pop()
-            return result
+            try:
+                return type(container).forward(container, *args, **kwargs)
+            finally:
+                at_work.pop()
 
         return forward
 
@@ -255,7 +256,9 @@ def _on_copies(model):
         for own, originals in owned:
             for name, tensor in originals.items():
                 if tensor is not None and not is_lazy(tensor):
-                    own[name] = copies.setdefault(id(tensor), _copy(tensor))
+                    if id(tensor) not in copies:
+                        copies[id(tensor)] = _copy(tensor)
+                    own[name] = copies[id(tensor)]
         yield
     finally:
         for own, originals in owned:

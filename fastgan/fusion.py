@@ -76,11 +76,11 @@ def unfuse(model):
 def running_stock(model):
     """Within it every module runs its own forward: gives [(container, the forward that it has when fused)]."""
     fused_containers = [container for container in model.modules() if is_fused(container)]
-    forwards = [container.__dict__.pop("forward") for container in fused_containers]
+    fused_forwards = [(container, container.__dict__.pop("forward")) for container in fused_containers]
     try:
-        yield list(zip(fused_containers, forwards, strict=True))
+        yield fused_forwards
     finally:
-        for container, forward in zip(fused_containers, forwards, strict=True):
+        for container, forward in fused_forwards:
             container.forward = forward
 
 
@@ -126,20 +126,20 @@ def plans_of(container, kinds=()):
     return [GraphForward(container).plan()]
 
 
-def all_groups(model, kinds=None):
+def all_groups(model, kinds):
     """[(path of its first module, Group, container)] of every group in a container inside `model` that is fused.
 
     What is called in several ways stands for the one in which the least is fused. What is called from several modules
     comes several times, first in the outermost, whose call may go past the forward of the others.
 
     Args:
-        kinds: {id of a container: kinds of its calls}.
+        kinds: {id of a container: kinds of its calls}, as far as they are known: see `groups_of`.
     """
     groups = []
     for path, container in model.named_modules():
         if is_fused(container):
             own = {}
-            for group in groups_of(container, (kinds or {}).get(id(container), ())):
+            for group in groups_of(container, kinds.get(id(container), ())):
                 first = id(group.modules[0])
                 own[first] = min(own.get(first, group), group, key=lambda g: len(g.modules))
             for group in own.values():
@@ -150,7 +150,7 @@ def all_groups(model, kinds=None):
 def fused_groups(model):
     """{path of the convolution: Group} of everything inside `model` that runs as one operator."""
     found = {}  # by the convolution, which may have several paths
-    for path, group, _ in all_groups(model):
+    for path, group, _ in all_groups(model, {}):
         found.setdefault(id(group.modules[0]), (path, group))
     return {path: group for path, group in found.values() if group.fused}
 

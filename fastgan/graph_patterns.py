@@ -145,7 +145,7 @@ def may_be_views(tensors, last, new):
 
 
 def stays_stock(user):
-    """What to say of a function that follows and is an activation or a norm, but none of the operators'."""
+    """What to say of a function that follows and is an activation or a norm, but not the operators'; else ""."""
     if user is None:
         return ""
     name = _name(user)

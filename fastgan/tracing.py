@@ -1,4 +1,6 @@
-"""What a module's own forward does with its children, as a torch.fx graph in which every child is one node.
+"""What a module's own forward does with its children, as a torch.fx graph in which each is one node.
+
+Of a Sequential, which only calls its own children one after the other, those are.
 
 A symbolic trace shows one way through a forward. It stands for all calls only where nothing else decides the way, so
 what could decide it is either watched (`fastgan.watching`), part of the question (the mode, arguments that are no
@@ -30,9 +32,7 @@ _MAYBE_NONE = frozenset(["grad", "grad_fn", "_grad", "_grad_fn", "_base", "_back
 
 
 def trace(container, arguments, watch=None):
-    """The graph of ``container.forward(**arguments)`` in its present mode, in which a module that it calls is a node.
-
-    In place of an nn.Sequential those that it calls are.
+    """The graph of ``container.forward(**arguments)`` in its present mode.
 
     Args:
         container: an nn.Module that runs its type's own forward.

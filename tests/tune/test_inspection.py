@@ -64,7 +64,7 @@ def table(tmp_path):
     return tmp_path / "table.json"
 
 
-@pytest.mark.parametrize("target, instruction", (("sm_80", "mma"), ("sm_100", "tcgen05")))
+@pytest.mark.parametrize("target, instruction", (("sm_80", "mma"), ("sm_90", "wgmma"), ("sm_100", "tcgen05")))
 def test_a_table(target, instruction, table):
     (row,) = rows_of("--target", target, "--only-tables", "--table", table)
     assert row["kernel"] == "down_kernel" and row["dtype"] == "bfloat16" and row["target"] == target
