@@ -66,7 +66,7 @@ def assert_same_when_compiled(compiled, model, stock, inputs, tolerance=1e-12):
 def test_compiled_without_a_graph_break(name, training, monkeypatch):
     stock, model = (network.train(training) for network in make_pair(ZOO[name].make))
     count_operator_calls(monkeypatch)
-    compiled = torch.compile(fastgan.fuse(model), backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(fastgan.fuse(model), backend="eager", fullgraph=True)  # half as long as with "aot_eager"
     assert_same_when_compiled(compiled, model, stock, draw(name))
 
 

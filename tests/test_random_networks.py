@@ -14,10 +14,12 @@ from tests.networks import assert_equal, one_step
 from tests.pairs import count_operator_calls, make_pair
 from tests.random_networks import build, sources
 
-# The same examples in every run, so that a failure in CI is a failure here.
-reproducible = settings(
-    max_examples=350, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
-)
+
+def on_networks(test, count):
+    """`test` as a test of that many sources, the same in every run, so that a failure in CI is a failure here."""
+    health = list(HealthCheck)
+    how = settings(max_examples=count, deadline=None, derandomize=True, database=None, suppress_health_check=health)
+    return how(given(sources())(test))
 
 
 def steps(network, inputs):
@@ -25,9 +27,7 @@ def steps(network, inputs):
     return [one_step(network.train(i < 2), [x], seed=i) for i, x in enumerate(inputs)]
 
 
-@settings(reproducible, max_examples=7)
-@given(sources())
-def test_kernels_of_first_order(source):
+def kernels_of_first_order(source):
     """Where a layer takes over a part of the backward of the one before, gradients are those that they were."""
     note(source)
     device = "cuda" if HAS_GPU else "cpu"
@@ -46,9 +46,11 @@ def test_kernels_of_first_order(source):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-@reproducible
-@given(sources())
-def test_fused_equals_stock(source):
+test_kernels_of_first_order = on_networks(kernels_of_first_order, 4)
+test_kernels_of_first_order_in_more = pytest.mark.slow(on_networks(kernels_of_first_order, 12))
+
+
+def fused_equals_stock(source):
     note(source)
     stock, model = make_pair(lambda: build(source)[0])
     size = build(source)[1]
@@ -74,3 +76,7 @@ def test_fused_equals_stock(source):
         found = steps(model, inputs)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
     assert bool(calls) == any(row.fused for row in fastgan.explain(model))
+
+
+test_fused_equals_stock = on_networks(fused_equals_stock, 100)
+test_fused_equals_stock_in_more = pytest.mark.slow(on_networks(fused_equals_stock, 500))

@@ -37,7 +37,10 @@ def compiled(*arguments, **variables):
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-@pytest.mark.parametrize("capability, instruction", ((80, "mma.sync"), (90, "wgmma.mma_async")))
+@pytest.mark.parametrize(
+    "capability, instruction",
+    (pytest.param(80, "mma.sync", marks=pytest.mark.slow), (90, "wgmma.mma_async")),
+)
 def test_compiles(capability, instruction):
     rows = compiled(str(capability))
     for dtype in ("float32", "float16", "bfloat16"):
@@ -51,6 +54,7 @@ def test_compiles(capability, instruction):
         assert all(instruction in row["matrix_instructions"] for row in matrix), matrix
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ("bfloat16", "float32"))
 def test_every_tile_fits_hopper(dtype):
     for row in compiled("90", "--tiles", dtype):

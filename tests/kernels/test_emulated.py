@@ -2,8 +2,12 @@
 
 import re
 
+import pytest
+
 from tests.kernels.test_compile import KERNELS
 from tests.processes import run_compiling
+
+pytestmark = pytest.mark.slow
 
 # Tests that are quick to compile and to emulate: every kernel, wgmma and mma, and several blocks.
 SELECTION = (

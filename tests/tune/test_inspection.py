@@ -41,6 +41,7 @@ def assert_good_for_hopper(rows):
             assert row["matrix_instruction"] == "wgmma", row
 
 
+@pytest.mark.slow
 def test_every_kernel_in_its_default_configuration_and_in_those_of_the_tables():
     rows = rows_of("--dtype", "bf16")
     assert all(row.keys() == FIELDS and row["target"] == "sm_90" and 0 < row["occupancy"] <= 1 for row in rows)
