@@ -28,9 +28,9 @@ def use_interpreter():
     _make_shapes_once(interpreter.tl.core)
     interpreter._patch_lang = _once_a_launch(interpreter._patch_lang)
     interpreter._get_np_dtype = _once_a_name(interpreter._get_np_dtype)
-    semantic = type(interpreter.interpreter_semantic)
+    semantic = interpreter.interpreter_semantic  # not its class, which is the compiler's, too
     semantic.binary_op_type_checking_impl = _operands_by_their_types(semantic.binary_op_type_checking_impl)
-    semantic.broadcast_impl_value = _broadcasts_by_their_types(semantic.broadcast_impl_value, interpreter.TensorHandle)
+    semantic.broadcast_impl_value = _broadcasts_by_their_types(semantic, interpreter.TensorHandle)
 
 
 def _once_a_launch(patch_lang):
@@ -117,12 +117,12 @@ def _operands_by_their_types(operands):
     """
     found = {}
 
-    def operands_of(self, lhs, rhs, *flags, **named):
+    def operands_of(lhs, rhs, *flags, **named):
         key = (_kind(lhs), _kind(rhs), flags, *named.items())
         if key in found:
             left, right = found[key]
             return lhs if left is None else left, rhs if right is None else right
-        given, made = (lhs, rhs), operands(self, lhs, rhs, *flags, **named)
+        given, made = (lhs, rhs), operands(lhs, rhs, *flags, **named)
         pairs = list(zip(given, made, strict=True))
         if None not in key and all([new is old or type(old) is int for old, new in pairs]):
             found[key] = [None if new is old else new for old, new in pairs]
@@ -131,23 +131,23 @@ def _operands_by_their_types(operands):
     return operands_of
 
 
-def _broadcasts_by_their_types(broadcast, handle):
+def _broadcasts_by_their_types(semantic, handle):
     """`broadcast_impl_value`, which finds out anew what two such tensors become together."""
-    found = {}
+    broadcast, found = semantic.broadcast_impl_value, {}
 
-    def spread(self, tensor, to):
+    def spread(tensor, to):
         if to is None:
             return tensor
         type, shape = to
         data = np.empty(shape, tensor.handle.data.dtype)
         data[...] = tensor.handle.data
-        return self.tensor(handle(data, tensor.handle.dtype.scalar), type)
+        return semantic.tensor(handle(data, tensor.handle.dtype.scalar), type)
 
-    def broadcast_of(self, *tensors):
+    def broadcast_of(*tensors):
         key = tuple(map(_kind, tensors))
         if key in found:
-            return [spread(self, tensor, to) for tensor, to in zip(tensors, found[key], strict=True)]
-        made = broadcast(self, *tensors)
+            return [spread(tensor, to) for tensor, to in zip(tensors, found[key], strict=True)]
+        made = broadcast(*tensors)
         pairs = zip(tensors, made, strict=True)
         found[key] = [None if new is old else (new.type, new.handle.data.shape) for old, new in pairs]
         return made

@@ -1,16 +1,16 @@
 """Compile every kernel for a GPU that need not be there: `python tests/kernels/compile_kernels.py 90 80`.
 
-With `--tiles bfloat16` it is the matrix kernels in every tile that a tuner may choose.
+With `--tiles` it is the matrix kernels in every tile that a tuner may choose; `--dtype bfloat16` is for one dtype.
 
 Runs the operators on small CPU tensors, starting nothing, so what is compiled is what they would start, with the
 argument types and compile-time constants that they would pass. Prints one JSON line a kernel: its name, target, dtype,
 tile, the matrix instructions and the widths of asynchronous copies in its PTX, registers, stack and shared memory.
 """
 
+import argparse
 import json
 import re
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -37,7 +37,7 @@ from fastgan.kernels.launch import TILES
 from fastgan.kernels.offline import compile_launch, compiling_for, record
 
 MATRIX_KERNELS = ("up_kernel", "up_narrow_kernel", "down_kernel", "weight_grad_kernel", "weight_grad_narrow_kernel")
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_DTYPES = ("float32", "float16", "bfloat16")
 
 
 def workload(dtype, batch=8):
@@ -179,19 +179,20 @@ def _waits_first(code):
     return others is not None and 0 <= code.find("ACQBULK") < others.start()
 
 
-def main(arguments):
-    dtypes, launches_of = _DTYPES, lambda dtype: record(workload(dtype))
-    if "--tiles" in arguments:
-        at = arguments.index("--tiles")
-        dtypes, launches_of = [getattr(torch, arguments[at + 1])], every_tile
-        arguments = arguments[:at]
-    for dtype in dtypes:
-        for launch in launches_of(dtype):
-            for capability in arguments:
-                of_each = dtype == torch.bfloat16 and capability == "90" and launches_of is not every_tile
-                row = report(launch, int(capability), reads_code=of_each)
-                print(json.dumps(dict(row, dtype=str(dtype).removeprefix("torch."))), flush=True)
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("capabilities", nargs="+", type=int, metavar="CAPABILITY", help="90 for sm_90")
+    parser.add_argument("--dtype", choices=_DTYPES, help="all three of them by default")
+    parser.add_argument("--tiles", action="store_true", help="the matrix kernels in every tile")
+    options = parser.parse_args()
+    for name in [options.dtype] if options.dtype else _DTYPES:
+        dtype = getattr(torch, name)
+        for launch in every_tile(dtype) if options.tiles else record(workload(dtype)):
+            for capability in options.capabilities:
+                reads_code = name == "bfloat16" and capability == 90 and not options.tiles
+                row = report(launch, capability, reads_code)
+                print(json.dumps(dict(row, dtype=name)), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

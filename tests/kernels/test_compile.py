@@ -38,26 +38,26 @@ def compiled(*arguments, **variables):
 
 
 @pytest.mark.parametrize(
-    "capability, instruction",
-    (pytest.param(80, "mma.sync", marks=pytest.mark.slow), (90, "wgmma.mma_async")),
+    "dtype", (*(pytest.param(dtype, marks=pytest.mark.slow) for dtype in ("float32", "float16")), "bfloat16")
 )
-def test_compiles(capability, instruction):
-    rows = compiled(str(capability))
-    for dtype in ("float32", "float16", "bfloat16"):
-        found = [row for row in rows if row["dtype"] == dtype]
-        assert {row["kernel"] for row in found} == KERNELS
-        assert all(row["cubin_bytes"] > 0 for row in found)
-        # From sm_90 on a kernel starts before the one before has ended: it waits for that before it touches memory.
-        assert all(row["waits_first"] == (capability >= 90) for row in found)
-        matrix = [row for row in found if row["kernel"] in MATRIX_KERNELS]
-        # Tensor cores: on Hopper only tiles of 64 rows and more take wgmma, and these all have them.
-        assert all(instruction in row["matrix_instructions"] for row in matrix), matrix
+@pytest.mark.parametrize(
+    "capability, instruction", (pytest.param(80, "mma.sync", marks=pytest.mark.slow), (90, "wgmma.mma_async"))
+)
+def test_compiles(capability, instruction, dtype):
+    rows = compiled(str(capability), "--dtype", dtype)
+    assert {row["kernel"] for row in rows} == KERNELS
+    assert all(row["cubin_bytes"] > 0 for row in rows)
+    # From sm_90 on a kernel starts before the one before has ended: it waits for that before it touches memory.
+    assert all(row["waits_first"] == (capability >= 90) for row in rows)
+    matrix = [row for row in rows if row["kernel"] in MATRIX_KERNELS]
+    # Tensor cores: on Hopper only tiles of 64 rows and more take wgmma, and these all have them.
+    assert all(instruction in row["matrix_instructions"] for row in matrix), matrix
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ("bfloat16", "float32"))
 def test_every_tile_fits_hopper(dtype):
-    for row in compiled("90", "--tiles", dtype):
+    for row in compiled("90", "--tiles", "--dtype", dtype):
         assert row["stack_bytes"] == 0, row  # no spilled registers
         assert row["shared_bytes"] <= 227 * 1024, row
         if row["kernel"] == "down_single_kernel":

@@ -239,6 +239,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_other_processes_compile(tmp_path):
     script = tmp_path / "compile.py"
     script.write_text(COMPILE)

@@ -65,7 +65,14 @@ def table(tmp_path):
     return tmp_path / "table.json"
 
 
-@pytest.mark.parametrize("target, instruction", (("sm_80", "mma"), ("sm_90", "wgmma"), ("sm_100", "tcgen05")))
+@pytest.mark.parametrize(
+    "target, instruction",
+    (
+        pytest.param("sm_80", "mma", marks=pytest.mark.slow),
+        ("sm_90", "wgmma"),
+        pytest.param("sm_100", "tcgen05", marks=pytest.mark.slow),
+    ),
+)
 def test_a_table(target, instruction, table):
     (row,) = rows_of("--target", target, "--only-tables", "--table", table)
     assert row["kernel"] == "down_kernel" and row["dtype"] == "bfloat16" and row["target"] == target
