@@ -3,7 +3,6 @@
 import functools
 import importlib.util
 import os
-import threading
 from contextlib import contextmanager
 
 import torch
@@ -23,27 +22,9 @@ HOOKS_OF_ALL = (
     modules._global_backward_pre_hooks,
     modules._global_backward_hooks,
 )
-
-_held, _holders = None, 0  # the choice that holds within `held_choice`, and how many of these there are
-_holding = threading.Lock()
-
-
-@contextmanager
-def held_choice():
-    """Within it FASTGAN_BACKEND counts as it was at the beginning: to look it up takes as long as a small operator.
-
-    For all threads, because autograd's ask for it too, until the last one is out of it.
-    """
-    global _held, _holders
-    with _holding:
-        _held, _holders = _choice(), _holders + 1
-    try:
-        yield
-    finally:
-        with _holding:
-            _holders -= 1
-            if not _holders:
-                _held = None
+# Where os.environ keeps FASTGAN_BACKEND. Its own look-up of what is not set raises and catches two errors, which takes
+# as long as a small operator.
+_environment, _key = os.environ._data, os.environ.encodekey("FASTGAN_BACKEND")
 
 
 @contextmanager
@@ -66,9 +47,9 @@ def constant_result(function):
 @constant_result
 def _choice():
     """The value of FASTGAN_BACKEND, checked."""
-    if _held is not None:
-        return _held
-    choice = os.environ.get("FASTGAN_BACKEND", "auto")
+    if _key not in _environment:
+        return "auto"
+    choice = os.environ["FASTGAN_BACKEND"]
     if choice not in _CHOICES:
         raise ValueError(f"FASTGAN_BACKEND must be one of {', '.join(_CHOICES)}; got {choice!r}")
     return choice

@@ -20,6 +20,7 @@ from fastgan.cpu_products import (
     weight_grad_of_all_taps,
     weight_grad_tap_by_tap,
 )
+from fastgan.first_order import only_first_order
 from fastgan.layout import contiguous, suggests_channels_last
 from fastgan.ops.geometry import backward_where, out_size
 from fastgan.patterns import has_own_code, unfit_setting
@@ -49,23 +50,26 @@ _WIDE_ELEMENTS_UPWARDS = 2**22  # without AVX-512, from the low side
 _IMAGE_CHANNELS, _IMAGE_CHANNELS_IN_HALF, _LEAST_LOW = 3, 1, 2**17
 
 
-def convolve(x, conv, forward, alone=False):
+def convolve(x, conv, forward, alone=False, may_be_view=True):
     """The result of `forward`, which is that of the Conv2d or ConvTranspose2d `conv`, for x on any device.
 
     Args:
         alone: nothing of its group follows. Then one position has stock's strides, too, by which the next layer chooses
             its layout; with an activation after it, stock makes them the default ones, as a product does.
+        may_be_view: the result goes to a BatchNorm. Anybody else may call detach_() of it, as they may of stock's.
     """
     if not isinstance(x, torch.Tensor) or not x.is_cpu or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return forward(x)
     parameters = conv._parameters  # without those of a parametrized layer, which would be computed
-    weight, bias = parameters.get("weight"), parameters.get("bias")
-    if weight is None or "bias" not in parameters or x.dim() != 4 or unfit_setting(conv) or has_own_code(conv.__dict__):
+    weight = parameters.get("weight")
+    if weight is None or _is_ordinary(x, weight, conv):
+        return forward(x)
+    bias = parameters.get("bias")
+    if "bias" not in parameters or x.dim() != 4 or unfit_setting(conv) or has_own_code(conv.__dict__):
         return forward(x)
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     trains = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     working = torch.float32 if _gains_in_float32(dtype, trains) else dtype
-    # By sizes first: most layers are none of these, and every call asks.
     compute, where = _one_position(x, weight, conv), ()
     if compute is None:
         by_products = _gains(x, weight, conv, working)
@@ -81,8 +85,21 @@ def convolve(x, conv, forward, alone=False):
         y = (y if bias is None else y + bias.to(working)[:, None, None]).to(dtype)
     has_strides = alone and compute is to_one_position and y.shape[1] > 1
     if has_strides and (suggests_channels_last(weight) or suggests_channels_last(x)):
-        return y.flatten(1)[:, None, None].permute(0, 3, 1, 2)
-    return y
+        y = y.flatten(1)[:, None, None].permute(0, 3, 1, 2)
+    return y if may_be_view or not y._is_view() or only_first_order() else y.clone()
+
+
+def _is_ordinary(x, weight, conv):
+    """Whether float32 and a few sizes tell that nothing gains: most layers are such, and every call asks."""
+    sizes = weight.shape
+    to_image = sizes[1] <= _IMAGE_CHANNELS and (conv.transposed or x.requires_grad)
+    return (
+        x.dtype == torch.float32
+        and not to_image
+        and weight.numel() < _WIDE_ELEMENTS
+        and x.shape[2:] != ((1, 1) if conv.transposed else sizes[2:])
+        and not torch.is_autocast_enabled("cpu")
+    )
 
 
 @functools.cache

@@ -27,24 +27,17 @@ def run_layers(x, conv, forwards, batch_norm):
 
     Among `forwards` the module `batch_norm`, if any, stands for its own.
     """
-    groups = current_groups()
-    x = convolve(x, conv, forwards[0], alone=len(forwards) == 1)
+    x = convolve(x, conv, forwards[0], alone=len(forwards) == 1, may_be_view=batch_norm is not None)
     if conv.out_channels == 1 and len(forwards) > 1 and isinstance(x, torch.Tensor) and not torch.jit.is_tracing():
         x = contiguous(x)  # stock's next layer gives it so; ours may write to it instead
-    if batch_norm is None and _is_view(x) and not only_first_order():
-        x = x.clone()  # stock's is none: others may call detach_() of what they get
     for forward in forwards[1:]:
         if forward is not batch_norm:
             x = forward(x)
-        elif groups > 1 and batch_norm.training:
+        elif batch_norm.training and (groups := current_groups()) > 1:
             x = torch.cat([batch_norm.forward(part) for part in x.chunk(groups)])
         else:
             x = batch_norm.forward(x)
     return x
-
-
-def _is_view(x):
-    return isinstance(x, torch.Tensor) and not torch.compiler.is_compiling() and x._is_view()
 
 
 def run_stock(x, part):

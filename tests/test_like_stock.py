@@ -13,7 +13,6 @@ from torch import nn
 from torch.nn.modules import module as modules
 
 import fastgan
-from fastgan import backend
 from fastgan.batch_groups import batch_groups, current_groups
 from fastgan.first_order import first_order, only_first_order
 
@@ -318,15 +317,15 @@ def test_scopes_are_of_a_thread(device):
     torch.testing.assert_close(found[2], stock(x), rtol=1e-3, atol=1e-4)
 
 
-def test_scopes_that_overlap_leave_nothing(monkeypatch):
+def test_scopes_that_overlap_leave_nothing():
     entered, left = threading.Event(), threading.Event()
 
     def first():
-        with batch_groups(2), first_order(), backend.held_choice():
+        with batch_groups(2), first_order():
             entered.wait()
 
     def second():
-        with batch_groups(3), first_order(), backend.held_choice():
+        with batch_groups(3), first_order():
             entered.set()
             left.wait()
 
@@ -337,8 +336,6 @@ def test_scopes_that_overlap_leave_nothing(monkeypatch):
     left.set()
     threads[1].join()
     assert (current_groups(), only_first_order()) == (1, False)
-    monkeypatch.setenv("FASTGAN_BACKEND", "reference")
-    assert not backend.forces_triton()
 
 
 def test_compiled_code_knows_of_a_scope():

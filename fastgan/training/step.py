@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from fastgan.backend import PRECISIONS, held_choice, without_autocast
+from fastgan.backend import PRECISIONS, without_autocast
 from fastgan.batch_groups import batch_groups
 from fastgan.first_order import first_order
 from fastgan.fusion import fuse, fused_groups
@@ -180,13 +180,7 @@ class TrainStep:
 
     def _run(self, real_images):
         # Somebody's autocast around the step is none of its own, and would cast within backward too.
-        with (
-            without_autocast(self.device.type),
-            held_choice(),
-            first_order(),
-            self._copies_g.in_use(),
-            self._copies_d.in_use(),
-        ):
+        with without_autocast(self.device.type), first_order(), self._copies_g.in_use(), self._copies_d.in_use():
             if self._graph is None:
                 return self._step(real_images)
             self._keep_lr()
