@@ -91,15 +91,24 @@ def convolve(x, conv, forward, alone=False, may_be_view=True):
 
 def _is_ordinary(x, weight, conv):
     """Whether float32 and a few sizes tell that nothing gains: most layers are such, and every call asks."""
-    sizes = weight.shape
-    to_image = sizes[1] <= _IMAGE_CHANNELS and (conv.transposed or x.requires_grad)
     return (
         x.dtype == torch.float32
-        and not to_image
         and weight.numel() < _WIDE_ELEMENTS
-        and x.shape[2:] != ((1, 1) if conv.transposed else sizes[2:])
+        and not _goes_to_image(x, weight, conv)
+        and not _has_one_position(x, weight, conv)
         and not torch.is_autocast_enabled("cpu")
     )
+
+
+def _goes_to_image(x, weight, conv):
+    """Whether the result or the gradient for x has an image's few channels."""
+    few = weight.shape[1] <= _IMAGE_CHANNELS
+    return few and (conv.transposed or (torch.is_grad_enabled() and x.requires_grad))
+
+
+def _has_one_position(x, weight, conv):
+    """Whether the low side has one position, if nothing is padded."""
+    return x.shape[2:] == ((1, 1) if conv.transposed else weight.shape[2:])
 
 
 @functools.cache
@@ -172,17 +181,15 @@ def _multiplies_in(dtype):
 
 def _one_position(x, weight, conv):
     """`from_one_position` or `to_one_position` if that is what the convolution is, otherwise None."""
-    positions = x.shape[2:]
-    if positions != ((1, 1) if conv.transposed else weight.shape[2:]) or any((*conv.padding, *conv.output_padding)):
+    if not _has_one_position(x, weight, conv) or any((*conv.padding, *conv.output_padding)):
         return None
     return from_one_position if conv.transposed else to_one_position
 
 
 def _gains(x, weight, conv, dtype):
     """Whether anything of a convolution runs another way as a `Convolution`, forward or backward."""
-    grows = torch.is_grad_enabled()
-    learns = grows and weight.requires_grad
-    to_image = weight.shape[1] <= _IMAGE_CHANNELS and (conv.transposed or (grows and x.requires_grad))
+    learns = torch.is_grad_enabled() and weight.requires_grad
+    to_image = _goes_to_image(x, weight, conv)
     if dtype == torch.float32:
         large = weight.numel() >= _WIDE_ELEMENTS and (learns or _waits_for_more())
     else:
