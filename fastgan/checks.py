@@ -76,7 +76,7 @@ def check_conv_bn_act(
 
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var must be given both or neither")
-    with_batch_norm = any(tensor is not None for tensor in (gamma, beta, running_mean))
+    with_batch_norm = layer.batch_norm
     if with_batch_norm and not layer.batch_statistics and running_mean is None:
         raise ValueError("running_mean and running_var are needed when training is False; got None")
     _check_numbers(layer, with_batch_norm)

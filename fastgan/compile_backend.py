@@ -22,7 +22,6 @@ from fastgan.graph_patterns import (
     sole_user,
     stays_stock,
 )
-from fastgan.group_calls import gamma_of_ones
 from fastgan.layout import contiguous, suggests_channels_last
 from fastgan.ops import layer as fused
 from fastgan.ops.choice import what_follows
@@ -232,7 +231,7 @@ def _replace(graph, match):
     # As they are now: an operator may have taken the place of the layer before.
     conv = _arguments(_CONVOLUTIONS[match.nodes[0].target], match.nodes[0])
     where = [_pair(conv.get(name, 0)) for name in ("stride", "padding", "output_padding")]
-    layer = Layer(match.transposed, *where, *match.activation, match.activation_first)
+    layer = Layer(match.transposed, *where, *match.activation, match.batch_norm is not None, match.activation_first)
     vectors = (None,) * 4
     if match.batch_norm is not None:
         norm = _arguments(_BATCH_NORM, next(node for node in match.nodes if node.target is F.batch_norm))
@@ -249,7 +248,4 @@ def _replace(graph, match):
 
 def _fused_call(x, weight, bias, gamma, beta, running_mean, running_var, layer):
     """A captured group as one operator, on tensors."""
-    if layer.batch_statistics:
-        channels = weight.shape[1 if layer.transposed else 0]
-        gamma = gamma_of_ones(gamma, beta, running_mean, channels, weight)
     return fused.conv_bn_act(x, weight, bias, gamma, beta, running_mean, running_var, layer=layer)

@@ -66,7 +66,8 @@ def conv_transpose2d_bn_act(
     """
     layer = Layer(
         *(True, pair("stride", stride), pair("padding", padding), pair("output_padding", output_padding)),
-        *(activation, negative_slope, activation_first, training, momentum, eps, batch_groups),
+        *(activation, negative_slope, _any_of(gamma, beta, running_mean, running_var)),
+        *(activation_first, training, momentum, eps, batch_groups),
     )
     return conv_bn_act(x, weight, bias, gamma, beta, running_mean, running_var, layer=layer)
 
@@ -104,6 +105,11 @@ def conv2d_bn_act(
     """
     layer = Layer(
         *(False, pair("stride", stride), pair("padding", padding), (0, 0)),
-        *(activation, negative_slope, activation_first, training, momentum, eps, batch_groups),
+        *(activation, negative_slope, _any_of(gamma, beta, running_mean, running_var)),
+        *(activation_first, training, momentum, eps, batch_groups),
     )
     return conv_bn_act(x, weight, bias, gamma, beta, running_mean, running_var, layer=layer)
+
+
+def _any_of(*vectors):
+    return any(vector is not None for vector in vectors)

@@ -80,7 +80,7 @@ def _run_operator(x, part, **links):
             hook(conv, (x,))
     vectors, batches, settings = (None,) * 4, None, {}
     if batch_norm is not None:
-        vectors, batches, settings = _batch_norm_arguments(batch_norm, x)
+        vectors, batches, settings = _batch_norm_arguments(batch_norm)
     layer = Layer(*_constants(part), name=part.name, **settings)
     if links["x_link"] is None:
         x = with_stock_gradient(x, conv)
@@ -93,7 +93,7 @@ def _constants(part):
     """Those fields of the Layer of a group that have no defaults, and whether it activates first."""
     conv = part.conv
     where = (conv.transposed, conv.stride, conv.padding, conv.output_padding)
-    return (*where, part.activation, part.negative_slope, part.activation_first)
+    return (*where, part.activation, part.negative_slope, part.batch_norm is not None, part.activation_first)
 
 
 def run_as_chain(x, parts):
@@ -150,7 +150,7 @@ def _tensors_and_layer(part, dtype, casts, batch_groups):
     if (updates and type(bn.momentum) not in (float, int)) or (part.activation_first and not batch_statistics):
         return None
     gamma, beta = own.get("weight"), own.get("bias")
-    if gamma is beta is running_mean is None or not own.keys() >= _VECTORS or isinstance(bn, nn.SyncBatchNorm):
+    if not own.keys() >= _VECTORS or isinstance(bn, nn.SyncBatchNorm):
         return None
     for vector in (gamma, beta, running_mean, running_var):
         if vector is not None and not vector.is_contiguous():
@@ -174,7 +174,7 @@ def _statistics_of(bn):
     return running_mean, running_var, batches, bn.training or running_mean is None
 
 
-def _batch_norm_arguments(bn, x):
+def _batch_norm_arguments(bn):
     """A BatchNorm's (gamma, beta, running_mean, running_var), what counts its batches, and fields of its Layer.
 
     As stock does: count the batch first, update only statistics that are tracked, and take the batch's own where
@@ -187,7 +187,6 @@ def _batch_norm_arguments(bn, x):
         # On a GPU a tensor: reading it would wait. In float64, as stock divides.
         momentum = 1.0 / (batches.double() if batches.is_cuda else float(batches))
         batches = None
-    gamma = gamma_of_ones(bn.weight, bn.bias, running_mean, bn.num_features, x)
     settings = dict(
         batch_statistics=batch_statistics,
         momentum=0.0 if momentum is None else momentum,
@@ -195,7 +194,7 @@ def _batch_norm_arguments(bn, x):
         groups=current_groups() if batch_statistics else 1,
         process_group=_processes(bn),
     )
-    return (gamma, bn.bias, running_mean, running_var), batches, settings
+    return (bn.weight, bn.bias, running_mean, running_var), batches, settings
 
 
 def _processes(bn):
@@ -204,13 +203,6 @@ def _processes(bn):
         return None
     group = bn.process_group or dist.group.WORLD
     return group if dist.get_world_size(group) > 1 else None
-
-
-def gamma_of_ones(gamma, beta, running_mean, channels, like):
-    """A BatchNorm's γ, or ones where all of its vectors are missing: to the operator that means no BatchNorm."""
-    if gamma is None and beta is None and running_mean is None:
-        return torch.ones(channels, device=like.device, dtype=like.dtype)
-    return gamma
 
 
 def is_distributed():

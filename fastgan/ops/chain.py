@@ -216,6 +216,4 @@ def _operator_layer(x, weight, bias, gamma, beta, weight_copy, layer):
 
 def _plain_layer(x, weight, bias, gamma, beta, weight_copy, layer):
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-    if layer.batch_statistics and gamma is None and beta is None:
-        gamma = x.new_ones(weight.shape[1 if layer.transposed else 0])  # with none of both there is no BatchNorm
     return conv_bn_act_reference(x, weight, bias, gamma, beta, None, None, layer)

@@ -103,7 +103,7 @@ def _by_kernels(x, weight, weight_copy, vectors, batches, layer, x_link, gives_l
     to_convolve = (x, weight, weight_copy, bias)
     of_x = ALONE if x_link is None else (list(x_link.normalized), x_link.activation, x_link.slope)
     vectors = (gamma, beta, running_mean, running_var)
-    if all(vector is None for vector in vectors):
+    if not layer.batch_norm:
         return _without_batch_norm(*to_convolve, layer, of_x, gives_link)
     if not layer.batch_statistics:
         known = map(_contiguous, (running_mean, running_var))

@@ -14,7 +14,7 @@ def conv_bn_act_reference(x, weight, bias, gamma, beta, running_mean, running_va
     else:
         y = F.conv2d(x, weight, bias, layer.stride, layer.padding)
     y = activate_(y, *layer.before())
-    if not (gamma is None and beta is None and running_mean is None and running_var is None):
+    if layer.batch_norm:
         training, momentum, eps = layer.batch_statistics, layer.momentum, layer.eps
         if training and layer.process_group is not None:
             from fastgan.ops import synchronised  # imports Dynamo, which takes as long as torch itself
