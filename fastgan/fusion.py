@@ -19,17 +19,8 @@ from fastgan.graph_forward import GraphForward, Plan, is_graph_forward, look_lik
 from fastgan.group_calls import run_layers, run_parts
 from fastgan.layout import in_stock_layout
 from fastgan.ops import layer as fused
-from fastgan.patterns import (
-    any_has_hooks,
-    code_of,
-    has_same_code,
-    in_order,
-    inplace_flags,
-    is_sequential,
-    match,
-    parents_in,
-    passes_through,
-)
+from fastgan.patterns import in_order, is_sequential, match, passes_through
+from fastgan.watching import Watch
 
 
 def fuse(model):
@@ -200,44 +191,26 @@ class SequentialForward:
         container = self.container
         if torch.compiler.is_compiling():
             return groups_of(container)
-        kept = self._kept
-        if kept is None or not kept.holds():
-            kept = _Kept(container)
-            self._kept = None if any_has_hooks(kept.attributes) else kept
-        return kept.groups
+        if self._kept is None or not self._kept.holds():
+            self._kept = _Kept(container)
+        return self._kept.groups
 
 
 class _Kept:
-    """The Groups of the modules that a container calls in a row, and what they depend on.
-
-    It is asked at every call, so whole tuples are compared and tested.
-    """
+    """The Groups of the modules that a container calls in a row, with what they depend on."""
 
     def __init__(self, container):
         names, modules, passed = in_order(container)
-        self.groups = match(names, modules)
-        self._passed = [(module._modules, tuple(module._modules.values())) for module in passed]
-        self._inner = passed[1:]
-        self._modules = (*modules, *passed)
-        self._types = tuple(map(type, self._modules))  # parametrizations change those
-        self._code = code_of(self._types)
-        self.attributes = [module.__dict__ for module in modules if not is_fused(module)]  # there are no hooks in them
-        asking = modules if any(group.asks_who_writes for group in self.groups) else ()
-        self._flags = inplace_flags(asking)
-        self._parts = [(part._modules, list(part._modules.values())) for part in parents_in(asking)]
+        self.groups, self._inner, self._watch = match(names, modules), passed[1:], Watch()
+        self._watch.called([module for module in modules if not is_fused(module)])  # those have their own
+        for module in passed:
+            self._watch.children(module)
+        if any(group.asks_who_writes for group in self.groups):
+            self._watch.inplace(modules)
+        self._watch.start()
 
     def holds(self):
-        for children, modules in self._passed:
-            if tuple(children.values()) != modules:
-                return False
-        return (
-            all(map(passes_through, self._inner))
-            and self._types == tuple(map(type, self._modules))
-            and has_same_code(self._code)
-            and not any_has_hooks(self.attributes)
-            and all([own.get("inplace") is flag for own, flag in self._flags])
-            and all([list(parts.values()) == children for parts, children in self._parts])
-        )
+        return self._watch.holds() and all(map(passes_through, self._inner))
 
 
 def _run_operators(groups, x):

@@ -17,7 +17,7 @@ from fastgan.graph_patterns import find_groups, restore_layout
 from fastgan.group_calls import run_parts, run_stock
 from fastgan.layout import in_stock_layout
 from fastgan.ops import layer as fused
-from fastgan.patterns import Part, inplace_flags, parents_in
+from fastgan.patterns import Part
 from fastgan.tracing import TENSOR, Untraceable, trace
 from fastgan.watching import Watch, freeze
 
@@ -121,7 +121,7 @@ class GraphForward:
                 return Plan("it is called with a constant that can change")
         plans = self._plans.get(key, ())
         for i, plan in enumerate(plans):
-            if plan.holds():
+            if plan.watch.holds():
                 plan.used = self._calls = self._calls + 1
                 if i:
                     with _PLANNING:
@@ -133,7 +133,7 @@ class GraphForward:
 
     def _new_plan(self, key, names, constants):
         plans = self._plans.get(key, [])
-        if plans and plans[0].holds():  # which another thread has made meanwhile
+        if plans and plans[0].watch.holds():  # which another thread has made meanwhile
             return plans[0]
         for plan in [plan for plan in plans if not plan.watch.same_modules()]:
             self._forget(plan)
@@ -238,9 +238,6 @@ class Plan:
     attribute: str | None = None
     used: int = 0  # the number of the last call that it was for
 
-    def holds(self):
-        return self.watch.same_modules() and self.watch.same_values()
-
 
 def plan_call(container, arguments):
     """The Plan for calls with `arguments` (see `fastgan.tracing.trace`) in the container's present mode."""
@@ -257,8 +254,6 @@ def plan_call(container, arguments):
     for module in modules:
         for name in _DECISIVE & vars(module).keys():
             plan.watch.key(vars(module), name)
-        if isinstance(module, nn.modules.conv._ConvNd):
-            plan.watch.key(vars(module), "_conv_forward")  # who replaces it gives the layer code of its own
     for path in called:
         plan.watch.path(container, path)
     runs = find_groups(graph, container)
@@ -267,10 +262,7 @@ def plan_call(container, arguments):
             for module in container.get_submodule(path).modules():
                 plan.watch.children(module)
     if any(run.group.asks_who_writes for run in runs):
-        for own, _ in inplace_flags(modules):
-            plan.watch.key(own, "inplace")
-        for part in parents_in(modules):
-            plan.watch.children(part)
+        plan.watch.inplace(modules)
     plan.watch.start()
     plan.groups = [run.group for run in runs]
     if any(group.fused for group in plan.groups):

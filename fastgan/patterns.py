@@ -271,17 +271,6 @@ def has_same_code(code):
     return True
 
 
-def inplace_flags(modules):
-    """[(attributes, flag)] of all layers in the modules that can be told to write to their input."""
-    parts = [vars(part) for module in modules for part in module.modules()]
-    return [(own, own["inplace"]) for own in parts if "inplace" in own]
-
-
-def parents_in(modules):
-    """The modules that have children, of these and all below them."""
-    return [part for module in modules for part in module.modules() if part._modules]
-
-
 def hooks_compute_weight(conv):
     """Whether the convolution's only hooks are those of `torch.nn.utils.spectral_norm` and `weight_norm`."""
     pre_hooks = conv._forward_pre_hooks

@@ -2,11 +2,10 @@
 
 import functools
 import types
-from operator import is_
 
 import torch
 
-from fastgan.patterns import code_of, has_same_code, hooks_of
+from fastgan.patterns import any_has_hooks, code_of, has_same_code, hooks_of
 
 MISSING = object()  # an attribute or a name that is not there
 _CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.memory_format)
@@ -39,8 +38,7 @@ class Watch:
         self.guarded = {}  # (id of holder, name) → (holder, name, value): what torch.compile has to see, too
         self.can_compile = True  # whether it can see everything
         self.parents = {}  # id → module, of those whose children are watched
-        self._noted, self._expected, self._frozen = {}, [], []
-        self._pairs, self._can_change = [], False
+        self._noted, self._values, self._frozen, self._can_change = {}, [], [], False
         self._children, self._tensors, self._called = [], {}, []
 
     def key(self, mapping, name):
@@ -76,47 +74,60 @@ class Watch:
         """Watch the types, their code and the hooks of modules that are called; what they hold is theirs."""
         self._called += modules
 
+    def inplace(self, modules):
+        """Watch which layers in the modules write to their input, and what the modules consist of."""
+        for part in (part for module in modules for part in module.modules()):
+            if "inplace" in vars(part):
+                self.key(vars(part), "inplace")
+            if part._modules:
+                self.children(part)
+
     def _note(self, holder, name, get):
         if (id(holder), name) not in self._noted:
             value = get(name, MISSING)
             self._noted[id(holder), name] = holder  # kept, so that its id stays its own
-            self._pairs.append((get, name))
-            self._expected.append(value)
+            self._values.append((get, name, value))
             self._frozen.append(_snapshot(value))
             self._can_change |= _can_change(value)
 
     def start(self):
         """All is noted: take what is compared at every call."""
-        self._children = [(m._modules, list(m._modules), list(m._modules.values())) for m in self.parents.values()]
-        self._called = list(dict.fromkeys(self._called))
-        self._types = list(map(type, self._called))
+        self._children = [(m._modules, tuple(m._modules), tuple(m._modules.values())) for m in self.parents.values()]
+        self._called = tuple(dict.fromkeys(self._called))
+        self._types = tuple(map(type, self._called))  # parametrizations change those
         self._code = code_of(self._types)
-        self._forwards = [m.__dict__.get("forward") for m in self._called]
-        self._hooks = list(map(_hooks, self._called))
-        self._hooked = [module for module, hooks in zip(self._called, self._hooks, strict=True) if any(hooks)]
+        changed = [module for module in self._called if any_has_hooks([vars(module)])]
+        self._changed = [(module, _changes_of(module)) for module in changed]
+        self._plain = [vars(module) for module in self._called if module not in changed]
 
+    def holds(self):
+        return self.same_modules() and self.same_values()
+
+    # Loops, because of a container of few layers they take less time than what builds lists.
     def same_modules(self):
         """Whether the modules are those that were there, of the same types and with the same hooks."""
         for modules, names, values in self._children:
-            if [*modules] != names or [*modules.values()] != values:
+            if tuple(modules.values()) != values or tuple(modules) != names:
                 return False
-        if [*map(type, self._called)] != self._types or not has_same_code(self._code):
+        if tuple(map(type, self._called)) != self._types or not has_same_code(self._code):
             return False
-        called = self._called
-        if [m.__dict__.get("forward") for m in called] != self._forwards:
-            return False
-        hooked = [
-            m for m in called if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-        ]
-        return hooked == self._hooked and (not hooked or list(map(_hooks, called)) == self._hooks)
+        for module, changes in self._changed:
+            if _changes_of(module) != changes:
+                return False
+        return not any_has_hooks(self._plain)
 
     def same_values(self):
         """Whether everything else that was read is as it was."""
-        now = [get(name, MISSING) for get, name in self._pairs]
-        if self._can_change or not all(map(is_, now, self._expected)):
-            if list(map(_snapshot, now)) != self._frozen:
+        for mapping, name, kind in self._tensors.values():
+            if type(mapping.get(name)) is not kind:
                 return False
-        return all([type(mapping.get(name)) is kind for mapping, name, kind in self._tensors.values()])
+        for get, name, value in self._values:
+            if get(name, MISSING) is not value:
+                break
+        else:
+            if not self._can_change:
+                return True
+        return [_snapshot(get(name, MISSING)) for get, name, _ in self._values] == self._frozen
 
 
 def _snapshot(value):
@@ -128,5 +139,7 @@ def _can_change(value):
     return isinstance(value, list | functools.partial) or (isinstance(value, tuple) and any(map(_can_change, value)))
 
 
-def _hooks(module):
-    return [list(hooks.items()) for hooks in hooks_of(module)]
+def _changes_of(module):
+    """The hooks and the code that a module has for itself."""
+    own = vars(module)
+    return [list(hooks.items()) for hooks in hooks_of(module)], own.get("forward"), own.get("_conv_forward")
