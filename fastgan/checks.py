@@ -97,7 +97,8 @@ def check_conv_bn_act(
 def _check_numbers(layer, with_batch_norm):
     """Look at the constants that are no sizes."""
     activation, momentum = layer.activation, layer.momentum
-    if not isinstance(momentum, int | float | torch.Tensor) or getattr(momentum, "ndim", 0) != 0:
+    # Not by getattr: what torch.compile has made of a number is none, and has no attributes.
+    if not isinstance(momentum, int | float) and not (isinstance(momentum, torch.Tensor) and momentum.ndim == 0):
         raise TypeError(f"momentum must be a number or a 0-dim tensor; got {momentum!r}")
     if not isinstance(layer.eps, int | float):
         raise TypeError(f"eps must be a number; got {layer.eps!r}")

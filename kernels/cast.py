@@ -42,9 +42,11 @@ class Cast:
 
     @staticmethod
     def can(sources, targets):
-        """Whether every pair is dense, of one layout, aligned, and the dtypes are the same in all pairs."""
+        """Whether every pair is dense, of one layout, aligned, and the dtypes, of up to 32 bits, those of all pairs."""
         dtypes = {(source.dtype, target.dtype) for source, target in zip(sources, targets, strict=True)}
-        return len(dtypes) == 1 and all(
+        if len(dtypes) != 1 or not set(dtypes.pop()) <= _ELEMENT.keys():
+            return False
+        return all(
             source.stride() == target.stride()
             and source.data_ptr() % 16 == target.data_ptr() % 16 == 0
             and (source.is_contiguous() or source.is_contiguous(memory_format=torch.channels_last))

@@ -285,6 +285,19 @@ def test_compiled_generator(training, runs, monkeypatch):
     assert_close(dict(model.state_dict()), dict(stock.state_dict()))
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiled_with_another_momentum(dynamic, monkeypatch):
+    """From the second one on, Dynamo takes it for a number that it does not know."""
+    suppose_kernels(monkeypatch)
+    stock, model = make_pair(lambda: nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU()))
+    compiled = torch.compile(fastgan.fuse(model), fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    x = torch.randn(2, 2, 5, 5, dtype=torch.float64)
+    for momentum in (0.1, 0.2, 0.3):
+        stock[1].momentum = model[1].momentum = momentum
+        assert_close(compiled(x), stock(x))
+    assert_close(dict(model.state_dict()), dict(stock.state_dict()))
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace")
 @pytest.mark.parametrize("function", [fastgan.fuse, fastgan.unfuse, fastgan.explain])
 def test_type_errors(function):

@@ -32,6 +32,15 @@ def test_no_convolutions_no_copies():
         pass
 
 
+def test_copies_of_float64_weights(device, triton_backend):
+    """Which autocast leaves as they are, so nobody reads them; there is no kernel for them either."""
+    conv = nn.Conv2d(2, 3, 4).double().to(device)
+    copies = WeightCopies([conv], torch.float16)
+    copies.refresh()
+    with copies.in_use():
+        assert torch.equal(weight_copy(conv), conv.weight.half())
+
+
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16) if torch.cuda.is_available() else (torch.float16,))
 def test_one_launch_casts_all(dtype, device, triton_backend, poisoned):
     """Sizes around a block of the kernel, both layouts, and weights that have moved in the meantime."""

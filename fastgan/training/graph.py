@@ -82,10 +82,11 @@ class StepGraph:
         """The step on a stream of its own, as capture wants its warm-up."""
         stream, current = self._warmup_stream, torch.cuda.current_stream(self._device)
         stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            losses = self._step(images)
-        current.wait_stream(stream)
-        return losses
+        try:
+            with torch.cuda.stream(stream):
+                return self._step(images)
+        finally:  # also of a step that failed: the caller may go on, with what it had started still to run
+            current.wait_stream(stream)
 
     def _capture(self, images):
         # In the layout that the step computes in, or a copy more is made, and kept, within it.

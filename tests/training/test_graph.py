@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.torch_version import TorchVersion
 
-from fastgan.training.graph import capturing
+from fastgan.training.graph import StepGraph, capturing
 
 
 class Cycle:
@@ -82,3 +82,32 @@ def test_a_capture_that_fails_leaves_its_stream(generators, streams):
         streams.append("the capture's")
         raise ZeroDivisionError
     assert streams[-1] == "found"
+
+
+class Stream:
+    """Notes the streams that it waits for."""
+
+    def __init__(self, device=None):
+        self.waited_for = []
+
+    def wait_stream(self, stream):
+        self.waited_for.append(stream)
+
+
+@pytest.mark.parametrize("fails", (False, True))
+def test_what_comes_after_a_step_waits_for_it(fails, monkeypatch):
+    """Of a step that fails, too, the first kernels may still have to run."""
+    current = Stream()
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: current)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+
+    def step(images):
+        assert not current.waited_for
+        if fails:
+            raise ZeroDivisionError
+
+    graph = StepGraph(step, device="cuda")
+    with pytest.raises(ZeroDivisionError) if fails else nullcontext():
+        graph(None)
+    assert current.waited_for == [graph._warmup_stream] and graph._warmup_stream.waited_for == [current]
