@@ -32,7 +32,18 @@ class ContiguousAdam(torch.optim.Adam):
                 param.grad = None
 
     def load_state_dict(self, state_dict):
-        """torch's, of any Adam's state: what belongs to the device stays, and averages get the layouts they need."""
+        """torch's, of any Adam's state: what belongs to the device stays, and averages get the layouts they need.
+
+        Raises:
+            ValueError: an average has another shape than its parameter; torch would write beyond its memory.
+        """
+        given = [index for group in state_dict["param_groups"] for index in group["params"]]
+        params = [param for group in self.param_groups for param in group["params"]]
+        for index, param in zip(given, params, strict=False):  # torch says it where there are more of one kind
+            for name, value in state_dict["state"].get(index, {}).items():
+                if name != "step" and value.shape != param.shape:
+                    got, wanted = tuple(value.shape), tuple(param.shape)
+                    raise ValueError(f"{name} of parameter {index} must have its shape {wanted}; got {got}")
         own = {name: self.param_groups[0][name] for name in _OF_THE_DEVICE}
         groups = [{**group, **own} for group in state_dict["param_groups"]]
         super().load_state_dict({**state_dict, "param_groups": groups})

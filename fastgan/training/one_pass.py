@@ -4,6 +4,7 @@ import copy
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from fastgan.batch_groups import batch_groups
 from fastgan.checks import in_short
@@ -35,8 +36,14 @@ def seen_of(discriminator, real_images):
         code = kind, getattr(kind, "forward", None), own.get("forward"), own.get("_conv_forward")
         of_torch = kind.__module__.startswith("torch.nn.")
         settings = [*map(own.get, _SETTINGS)] if of_torch else _settings(own) + _class_flags(kind)
+        if any([_has_grad_hooks(parameter) for parameter in own["_parameters"].values()]):
+            settings.append("hooks of gradients")
         seen.append((module, code, module.training, hooks, settings))
     return min(len(real_images), IMAGES), seen
+
+
+def _has_grad_hooks(parameter):
+    return parameter is not None and bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
 
 
 def _settings(attributes, kinds=(bool, int, float, str)):
@@ -64,6 +71,12 @@ def one_pass_obstacle(discriminator, real_images, fake_images):
     for name, module in discriminator.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.momentum is None:
             return f"the BatchNorm {name} averages over all batches (momentum=None), and each half would be one"
+        # Each process would get an answer of its own, by what it is sent in between.
+        if isinstance(module, DistributedDataParallel) and module.will_sync_module_buffers():
+            return "DistributedDataParallel sends its buffers at each pass"
+    for name, parameter in discriminator.named_parameters():
+        if _has_grad_hooks(parameter):  # which copies do not have
+            return f"{name} has hooks, for the gradient of each pass"
     real, fake = (images[:IMAGES].detach().double() for images in (real_images, fake_images))
     try:
         together, apart = (copy.deepcopy(discriminator).double() for _ in range(2))

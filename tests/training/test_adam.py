@@ -146,3 +146,14 @@ def test_what_is_left_to_torch(monkeypatch):
     assert optimizer.state[parameter]["step"] == 2
     parameter.grad = torch.ones_like(parameter)
     assert optimizer.step(lambda: 3.0) == 3.0
+
+
+def test_averages_of_another_shape_are_refused():
+    """The fused update would go on beyond the end of a smaller one."""
+    own, other = (ContiguousAdam([torch.zeros(shape).requires_grad_()], fused=True) for shape in ((4, 3), (2, 3)))
+    for optimizer in (own, other):
+        optimizer.param_groups[0]["params"][0].grad = torch.ones_like(optimizer.param_groups[0]["params"][0])
+        optimizer.step()
+    with pytest.raises(ValueError, match=r"exp_avg of parameter 0 must have its shape \(4, 3\); got \(2, 3\)"):
+        own.load_state_dict(other.state_dict())
+    assert next(iter(own.state.values()))["exp_avg"].shape == (4, 3)

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import fastgan
 from fastgan.graph_forward import MOST_PLANS
 from fastgan.training import TrainStep
+from fastgan.training.one_pass import one_pass_obstacle
 from tests.training.small_gan import NZ, make_networks, real_batches
 
 
@@ -405,3 +406,35 @@ def test_images_of_another_shape_are_two_passes():
         with pytest.raises((RuntimeError, ValueError)):
             step(images)
     assert step.one_pass
+
+
+@pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_two_passes_where_parameters_have_hooks(register):
+    """They are for the gradients of one pass, those that come later too; copies of a parameter have none."""
+    step = TrainStep(make_networks()[0], _sequential().double(), latent_dim=NZ)
+    step(real_batches(1)[0])
+    assert step.one_pass
+    getattr(step.discriminator[0].weight, register)(lambda tensor: None)
+    with pytest.warns(UserWarning, match="0.weight has hooks, for the gradient of each pass"):
+        step(real_batches(1)[0])
+    assert not step.one_pass
+
+
+def test_two_passes_where_buffers_are_sent(monkeypatch):
+    """By every process, whatever a trial in one of them would say."""
+    monkeypatch.setattr("fastgan.training.one_pass.DistributedDataParallel", Sending)
+    network, images = fastgan.fuse(_sequential().double()), real_batches(2)
+    assert one_pass_obstacle(network, *images) is None
+    assert one_pass_obstacle(Sending(network), *images) == "DistributedDataParallel sends its buffers at each pass"
+
+
+class Sending(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x):
+        return self.module(x)
+
+    def will_sync_module_buffers(self):
+        return True
