@@ -119,7 +119,9 @@ def test_mixed_precision(copied, training, device, triton_backend, poisoned):
     reference = penalty_grads(stock, case, tensors, torch.float64)
     x, *rest = leaves(tensors)
     kept = rest[0].detach().half() if copied else None
-    constants = Layer(True, (2, 2), (1, 1), (0, 0), "tanh", 0.0, batch_statistics=training, momentum=0.3, eps=1e-3)
+    constants = Layer(
+        True, (2, 2), (1, 1), (0, 0), "tanh", 0.0, True, batch_statistics=training, momentum=0.3, eps=1e-3
+    )
     with torch.autocast(device.type, torch.float16):
         out, _ = linked_conv_bn_act(x, *rest, layer=constants, weight_copy=kept)
     assert out.dtype == torch.float16

@@ -30,7 +30,7 @@ class Case(NamedTuple):
     def constants(self, process_group):
         where = [(value, value) for value in (*self.convolution().values(), 0)]
         more = dict(batch_statistics=True, momentum=0.3, eps=1e-3, groups=self.groups, process_group=process_group)
-        return Layer(self.transposed, *where, self.activation, 0.2, self.activation_first, **more)
+        return Layer(self.transposed, *where, self.activation, 0.2, True, self.activation_first, **more)
 
 
 LAYERS = {
