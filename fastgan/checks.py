@@ -76,10 +76,9 @@ def check_conv_bn_act(
 
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var must be given both or neither")
-    with_batch_norm = layer.batch_norm
-    if with_batch_norm and not layer.batch_statistics and running_mean is None:
+    if layer.batch_norm and not layer.batch_statistics and running_mean is None:
         raise ValueError("running_mean and running_var are needed when training is False; got None")
-    _check_numbers(layer, with_batch_norm)
+    _check_numbers(layer)
     if not isinstance(layer.groups, int) or layer.groups < 1 or x.shape[0] % layer.groups:
         raise ValueError(f"batch_groups must divide the batch of {x.shape[0]} images; got {layer.groups!r}")
     shared = layer.process_group is not None
@@ -87,14 +86,14 @@ def check_conv_bn_act(
         raise ValueError(f"x must not be empty where processes share their statistics; got shape {tuple(x.shape)}")
     height, width = _check_sizes(x, weight, layer)
     images = x.shape[0] // layer.groups
-    if with_batch_norm and layer.batch_statistics and not shared and images * height * width == 1:
+    if layer.batch_norm and layer.batch_statistics and not shared and images * height * width == 1:
         raise ValueError(
             "Expected more than 1 value per channel when training, got output size "
             f"{(images, out_channels, height, width)}: BatchNorm has no variance of one value"
         )
 
 
-def _check_numbers(layer, with_batch_norm):
+def _check_numbers(layer):
     """Look at the constants that are no sizes."""
     activation, momentum = layer.activation, layer.momentum
     # Not by getattr: what torch.compile has made of a number is none, and has no attributes.
@@ -106,8 +105,8 @@ def _check_numbers(layer, with_batch_norm):
         raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}; got {activation!r}")
     if activation == "leaky_relu" and not layer.slope >= 0:
         raise ValueError(f"negative_slope must be at least 0; got {layer.slope!r}")
-    if layer.activation_first and (activation is None or not with_batch_norm):
-        got = f"activation={activation!r} and {'a' if with_batch_norm else 'no'} BatchNorm"
+    if layer.activation_first and (activation is None or not layer.batch_norm):
+        got = f"activation={activation!r} and {'a' if layer.batch_norm else 'no'} BatchNorm"
         raise ValueError(f"activation_first=True needs an activation and a BatchNorm after it; got {got}")
 
 

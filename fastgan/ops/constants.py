@@ -14,7 +14,7 @@ class Layer(NamedTuple):
     output_padding: tuple[int, int]
     activation: str | None
     slope: float  # of leaky_relu
-    batch_norm: bool = False  # whether it has one
+    batch_norm: bool  # whether it has one
     activation_first: bool = False  # before BatchNorm
     batch_statistics: bool = False  # whether its BatchNorm takes the batch's own
     momentum: object = 0.0  # a number, or a 0-dim tensor

@@ -55,7 +55,7 @@ class ContiguousAdam(torch.optim.Adam):
         """Give averages the layouts of their parameters: a fused update goes through both in the order of memory."""
         for param, state in self.state.items():
             for name, value in state.items():
-                if name != "step" and value.shape == param.shape:
+                if name != "step":
                     state[name] = torch.empty_like(param, dtype=value.dtype).copy_(value)
 
     @staticmethod
