@@ -85,6 +85,12 @@ def transformed():
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+@constant_result
+def observed():
+    """Whether a dispatch mode sees every operator and may keep its result, as selective checkpointing does."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
 def is_batched(*tensors):
     """Whether a backward computes with one of many gradients at once, or within a transform, though forward did not.
 

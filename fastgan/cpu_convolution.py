@@ -50,12 +50,12 @@ _WIDE_ELEMENTS_UPWARDS = 2**22  # without AVX-512, from the low side
 _IMAGE_CHANNELS, _IMAGE_CHANNELS_IN_HALF, _LEAST_LOW = 3, 1, 2**17
 
 
-def convolve(x, conv, forward, alone=False, may_be_view=True):
+def convolve(x, conv, forward, has_own_strides=False, may_be_view=True):
     """The result of `forward`, which is that of the Conv2d or ConvTranspose2d `conv`, for x on any device.
 
     Args:
-        alone: nothing of its group follows. Then one position has stock's strides, too, by which the next layer chooses
-            its layout; with an activation after it, stock makes them the default ones, as a product does.
+        has_own_strides: no BatchNorm or activation makes another tensor of it. Then one position has stock's strides,
+            too, by which the next layer chooses its layout; else stock makes them the default ones, as a product does.
         may_be_view: the result goes to a BatchNorm. Anybody else may call detach_() of it, as they may of stock's.
     """
     if not isinstance(x, torch.Tensor) or not x.is_cpu or torch.compiler.is_compiling() or torch.jit.is_tracing():
@@ -83,8 +83,8 @@ def convolve(x, conv, forward, alone=False, may_be_view=True):
         # Autocast's weights are copies, so that the weight may be updated before a backward of this result.
         y = compute(x.to(working), weight.to(working, copy=trains and weight.dtype != dtype), *where)
         y = (y if bias is None else y + bias.to(working)[:, None, None]).to(dtype)
-    has_strides = alone and compute is to_one_position and y.shape[1] > 1
-    if has_strides and (suggests_channels_last(weight) or suggests_channels_last(x)):
+    of_stock = has_own_strides and compute is to_one_position and y.shape[1] > 1
+    if of_stock and (suggests_channels_last(weight) or suggests_channels_last(x)):
         y = y.flatten(1)[:, None, None].permute(0, 3, 1, 2)
     return y if may_be_view or not y._is_view() or only_first_order() else y.clone()
 
@@ -162,7 +162,7 @@ def _is_plain(x, weight, bias, conv):
         and x.numel() > 0
         and x.shape[1] == in_channels
         and (bias is None or bias.shape == (out_channels,))
-        and not backend.transformed()
+        and not (backend.transformed() or backend.observed())
     )
 
 

@@ -181,8 +181,10 @@ class SequentialForward:
             if fused.has_kernels_for(x):
                 x = _run_operators(groups[i:end], x)
             else:
+                observed = backend.observed()
                 for group in groups[i:end]:
-                    x = run_layers(x, group.modules[0], group.forwards, group.batch_norm)
+                    forwards = group.forwards if observed else group.forwards_in_place
+                    x = run_layers(x, group.modules[0], forwards, group.batch_norm, group.keeps_memory)
             i = end
         return x
 
@@ -216,5 +218,5 @@ class _Kept:
 def _run_operators(groups, x):
     """Fused groups in a row, with the result where stock would put it."""
     y = run_parts(x, [group.part() for group in groups])
-    followed = [len(group.modules) > 1 for group in groups]
-    return in_stock_layout(y, x, [group.modules[0] for group in groups], followed)
+    kept = [group.keeps_memory for group in groups]
+    return in_stock_layout(y, x, [group.modules[0] for group in groups], kept)

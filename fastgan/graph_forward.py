@@ -13,7 +13,7 @@ from torch.fx.experimental.symbolic_shapes import guard_scalar
 
 from fastgan import backend
 from fastgan.batch_groups import batch_groups, current_groups
-from fastgan.graph_patterns import find_groups, restore_layout
+from fastgan.graph_patterns import changes_in_place, find_groups, restore_layout
 from fastgan.group_calls import run_parts, run_stock
 from fastgan.layout import in_stock_layout
 from fastgan.ops import layer as fused
@@ -272,19 +272,19 @@ def plan_call(container, arguments):
 
 def _compile(graph, runs, container):
     """The function of the container's graph in which each of the runs is one call."""
-    # A call → the node that the calls one after the other begin with, the convolutions in them, whether more follows.
+    # A call → the node that the calls one after the other begin with, the convolutions in them, whether those keep
+    # their memory.
     calls = {}
     for row in _in_rows(runs):
         x = row[0].nodes[0].args[0]
         with graph.inserting_before(row[0].nodes[0]):
-            parts = tuple(_part(graph, run) for run in row)
+            parts, keep = tuple(_part(graph, run) for run in row), tuple(_keeps_memory(graph, run) for run in row)
             call = graph.call_function(run_row, (x, *parts))
         row[-1].nodes[-1].replace_all_uses_with(call)
         for node in reversed([node for run in row for node in run.nodes]):
             graph.erase_node(node)
-        entry, convolutions, followed = calls.get(x, (x, (), ()))
-        followed += tuple(len(run.nodes) > 1 for run in row)
-        calls[call] = entry, (*convolutions, *(conv for conv, *_ in parts)), followed
+        entry, convolutions, kept = calls.get(x, (x, (), ()))
+        calls[call] = entry, (*convolutions, *(conv for conv, *_ in parts)), (*kept, *keep)
     for call, in_row in calls.items():
         restore_layout(call, calls, in_stock_layout, *in_row, container=container)
     code = graph.python_code("self")
@@ -324,6 +324,16 @@ def _negative_slope(graph, group, paths):
         return 0.0
     path = paths[1 if group.activation_first else -1]
     return group.negative_slope if path is None else graph.get_attr(f"{path}.negative_slope")
+
+
+def _keeps_memory(graph, run):
+    """`Group.keeps_memory` of a run, as far as it is known now; a layer's own flag is read at each call."""
+    node = run.nodes[-1]
+    if not run.group.ends_in_activation:
+        return len(run.nodes) == 1
+    if node.op == "call_module":
+        return graph.get_attr(f"{node.target}.inplace") if hasattr(run.group.modules[-1], "inplace") else False
+    return changes_in_place(node)
 
 
 def run_row(x, *parts):

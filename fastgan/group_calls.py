@@ -22,13 +22,13 @@ from fastgan.weight_copies import weight_copy
 _VECTORS = {"weight", "bias"}  # of a BatchNorm
 
 
-def run_layers(x, conv, forwards, batch_norm):
+def run_layers(x, conv, forwards, batch_norm, keeps_memory):
     """The group without kernels, by the forwards of its own layers.
 
-    Among `forwards` the module `batch_norm`, if any, stands for its own.
+    Among `forwards` the module `batch_norm`, if any, stands for its own. `keeps_memory`: see `patterns.Group`.
     """
-    x = convolve(x, conv, forwards[0], alone=len(forwards) == 1, may_be_view=batch_norm is not None)
-    if conv.out_channels == 1 and len(forwards) > 1 and isinstance(x, torch.Tensor) and not torch.jit.is_tracing():
+    x = convolve(x, conv, forwards[0], has_own_strides=keeps_memory, may_be_view=batch_norm is not None)
+    if conv.out_channels == 1 and not keeps_memory and isinstance(x, torch.Tensor) and not torch.jit.is_tracing():
         x = contiguous(x)  # stock's next layer gives it so; ours may write to it instead
     for forward in forwards[1:]:
         if forward is not batch_norm:
@@ -45,7 +45,8 @@ def run_stock(x, part):
     conv, batch_norm = part.conv, part.batch_norm
     act = functools.partial(activate_, activation=part.activation, negative_slope=part.negative_slope)
     acts, norms = [act] if part.activation else [], [] if batch_norm is None else [batch_norm]
-    return run_layers(x, conv, [conv, *acts, *norms] if part.activation_first else [conv, *norms, *acts], batch_norm)
+    forwards = [conv, *acts, *norms] if part.activation_first else [conv, *norms, *acts]
+    return run_layers(x, conv, forwards, batch_norm, keeps_memory=len(forwards) == 1)
 
 
 def run_parts(x, parts):

@@ -3,6 +3,8 @@
 import torch
 
 from fastgan.backend import is_batched
+from fastgan.ops.geometry import conv_size, conv_transpose_size
+from fastgan.patterns import unfit_setting
 
 
 def suggests_channels_last(tensor):
@@ -23,25 +25,46 @@ def suggests_channels_last(tensor):
     return True
 
 
-def in_stock_layout(y, x, convolutions, followed):
+def in_stock_layout(y, x, convolutions, kept):
     """The result `y` of a run of fused layers in the layout in which stock would give it.
 
-    A stock convolution's result is channels_last where its input or its weight is. What follows keeps that, except of
-    one channel or one position, which it takes for the default layout and gives in that.
+    A stock convolution's result is channels_last where its input or its weight is. What makes another tensor of it
+    keeps that, except of one channel or one position, which it takes for the default layout and gives in that.
 
     Args:
         x: the input of the first.
         convolutions: the modules of the run.
-        followed: for each of them, whether a BatchNorm or an activation follows it in the run.
+        kept: for each of them, whether stock leaves its result where it is: nothing follows, or an activation in place.
     """
-    channels_last = suggests_channels_last(x)
-    for conv, more in zip(convolutions, followed, strict=True):
-        channels_last = channels_last or _has_channels_last_weight(conv)
-        if more and conv.out_channels == 1:
-            channels_last = False
-    if followed[-1] and y.shape[2] == y.shape[3] == 1:
-        channels_last = False
-    return y if channels_last else contiguous(y)
+    return y if _stock_gives_channels_last(y, x, convolutions, kept) else contiguous(y)
+
+
+def _stock_gives_channels_last(y, x, convolutions, kept):
+    last = len(convolutions) - 1
+    # From which one on it is so, whatever was before: most often the last, and then nothing else is asked.
+    since = next((i for i in range(last, -1, -1) if _has_channels_last_weight(convolutions[i])), None)
+    if since is None:
+        if not suggests_channels_last(x):
+            return False
+        since = 0
+    anew = [i for i in range(since, last + 1) if not kept[i]]
+    if any([convolutions[i].out_channels == 1 for i in anew]):
+        return False
+    sizes = {} if anew in ([], [last]) else _sizes(x, convolutions)
+    sizes[last] = y.shape[2:]
+    return not any([tuple(sizes.get(i, ())) == (1, 1) for i in anew])
+
+
+def _sizes(x, convolutions):
+    """{index: the (h, w) of its result} of convolutions in a row, as far as they are such that operators compute."""
+    size, sizes = x.shape[2:], {}
+    for i, conv in enumerate(convolutions):
+        if unfit_setting(conv):
+            break
+        where = (size, conv.kernel_size, conv.stride, conv.padding)
+        size = conv_transpose_size(*where, conv.output_padding) if conv.transposed else conv_size(*where)
+        sizes[i] = size
+    return sizes
 
 
 def with_stock_gradient(x, conv):

@@ -41,7 +41,9 @@ class Group:
     activation_first: bool = False  # convolution → activation → BatchNorm: another function than the usual order
     fused: bool = False
     reason: str = ""
-    forwards: tuple[Callable, ...] = ()  # of a fused group: see `fastgan.group_calls.run_layers`
+    # Of a fused group, what its layers run without kernels: see `fastgan.group_calls.run_layers`.
+    forwards: tuple[Callable, ...] = ()
+    forwards_in_place: tuple[Callable, ...] = ()
 
     @property
     def pattern(self):
@@ -71,6 +73,12 @@ class Group:
         if self.activation != "leaky_relu":
             return 0.0
         return self.modules[1 if self.activation_first else -1].negative_slope
+
+    @property
+    def keeps_memory(self):
+        """Whether stock gives the convolution's own result: nothing follows, or an activation in place."""
+        in_place = self.activation is None or getattr(self.modules[-1], "inplace", False)
+        return self.batch_norm is None and in_place
 
     def part(self):
         """What the operator is told of it, as it is now."""
@@ -154,7 +162,8 @@ def match_first(names, modules):
     if group.activation == "leaky_relu" and group.batch_norm is None and _is_written_to(modules[2:]):
         group.names.pop(), group.modules.pop()
         group.activation, group.reason = None, WRITTEN_TO
-    group.forwards = tuple(map(_forward_in_place, group.modules))
+    group.forwards = tuple(map(_forward, group.modules))
+    group.forwards_in_place = tuple(map(_forward_in_place, group.modules))
     return group
 
 
@@ -215,15 +224,17 @@ def passes_on(module):
 _WRITING = {nn.ReLU: torch.relu_, nn.Tanh: torch.tanh_, nn.Sigmoid: torch.sigmoid_}
 
 
-def _forward_in_place(layer):
-    """What a layer runs without kernels: an activation writes to its input, which nothing else needs.
+def _forward(layer):
+    """What a layer runs; a BatchNorm is asked in its own way for each group of a batch."""
+    return layer if hooks_compute_weight(layer) or isinstance(layer, _BATCH_NORMS) else layer.forward
 
-    Not LeakyReLU: in place, backward would need its result, and later code may overwrite that. A BatchNorm is asked in
-    its own way for each group of a batch.
+
+def _forward_in_place(layer):
+    """The same where an activation may write to its input, because nothing else needs it.
+
+    Not LeakyReLU: in place, backward would need its result, and later code may overwrite that.
     """
-    if hooks_compute_weight(layer) or isinstance(layer, _BATCH_NORMS):
-        return layer
-    return layer.forward if getattr(layer, "inplace", False) else _WRITING.get(type(layer), layer.forward)
+    return _forward(layer) if getattr(layer, "inplace", False) else _WRITING.get(type(layer), _forward(layer))
 
 
 def hooks_of(module):

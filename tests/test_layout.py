@@ -108,7 +108,7 @@ def test_gradients_of_images(follows, create_graph, leaf, weights, images, backe
 class Forwards(nn.Module):
     def __init__(self, layers):
         super().__init__()
-        self.first, self.last = layers[0], layers[2]
+        self.first, _, self.last = layers
 
     def forward(self, x):
         return self.last(F.leaky_relu(self.first(x), 0.2))
@@ -159,6 +159,13 @@ def _one_channel(*follows):
     return nn.Sequential(nn.ConvTranspose2d(3, 1, 4, 2, 1), *follows)
 
 
+class Writes(Forwards):
+    """As functions and methods, and a layer whose result lies as the convolution's."""
+
+    def forward(self, x):
+        return self.last(F.relu(self.first(x), inplace=True)).relu_()
+
+
 ONES = {
     "one channel": lambda: _one_channel(nn.Tanh()),
     "one channel and BatchNorm": lambda: _one_channel(nn.BatchNorm2d(1), nn.ReLU()),
@@ -167,7 +174,34 @@ ONES = {
     "one channel in a graph": lambda: Forwards(_one_channel(nn.Tanh(), nn.Conv2d(1, 4, 3))),
     "one position": lambda: nn.Sequential(nn.Conv2d(3, 4, 6), nn.LeakyReLU(0.2)),
     "one position and BatchNorm": lambda: nn.Sequential(nn.Conv2d(3, 4, 6), nn.BatchNorm2d(4), nn.ReLU()),
+    "one position in place": lambda: nn.Sequential(nn.Conv2d(3, 4, 6), nn.LeakyReLU(0.2, inplace=True)),
+    "one position in place by itself": lambda: nn.Sequential(nn.Conv2d(3, 4, 6), nn.ReLU(inplace=True)),
+    "one channel in place": lambda: _one_channel(nn.LeakyReLU(0.2, inplace=True)),
+    "one channel in place, BatchNorm": lambda: _one_channel(nn.BatchNorm2d(1), nn.LeakyReLU(0.2, inplace=True)),
+    "one channel in place within": lambda: _one_channel(nn.LeakyReLU(0.2, inplace=True), nn.Conv2d(1, 4, 3)),
+    "one position within": lambda: _one_position(nn.ReLU()),
+    "one position within, of two layers": lambda: _one_position(),
+    "one position in place within": lambda: _one_position(nn.LeakyReLU(0.2, inplace=True)),
+    "one position and BatchNorm within": lambda: _one_position(nn.BatchNorm2d(8), nn.ReLU()),
+    "one position in a graph": lambda: Forwards(_one_position(nn.ReLU())),
+    "one position in a graph, in place": lambda: Writes(_one_position(nn.ReLU())),
+    "one channel in a graph, in place": lambda: Writes(_one_channel(nn.ReLU(), nn.Conv2d(1, 4, 3))),
+    "layers in a graph": lambda: Graph(_one_position(nn.ReLU(inplace=True))),
+    "layers in a graph, anew": lambda: Graph(_one_position(nn.ReLU())),
 }
+
+
+def _one_position(*follows):
+    return nn.Sequential(nn.Conv2d(3, 8, 6), *follows, nn.ConvTranspose2d(8, 4, 4))
+
+
+class Graph(nn.Module):
+    def __init__(self, layers):
+        super().__init__()
+        self.first, self.act, self.last = layers
+
+    def forward(self, x):
+        return self.last(self.act(self.first(x)))
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])

@@ -1,6 +1,7 @@
 """Fused models inside of the code that people train with: what surrounds a model must not notice."""
 
 import copy
+import functools
 import io
 import warnings
 
@@ -8,8 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.utils import parametrizations
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import fastgan
 from tests.forwards import forward_of, functions, residual
@@ -77,6 +79,29 @@ def test_checkpointing(use_reentrant, critics, implementation):
         checkpoint(network, x.clone().requires_grad_(), use_reentrant=use_reentrant).sum().backward()
     close(gradients(model), gradients(stock))
     close(dict(model.state_dict()), dict(stock.state_dict()))  # updated twice, by both
+
+
+def _keep_convolutions(_, operator, *args, **kwargs):
+    """The policy that keeps what they give, by whatever operator, and computes the rest again."""
+    ours = operator.namespace == "fastgan" and "running" not in operator.name()
+    kept = ours or operator in (torch.ops.aten.convolution.default, torch.ops.aten.mm.default)
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def test_selective_checkpointing(critics, implementation):
+    stock, model, x = critics
+    contexts = functools.partial(create_selective_checkpoint_contexts, _keep_convolutions)
+    for network in (stock, model):
+        images = x.clone().requires_grad_()
+        checkpoint(network, images, use_reentrant=False, context_fn=contexts).sum().backward()
+    close(gradients(model), gradients(stock))
+    weight = stock.conv.weight.detach().requires_grad_()
+    layer = functools.partial(fastgan.functional.conv2d_bn_act, weight=weight, activation="sigmoid")
+    image = torch.randn(1, 4, 8, 8, device=x.device)
+    checkpoint(layer, image, use_reentrant=False, context_fn=contexts).sum().backward()
+    ours, weight.grad = weight.grad, None
+    F.conv2d(image, weight).sigmoid().sum().backward()
+    close(ours, weight.grad)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

@@ -33,12 +33,13 @@ def conv_bn_act_reference(x, weight, bias, gamma, beta, running_mean, running_va
 def activate_(y, activation, negative_slope):
     """The activation, in place: nothing else needs the result of a convolution or a BatchNorm.
 
-    Not leaky_relu: backward would then need the result, which others may change in place, as they may stock's. And not
-    within torch.func's transforms: linearize takes the result for a constant.
+    Not leaky_relu: backward would then need the result, which others may change in place, as they may stock's. Not
+    where a dispatch mode may keep what went in, and not within torch.func's transforms: linearize takes the result for
+    a constant.
     """
     if activation == "leaky_relu":
         return F.leaky_relu(y, negative_slope)
     if activation is None:
         return y
-    in_place = "" if backend.transformed() else "_"
+    in_place = "" if backend.transformed() or backend.observed() else "_"
     return getattr(torch, activation + in_place)(y)
