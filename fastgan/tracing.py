@@ -198,6 +198,7 @@ def _get_modes():
 
 
 def _set_modes(gradients, cpu, cuda):
-    torch.set_grad_enabled(gradients)
+    with torch._C.DisableTorchFunction():  # or torch.export, which may be tracing what we are called by, writes it down
+        torch.set_grad_enabled(gradients)
     torch.set_autocast_enabled("cpu", cpu)
     torch.set_autocast_enabled("cuda", cuda)

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import io
 import pickle
 
 import pytest
@@ -71,6 +72,21 @@ def test_export_of_a_sequential(strict):
     for network in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert inspect.signature(network.forward) == inspect.signature(stock.forward)
         assert_close(torch.export.export(network.eval(), (x,), strict=strict).module()(x), stock.eval()(x))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_files_of_exported_models_with_kernels(training, strict, device, triton_backend):
+    """Of a forward that never ran: its trace is none of the export's."""
+    torch.manual_seed(0)
+    stock = Plain().to(device).train(training)
+    model = fastgan.fuse(copy.deepcopy(stock))
+    x, file = torch.randn(2, 3, 8, 8, device=device), io.BytesIO()
+    exported = torch.export.export(model, (x,), strict=strict)
+    assert "fastgan.conv" in exported.graph_module.code
+    torch.export.save(exported, file)
+    file.seek(0)
+    torch.testing.assert_close(torch.export.load(file).module()(x), stock(x), rtol=1e-4, atol=1e-5)
 
 
 def test_draft_export():
