@@ -20,7 +20,7 @@ from torch import nn
 
 import fastgan
 from fastgan import data
-from fastgan.checks import check_integer
+from fastgan.checks import check_choice, check_integer
 from fastgan.command_line import run_command
 from fastgan.data.sources import require
 from fastgan.files import check_writable
@@ -94,8 +94,7 @@ def _train(options, build):
         check_integer(name, getattr(options, name), least)
     if options.batch_size == 1:
         raise ValueError("batch_size must be at least 2: BatchNorm compares the images of a batch; got 1")
-    if options.image_size not in IMAGE_SIZES:
-        raise ValueError(f"image_size must be one of {', '.join(map(str, IMAGE_SIZES))}; got {options.image_size}")
+    check_choice("image_size", options.image_size, IMAGE_SIZES)
     device = pick_device(options.device)
     out = _picture_file(options.out)
     training, drawn = _load(options)

@@ -9,6 +9,8 @@ import torch
 from torch.autograd import forward_ad
 from torch.nn.modules import module as modules
 
+from fastgan.checks import check_choice
+
 _CHOICES = ("auto", "triton", "reference")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 # What the kernels compute with, as options name it. Everything else, float64 say, goes to the reference.
@@ -50,8 +52,7 @@ def _choice():
     if _key not in _environment:
         return "auto"
     choice = os.environ["FASTGAN_BACKEND"]
-    if choice not in _CHOICES:
-        raise ValueError(f"FASTGAN_BACKEND must be one of {', '.join(_CHOICES)}; got {choice!r}")
+    check_choice("FASTGAN_BACKEND", choice, _CHOICES)
     return choice
 
 

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from torch import nn
 
-from fastgan.checks import check_integer
+from fastgan.checks import check_choice, check_integer
 
 # image side → (base, k) with side = base · 2^k
 _FACTORS = {base << k: (base, k) for base, largest_k in ((4, 6), (7, 5)) for k in range(1, largest_k + 1)}
@@ -17,8 +17,7 @@ IMAGE_SIZES = tuple(sorted(_FACTORS))
 
 
 def _base_and_doublings(image_size):
-    if image_size not in _FACTORS:
-        raise ValueError(f"image_size must be one of {', '.join(map(str, IMAGE_SIZES))}; got {image_size!r}")
+    check_choice("image_size", image_size, IMAGE_SIZES)
     return _FACTORS[image_size]
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fastgan import functional as fused
-from fastgan.checks import ACTIVATIONS
 from fastgan.losses import backward_bce, backward_bce_of_torch
+from fastgan.ops.layer_checks import ACTIVATIONS
 
 
 @pytest.fixture(autouse=True)
@@ -68,6 +68,9 @@ VALUE_ERRORS = [
     (dict(padding=(1, False)), "padding must be an int or a pair of ints; got (1, False)"),
     (dict(padding=-1), "padding must be at least 0; got -1"),
     (dict(padding=(0, -1)), "padding must be at least 0; got (0, -1)"),
+    (dict(weight=torch.empty(0, 3, 3, 3)), "weight must not be empty; got shape (0, 3, 3, 3)"),
+    (dict(eps=-1e-5), "eps must be at least 0; got -1e-05"),
+    (dict(batch_groups=True), "batch_groups must divide the batch of 2 images; got True"),
     (dict(padding="same"), "padding must be an int or a pair of ints; got 'same'"),
 ]
 TYPE_ERRORS = [
@@ -75,6 +78,8 @@ TYPE_ERRORS = [
     *((dict([(name, [1.0])]), f"{name} must be a tensor; got list") for name in ("x", "weight", *VECTORS)),
     *((dict([(name, long)]), f"{name} must be floating point; got torch.int64") for name in ("x", "weight", *VECTORS)),
     (dict(x=torch.randn(2, 3, 6, 6, dtype=torch.float64)), "x and weight must have one dtype; got torch.float64 and"),
+    *((dict([(name, torch.ones(4).double())]), f"{name} must be in torch.float32, that of x; got") for name in VECTORS),
+    *((dict([(name, torch.ones(4).half())]), f"{name} must be in torch.float32, that of x; got") for name in VECTORS),
     (dict(momentum=None), "momentum must be a number or a 0-dim tensor; got None"),
     (dict(momentum="0.1"), "momentum must be a number or a 0-dim tensor; got '0.1'"),
     (dict(momentum=torch.ones(4)), "momentum must be a number or a 0-dim tensor"),
@@ -187,6 +192,12 @@ DISCRIMINATOR_LOSSES = {
     "real_above": (dict(real_target=1.1), ValueError, "real_target must be between 0 and 1; got 1.1"),
     "real_below": (dict(real_target=-0.1), ValueError, "real_target must be between 0 and 1; got -0.1"),
     "fake_above": (dict(fake_target=2), ValueError, "fake_target must be between 0 and 1; got 2"),
+    "real_string": (dict(real_target="1"), TypeError, "real_target must be a number between 0 and 1; got '1'"),
+    "fake_many": (
+        dict(fake_target=torch.ones(2)),
+        TypeError,
+        "fake_target must be a number between",
+    ),
     "fake_nan": (dict(fake_target=float("nan")), ValueError, "fake_target must be between 0 and 1; got nan"),
 }
 

@@ -10,7 +10,7 @@ from multiprocessing.pool import ThreadPool
 import torch
 from torch.utils.data import Dataset
 
-from fastgan.checks import check_integer
+from fastgan.checks import check_choice, check_integer
 from fastgan.data import sources
 
 # name → the data set's own image side
@@ -94,8 +94,7 @@ def load(name, *, root=None, image_size=None, workers=0, seed=0):
     Raises:
         ValueError: an argument that is not allowed, a package that is missing, or data that are not there.
     """
-    if name not in DATASETS:
-        raise ValueError(f"name must be one of {', '.join(DATASETS)}; got {name!r}")
+    check_choice("name", name, DATASETS)
     image_size = DATASETS[name] if image_size is None else image_size
     check_integer("image_size", image_size, 1)
     check_integer("workers", workers, 0)

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from fastgan.checks import check_conv_bn_act
+from fastgan.ops.layer_checks import check_conv_bn_act
 
 
 class Layer(NamedTuple):

@@ -1,11 +1,10 @@
 """The options of a training run: names, defaults, help texts and what is allowed, all in one place."""
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
 
 from fastgan.backend import PRECISIONS
-from fastgan.checks import check_integer
+from fastgan.checks import check_choice, check_integer, check_positive, is_number
 from fastgan.data import DATASETS, MEMORY_SHARE
 from fastgan.models import IMAGE_SIZES
 
@@ -97,11 +96,11 @@ class TrainConfig:
     )
 
     def __post_init__(self):
-        _check_choice("dataset", self.dataset, DATASETS)
-        _check_choice("precision", self.precision, PRECISIONS)
-        _check_choice("data_on", self.data_on, DATA_ON)
+        check_choice("dataset", self.dataset, DATASETS)
+        check_choice("precision", self.precision, PRECISIONS)
+        check_choice("data_on", self.data_on, DATA_ON)
         if self.image_size is not None:
-            _check_choice("image_size", self.image_size, IMAGE_SIZES)
+            check_choice("image_size", self.image_size, IMAGE_SIZES)
         for name in ("batch_size", "epochs", "log_every"):
             check_integer(name, getattr(self, name), 1)
         for name, least, most in (("nz", 1, _MOST_NZ), ("seed", 0, _MOST_SEED), ("workers", 0, _MOST_WORKERS)):
@@ -111,9 +110,8 @@ class TrainConfig:
                 check_integer(name, getattr(self, name), 1, most)
         if self.batch_size == 1:
             raise ValueError("batch_size must be at least 2: batch normalisation compares the images of a batch; got 1")
-        if not (_is_number(self.lr) and 0 < self.lr < math.inf):
-            raise ValueError(f"lr must be a positive number; got {self.lr!r}")
-        if not (_is_number(self.beta1) and 0 <= self.beta1 < 1):
+        check_positive("lr", self.lr)
+        if not (is_number(self.beta1) and 0 <= self.beta1 < 1):
             raise ValueError(f"beta1 must be a number from 0 to below 1; got {self.beta1!r}")
 
     def for_images(self, image_size):
@@ -167,12 +165,3 @@ def add_options(parser):
                 help_text += f" (default: {option.default})"
             how = {"type": kind, "metavar": option.metadata["metavar"]}
         parser.add_argument(flag, dest=option.name, default=argparse.SUPPRESS, help=help_text, **how)
-
-
-def _check_choice(name, value, allowed):
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}; got {value!r}")
-
-
-def _is_number(value):
-    return isinstance(value, int | float) and not isinstance(value, bool)

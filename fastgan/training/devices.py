@@ -6,6 +6,7 @@ import warnings
 import torch
 
 from fastgan.backend import PRECISIONS
+from fastgan.checks import check_choice
 
 
 def pick_device(name="auto"):
@@ -51,8 +52,7 @@ def _why_unusable(index=None):
 
 def check_precision(precision, device):
     """Raise ValueError unless ``precision`` is one of ``PRECISIONS`` and ``device`` computes in it."""
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}")
+    check_choice("precision", precision, PRECISIONS)
     if precision == "fp16" and device.type != "cuda":
         raise ValueError("precision fp16 needs a CUDA device; on the CPU use fp32 or bf16")
     if precision != "fp32" and device.type == "cuda":

@@ -1,7 +1,6 @@
 """One whole update of a GAN: the discriminator on real and fake images, then the generator."""
 
 import copy
-import math
 import warnings
 import weakref
 from contextlib import contextmanager
@@ -10,12 +9,22 @@ import torch
 
 from fastgan.backend import PRECISIONS, without_autocast
 from fastgan.batch_groups import batch_groups
+from fastgan.checks import check_positive
 from fastgan.first_order import first_order
 from fastgan.fusion import fuse, fused_groups
 from fastgan.layout import contiguous, fastest_format
 from fastgan.losses import backward_bce, backward_bce_of_torch
 from fastgan.random_numbers import restore_rng, rng_state
 from fastgan.training.adam import ContiguousAdam, KernelAdam
+from fastgan.training.arguments import (
+    check_flags,
+    check_images,
+    check_learning,
+    check_networks,
+    check_source,
+    checked_betas,
+    latent_shape,
+)
 from fastgan.training.devices import check_precision
 from fastgan.training.graph import WARMUP_STEPS, StepGraph
 from fastgan.training.one_pass import one_pass_obstacle, seen_of
@@ -66,7 +75,7 @@ class TrainStep:
     ``lr`` (to read and set), ``one_pass`` and ``one_pass_reason`` (why, in words; known after the first step).
 
     Raises:
-        ValueError: an argument that is not allowed, or a precision that the networks' device does not have.
+        ValueError, TypeError: an argument that is not allowed, or a precision that the networks' device does not have.
     """
 
     def __init__(
@@ -84,12 +93,14 @@ class TrainStep:
         one_pass=None,
         source=None,
     ):
-        self.latent_shape, self.source = _latent_shape(latent_dim), source
-        _check_lr(lr)
-        betas = _checked_betas(betas)
-        for name, network in (("generator", generator), ("discriminator", discriminator)):
-            if next(network.parameters(), None) is None:
-                raise ValueError(f"{name} must have parameters to learn; got a {type(network).__name__} without any")
+        check_networks(generator, discriminator)
+        self.latent_shape, self.source = latent_shape(latent_dim), source
+        check_positive("lr", lr)
+        lr, betas = float(lr), checked_betas(betas)
+        check_flags(fused=fused, compile=compile, cuda_graph=cuda_graph)
+        if one_pass is not None:
+            check_flags(one_pass=one_pass)
+        check_source(source)
         weight = next(generator.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         check_precision(precision, self.device)
@@ -144,15 +155,19 @@ class TrainStep:
             of σ(D(x)) over the real and the fake images in the discriminator's update.
 
         Raises:
-            ValueError: the images are not floating point, or there are none and no source either.
-            RuntimeError: `cuda_graph`, and the step is one that cannot be captured.
+            ValueError, TypeError: the images are no floating-point tensor, or there are none and no source either; what
+                the source or the generator gives is none; a network of which no parameter learns.
+            RuntimeError: within torch.no_grad(), or `cuda_graph`, and the step is one that cannot be captured.
         """
         if real_images is None:
             if self.source is None:
                 raise ValueError("real_images are missing, and this TrainStep has no source to draw them from")
-        elif not real_images.is_floating_point():
-            raise ValueError(f"real_images must be floating point, in [-1, 1]; got {real_images.dtype}")
-        return self._run(real_images) if self._layout_tried else self._try_layout(real_images)
+        else:
+            check_images(real_images, "real_images")
+        if self._layout_tried:
+            return self._run(real_images)
+        check_learning(generator=self.generator, discriminator=self.discriminator)
+        return self._try_layout(real_images)
 
     def _try_layout(self, real_images):
         """The first step, once more where a network does not run in channels_last, with that one in the default layout.
@@ -228,13 +243,17 @@ class TrainStep:
         """The next batch of the source; while the layout is tried, the one that the step before could not use."""
         if self._layout_tried:
             return self.source.draw()
-        self._drawn = self.source.draw() if self._drawn is None else self._drawn
+        if self._drawn is None:
+            self._drawn = self.source.draw()
+            check_images(self._drawn, "what source.draw() returns")
         return self._drawn
 
     def _generate(self, latent):
         self._running = self.generator
         with self._autocast():
-            return self._g(latent)
+            images = self._g(latent)
+        check_images(images, "what the generator returns")
+        return images
 
     def _judge(self, images):
         self._running = self.discriminator
@@ -296,10 +315,10 @@ class TrainStep:
 
     @lr.setter
     def lr(self, lr):
-        _check_lr(lr)
+        check_positive("lr", lr)
         for optimizer in (self.optimizer_g, self.optimizer_d):
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = float(lr)
 
     def _keep_lr(self):
         """Move learning rates that somebody set, a scheduler say, into the tensors that a captured step reads."""
@@ -351,26 +370,6 @@ class TrainStep:
 
 def _fused_convolutions(network):
     return [group.modules[0] for group in fused_groups(network).values()]
-
-
-def _check_lr(lr):
-    if not 0 < lr < math.inf:
-        raise ValueError(f"lr must be a positive number; got {lr!r}")
-
-
-def _checked_betas(betas):
-    """As floats: torch takes (0.0, 0.9), but not (0, 0.9)."""
-    pair = isinstance(betas, list | tuple) and len(betas) == 2
-    if not pair or not all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in betas):
-        raise ValueError(f"betas must be two numbers in [0, 1); got {betas!r}")
-    return tuple(map(float, betas))
-
-
-def _latent_shape(latent_dim):
-    shape = tuple(latent_dim) if isinstance(latent_dim, list | tuple) else (latent_dim,)
-    if not shape or not all(isinstance(size, int) and size > 0 for size in shape):
-        raise ValueError(f"latent_dim must be a positive integer or a shape of such; got {latent_dim!r}")
-    return shape
 
 
 def _stacked(real_images, fake_images):

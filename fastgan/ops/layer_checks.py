@@ -1,0 +1,108 @@
+"""What the operators say of bad input, before any work starts."""
+
+import torch
+
+from fastgan.checks import check_tensors
+from fastgan.ops.geometry import out_size
+
+ACTIVATIONS = ("relu", "leaky_relu", "tanh", "sigmoid", None)
+
+
+def check_conv_bn_act(
+    x,
+    weight,
+    bias,
+    gamma,
+    beta,
+    running_mean,
+    running_var,
+    layer,
+):
+    """Raise ValueError or TypeError for what the operators of a `fastgan.ops.constants.Layer` cannot take."""
+    check_tensors(x=x, weight=weight)
+    for name, tensor in (("x", x), ("weight", weight)):
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} must have 4 dimensions; got shape {tuple(tensor.shape)}")
+    if 0 in weight.shape:
+        raise ValueError(f"weight must not be empty; got shape {tuple(weight.shape)}")
+    in_axis, out_axis = (0, 1) if layer.transposed else (1, 0)
+    in_channels, out_channels = weight.shape[in_axis], weight.shape[out_axis]
+    if x.shape[1] != in_channels:
+        raise ValueError(
+            f"x must have {in_channels} channels, as weight {tuple(weight.shape)} has on axis {in_axis}; "
+            f"got shape {tuple(x.shape)}"
+        )
+    casts = torch.is_autocast_enabled(x.device.type)
+    if x.dtype != weight.dtype and not casts:
+        raise TypeError(f"x and weight must have one dtype; got {x.dtype} and {weight.dtype}")
+    vectors = dict(bias=bias, gamma=gamma, beta=beta, running_mean=running_mean, running_var=running_var)
+    for name, vector in vectors.items():
+        if vector is not None:
+            check_tensors(**{name: vector})
+            if vector.shape != (out_channels,):
+                raise ValueError(f"{name} must have shape ({out_channels},); got {tuple(vector.shape)}")
+            if vector.dtype != x.dtype and not casts:
+                _check_other_dtype(name, vector, x)
+    for name, tensor in dict(weight=weight, **vectors).items():
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} must be on the device of x, {x.device}; got {tensor.device}")
+
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean and running_var must be given both or neither")
+    if layer.batch_norm and not layer.batch_statistics and running_mean is None:
+        raise ValueError("running_mean and running_var are needed when training is False; got None")
+    _check_numbers(layer)
+    if not isinstance(layer.groups, int) or layer.groups is True or layer.groups < 1 or x.shape[0] % layer.groups:
+        raise ValueError(f"batch_groups must divide the batch of {x.shape[0]} images; got {layer.groups!r}")
+    shared = layer.process_group is not None
+    if shared and x.numel() == 0:
+        raise ValueError(f"x must not be empty where processes share their statistics; got shape {tuple(x.shape)}")
+    height, width = _check_sizes(x, weight, layer)
+    images = x.shape[0] // layer.groups
+    if layer.batch_norm and layer.batch_statistics and not shared and images * height * width == 1:
+        raise ValueError(
+            "Expected more than 1 value per channel when training, got output size "
+            f"{(images, out_channels, height, width)}: BatchNorm has no variance of one value"
+        )
+
+
+def _check_other_dtype(name, vector, x):
+    """A bias is in the dtype of x; what belongs to BatchNorm may be in float32 where x is in half precision."""
+    may_be_float32 = name != "bias" and x.dtype in (torch.float16, torch.bfloat16)
+    if not (may_be_float32 and vector.dtype == torch.float32):
+        allowed = f"{x.dtype}, that of x{', or torch.float32' if may_be_float32 else ''}"
+        raise TypeError(f"{name} must be in {allowed}; got {vector.dtype}")
+
+
+def _check_numbers(layer):
+    """Look at the constants that are no sizes."""
+    activation, momentum = layer.activation, layer.momentum
+    # Not by getattr: what torch.compile has made of a number is none, and has no attributes.
+    if not isinstance(momentum, int | float) and not (isinstance(momentum, torch.Tensor) and momentum.ndim == 0):
+        raise TypeError(f"momentum must be a number or a 0-dim tensor; got {momentum!r}")
+    if not isinstance(layer.eps, int | float):
+        raise TypeError(f"eps must be a number; got {layer.eps!r}")
+    if not layer.eps >= 0:
+        raise ValueError(f"eps must be at least 0; got {layer.eps!r}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}; got {activation!r}")
+    if activation == "leaky_relu" and not layer.slope >= 0:
+        raise ValueError(f"negative_slope must be at least 0; got {layer.slope!r}")
+    if layer.activation_first and (activation is None or not layer.batch_norm):
+        got = f"activation={activation!r} and {'a' if layer.batch_norm else 'no'} BatchNorm"
+        raise ValueError(f"activation_first=True needs an activation and a BatchNorm after it; got {got}")
+
+
+def _check_sizes(x, weight, layer):
+    """The (h, w) of the layer's output."""
+    transposed, stride, padding, output_padding = layer.where()
+    for extra, step in zip(output_padding, stride, strict=True):
+        if extra and extra >= step:
+            raise ValueError(f"output_padding must be less than stride {tuple(stride)}; got {tuple(output_padding)}")
+    height, width = out_size(x, weight, transposed, stride, padding, output_padding)
+    if height < 1 or width < 1:
+        raise ValueError(
+            f"x of {x.shape[2]}×{x.shape[3]} is too small for kernel {tuple(weight.shape[2:])}, stride "
+            f"{tuple(stride)} and padding {tuple(padding)}: the output would be {height}×{width}"
+        )
+    return height, width
