@@ -32,8 +32,7 @@ def check_conv_bn_act(
             f"x must have {in_channels} channels, as weight {tuple(weight.shape)} has on axis {in_axis}; "
             f"got shape {tuple(x.shape)}"
         )
-    casts = torch.is_autocast_enabled(x.device.type)
-    if x.dtype != weight.dtype and not casts:
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
         raise TypeError(f"x and weight must have one dtype; got {x.dtype} and {weight.dtype}")
     vectors = dict(bias=bias, gamma=gamma, beta=beta, running_mean=running_mean, running_var=running_var)
     for name, vector in vectors.items():
@@ -41,7 +40,7 @@ def check_conv_bn_act(
             check_tensors(**{name: vector})
             if vector.shape != (out_channels,):
                 raise ValueError(f"{name} must have shape ({out_channels},); got {tuple(vector.shape)}")
-            if vector.dtype != x.dtype and not casts:
+            if vector.dtype != x.dtype:
                 _check_other_dtype(name, vector, x)
     for name, tensor in dict(weight=weight, **vectors).items():
         if tensor is not None and tensor.device != x.device:
@@ -67,10 +66,10 @@ def check_conv_bn_act(
 
 
 def _check_other_dtype(name, vector, x):
-    """A bias is in the dtype of x; what belongs to BatchNorm may be in float32 where x is in half precision."""
-    may_be_float32 = name != "bias" and x.dtype in (torch.float16, torch.bfloat16)
-    if not (may_be_float32 and vector.dtype == torch.float32):
-        allowed = f"{x.dtype}, that of x{', or torch.float32' if may_be_float32 else ''}"
+    """Beside half precision vectors may be in float32, and under autocast all of them are cast."""
+    is_half = x.dtype in (torch.float16, torch.bfloat16)
+    if not (is_half and vector.dtype == torch.float32) and not torch.is_autocast_enabled(x.device.type):
+        allowed = f"{x.dtype}, that of x{', or torch.float32' if is_half else ''}"
         raise TypeError(f"{name} must be in {allowed}; got {vector.dtype}")
 
 
