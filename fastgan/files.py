@@ -19,6 +19,12 @@ def written_whole(path):
         raise
 
 
+def write_text(path, text):
+    """Write a text file whole or not at all."""
+    with written_whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def version_of(path):
     """What is another after every ``written_whole`` of a file; None where there is no file."""
     try:

@@ -184,6 +184,16 @@ def up_kernel(
         )
 
 
+def is_product_with_all(low_size, kernel, out_size, padding):
+    """Whether each image of high is the product of one vector and the whole weight."""
+    return tuple(low_size) == (1, 1) and tuple(padding) == (0, 0) and tuple(out_size) == tuple(kernel)
+
+
+def picks_narrow(weight, stride, summed):
+    """Whether narrow.py makes the result; sums beside it (`summed`) it knows none."""
+    return not summed and fits_one_program(weight, stride)
+
+
 def up(
     low,
     weight,
@@ -230,14 +240,13 @@ def up(
     if normalized is not None:
         y, mean, invstd, gamma, beta = normalized
         batch_norm, groups = (mean, None, gamma, beta), len(mean)
-    if low_size == [1, 1] and tuple(padding) == (0, 0) and tuple(out_size) == (kh, kw):
-        # Each image is the product of one vector and the whole weight, whose memory is that matrix as it stands:
-        # every element of the image is a column of its own.
+    if is_product_with_all(low_size, (kh, kw), out_size, padding):
+        # The weight's memory is that matrix as it stands: every element of the image is a column of its own.
         weight, high = as_columns(weight), as_columns(high)
         activated = None if activated is None else as_columns(activated)
         y = None if y is None else as_columns(y)
         stride = (1, 1)
-    elif not statistics and normalized is None and fits_one_program(weight, stride):
+    elif picks_narrow(weight, stride, summed=statistics or normalized is not None):
         epilogue = dict(
             bias=bias, batch_norm=batch_norm, eps=eps, activation=activation, slope=slope, activated=activated
         )

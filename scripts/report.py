@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 try:
     from benchmarks import plots, reading, tables, timing
     from fastgan.command_line import run_command, say
-    from fastgan.files import check_writable, written_whole
+    from fastgan.files import check_writable, write_text, written_whole
 except ModuleNotFoundError as missing:
     print(f"error: {missing}; the benchmarks' packages come with: pip install -e '.[dev]'", file=sys.stderr)
     sys.exit(2)
@@ -125,8 +125,7 @@ def take_in(files, loaded, root, results):
             keep(picture, results / picture.name)
     for name in sorted(set(others) - {"probe.json"}):  # which is read by people
         say(f"left out: {results / name} is neither of pytest-benchmark nor a profile")
-    with written_whole(root / "RESULTS.md") as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    write_text(root / "RESULTS.md", page)
     say(f"written: {root / 'RESULTS.md'}")
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from fastgan.files import written_whole
+from fastgan.files import write_text
 
 _FORMAT = 1
 _OPERATIONS = {"weight_grad", "weight_grad+float32"} | {
@@ -80,34 +80,32 @@ def read_table(path, gpu=None, versions=None):
     A file that is not such a table, or is that of another GPU than `gpu` or of other `versions` (see `write_table`)
     where these are given, is ignored with a warning that names it.
     """
+    table, why = _read(path, gpu, versions)
+    if why is not None:
+        warnings.warn(f"ignoring the table of measured convolutions {path}: {why}", RuntimeWarning, stacklevel=2)
+    return table
+
+
+def why_no_table(path, gpu=None, versions=None):
+    """Why `read_table` would ignore a file, in words; None where it would not."""
+    return _read(Path(path), gpu, versions)[1]
+
+
+def _read(path, gpu, versions):
+    """({Problem: Measurement} of a file, None), or ({}, why it is no such table)."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except (OSError, UnicodeDecodeError) as error:
-        return _ignored(path, error)
-    try:
-        table = json.loads(text)
+        table = json.loads(path.read_text(encoding="utf-8"))
         _check(isinstance(table, dict) and table.get("format") == _FORMAT, f'"format" is not {_FORMAT}')
         _check(gpu is None or table.get("gpu") == gpu, f"it was measured on {table.get('gpu')!r}")
         for name, version in (versions or {}).items():
             _check(table.get(name) == version, f"it was measured with {name} {table.get(name)}, not {version}")
-        return dict(_parse(row) for row in table["measurements"])
-    except (ValueError, TypeError, KeyError) as error:
-        return _ignored(path, f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else error)
-
-
-def why_no_table(path, gpu=None):
-    """Why a file is no table (of ``gpu``, if that is given), in words; None where it is one, or is not there."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        read_table(Path(path), gpu)
-    return str(caught[0].message).partition(f"{path}: ")[2] if caught else None
-
-
-def _ignored(path, why):
-    warnings.warn(f"ignoring the table of measured convolutions {path}: {why}", RuntimeWarning, stacklevel=3)
-    return {}
+        return dict(_parse(row) for row in table["measurements"]), None
+    except (FileNotFoundError, NotADirectoryError):
+        return {}, None
+    except KeyError as error:
+        return {}, f"KeyError: {error}"
+    except (OSError, ValueError, TypeError) as error:
+        return {}, str(error)
 
 
 def _check(right, message):
@@ -153,8 +151,7 @@ def write_table(path, gpu, versions, measurements):
     text = "\n".join(["{", *lines, '  "measurements": [', ",\n".join(f"    {row}" for row in rows), "  ]", "}", ""])
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(path, text)
 
 
 def _row(problem, measured):

@@ -9,7 +9,7 @@ import time
 import warnings
 
 from fastgan.command_line import say
-from fastgan.files import written_whole
+from fastgan.files import write_text
 from fastgan.training.devices import peak_memory_mb, synchronize
 from fastgan.training.pictures import grid, sample, save_png
 
@@ -57,12 +57,6 @@ def _keep_damaged(path):
         warnings.warn(f"{path} has lines that are no rows ({lines}); it is kept as {kept}", stacklevel=3)
 
 
-def write_atomically(path, text):
-    """Write a text file whole or not at all."""
-    with written_whole(path) as temporary:
-        temporary.write_text(text)
-
-
 class Records:
     """The records of a ``Run``, as a context manager around its loop; ``images`` is what feeds its steps."""
 
@@ -79,7 +73,7 @@ class Records:
         _keep_damaged(run.out / METRICS)
         # Rows after the checkpoint are of steps that are about to be done again.
         rows = read_metrics(run.out / METRICS, run.first_step)
-        write_atomically(run.out / METRICS, "".join(json.dumps(row) + "\n" for row in rows))
+        write_text(run.out / METRICS, "".join(json.dumps(row) + "\n" for row in rows))
         self.metrics = open(run.out / METRICS, "a")
         self.board = SummaryWriter(run.out, purge_step=run.first_step + 1)
         self.bar = tqdm(

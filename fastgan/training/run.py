@@ -13,7 +13,7 @@ import torch
 from fastgan import data
 from fastgan.backend import PRECISIONS, select
 from fastgan.checks import is_out_of_memory
-from fastgan.files import check_writable, version_of
+from fastgan.files import check_writable, version_of, write_text
 from fastgan.models import Discriminator, Generator
 from fastgan.random_numbers import restore_rng
 from fastgan.training.allocation import keep_freed_memory
@@ -27,7 +27,7 @@ from fastgan.training.checkpoints import (
 from fastgan.training.config import TrainConfig, continued
 from fastgan.training.devices import check_precision, pick_device
 from fastgan.training.pictures import draw_latents
-from fastgan.training.records import METRICS, check_packages, write_atomically
+from fastgan.training.records import METRICS, check_packages
 from fastgan.training.step import TrainStep
 
 CONFIG = "config.json"
@@ -96,7 +96,7 @@ class Run:
             "torch": torch.__version__,
             "device_name": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
         }
-        write_atomically(self.out / CONFIG, json.dumps(values, indent=2) + "\n")
+        write_text(self.out / CONFIG, json.dumps(values, indent=2) + "\n")
 
     def save(self, step, name=CHECKPOINT):
         """Write the state after ``step`` updates to the checkpoint ``name`` in the run's folder."""

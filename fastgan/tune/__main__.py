@@ -3,7 +3,6 @@
 import argparse
 import sys
 import time
-import warnings
 from pathlib import Path
 
 import torch
@@ -163,16 +162,13 @@ def _versions():
 
 def _saver(path, gpu, versions):
     """A function that writes measurements to `path`, with those that are there already from the same versions."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        read_table(path, gpu, versions)
-    for warning in caught:
-        print(f"{warning.message}; it is replaced", file=sys.stderr)
+    why = why_no_table(path, gpu, versions)
+    if why is not None:
+        print(f"the table of measured convolutions {path} is replaced: {why}", file=sys.stderr)
 
     def save(measured):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            known = read_table(path, gpu, versions)  # again: another GPU's tuner may write to it, too
+        # Read again: another GPU's tuner may write to it, too.
+        known = {} if why_no_table(path, gpu, versions) else read_table(path, gpu, versions)
         write_table(path, gpu, versions, {**known, **measured})
 
     return save

@@ -2,7 +2,7 @@
 
 import torch
 
-from fastgan.kernels import down, narrow, patches, single, weight_grad_narrow
+from fastgan.kernels import down, narrow, patches, single, up, weight_grad_narrow
 from fastgan.kernels.launch import TILES, MatrixTile, cdiv, next_power_of_2
 from fastgan.tune.workloads import DTYPES
 
@@ -11,9 +11,9 @@ def candidates(problem):
     """[MatrixTile] for `problem`, without blocks larger than the matrices."""
     itemsize = DTYPES[problem.dtype].itemsize
     weight = torch.empty((problem.a, problem.b, *problem.kernel), device="meta")
-    if problem.operation == "up" and problem.then != "statistics" and not _one_position(problem):
-        if narrow.fits_one_program(weight, problem.stride):
-            return list(narrow.TILES[itemsize])
+    summed = problem.then in ("statistics", "normalized")
+    if problem.operation == "up" and not _one_position(problem) and up.picks_narrow(weight, problem.stride, summed):
+        return list(narrow.TILES[itemsize])
     if problem.operation == "down" and problem.a == 1 and problem.then in ("", "epilogue"):
         return list(single.TILES)
     rows, columns, depth = _matrix(problem)
@@ -31,8 +31,7 @@ def candidates(problem):
 
 
 def _one_position(problem):
-    """Whether the convolution is a plain product with the whole weight."""
-    return tuple(problem.low) == (1, 1) and tuple(problem.high) == tuple(problem.kernel)
+    return up.is_product_with_all(problem.low, problem.kernel, problem.high, problem.padding)
 
 
 def _fit(block, size):

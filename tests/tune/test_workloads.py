@@ -168,6 +168,15 @@ def test_candidates_at_the_ends_of_a_gan_are_of_their_own_kernels():
         assert (last == "weight_grad_narrow_kernel") == of_image and (last == "down_single_kernel") == to_one
 
 
+@pytest.mark.parametrize("then", ("statistics", "normalized"))
+def test_candidates_beside_sums_are_tiles_of_matrices(then):
+    """narrow.py computes no sums: its tiles would be taken for those of a matrix product of 16 columns."""
+    problem = next(p for p in problems_of(["dcgan64"], (64,), [BF16]) if p.operation == "up" and p.b == 3)
+    tiles = candidates(problem._replace(kind=f"up+{then}"))
+    kernels = [launch.kernel for launch in launches(problem, Choice("triton", candidates(problem)[0]._asdict()))]
+    assert "up_narrow_kernel" in kernels and set(tiles).isdisjoint(candidates(problem)) and len(tiles) > 3
+
+
 def test_launches_of_a_run_without_data():
     (problem,) = (p for p in problems_of(["conv:16-32:k4s2p1:8x8+bn"], (4,), [BF16]) if p.then == "statistics")
     tile = candidates(problem)[0]
