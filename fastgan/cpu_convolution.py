@@ -21,9 +21,10 @@ from fastgan.cpu_products import (
     weight_grad_tap_by_tap,
 )
 from fastgan.first_order import only_first_order
+from fastgan.layer_code import has_own_code
 from fastgan.layout import contiguous, suggests_channels_last
 from fastgan.ops.geometry import backward_where, out_size
-from fastgan.patterns import has_own_code, unfit_setting
+from fastgan.patterns import unfit_setting
 from fastgan.wanted import is_wanted
 
 # Half precisions, and what multiplies them: Intel's tiles (AMX) and vectors (AVX-512), as torch.cpu.get_capabilities

@@ -4,7 +4,7 @@ import functools
 import types
 
 from fastgan.forward_code import Untraceable, instructions_of, is_attribute_of, is_of_torch, of_torch
-from fastgan.patterns import hooks_of
+from fastgan.layer_code import hooks_of
 
 _CHANGING = frozenset(["append", "extend", "insert", "clear", "pop", "remove", "sort", "reverse"])  # methods of a list
 

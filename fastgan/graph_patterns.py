@@ -14,7 +14,8 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from fastgan.patterns import WRITTEN_TO, Group, has_hooks, match_first, passes_on, writes_to_input
+from fastgan.layer_code import has_hooks
+from fastgan.patterns import WRITTEN_TO, Group, match_first, passes_on, writes_to_input
 from fastgan.tracing import IN_PLACE
 
 _FUNCTIONS = {

@@ -10,13 +10,14 @@ from fastgan import backend
 from fastgan.batch_groups import current_groups
 from fastgan.cpu_convolution import convolve
 from fastgan.first_order import only_first_order
+from fastgan.layer_code import hooks_compute_weight
 from fastgan.layout import contiguous, with_stock_gradient
 from fastgan.ops import layer as fused
 from fastgan.ops.chain import run_chain
 from fastgan.ops.constants import Layer
 from fastgan.ops.operators import is_watched
 from fastgan.ops.reference import activate_
-from fastgan.patterns import hooks_compute_weight, unfit_number, unfit_setting
+from fastgan.patterns import unfit_number, unfit_setting
 from fastgan.weight_copies import weight_copy
 
 _VECTORS = {"weight", "bias"}  # of a BatchNorm

@@ -12,22 +12,19 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
 
+from fastgan.layer_code import has_hooks, hooks_compute_weight, hooks_of, type_of
 from fastgan.ops.choice import what_follows
 
 _CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 _BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 _ACTIVATIONS = {nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid"}
 _SEQUENTIAL_FORWARD, _SEQUENTIAL_ITER = nn.Sequential.forward, nn.Sequential.__iter__  # somebody may patch them
-_CODE = ("forward", "_conv_forward")  # the methods that layers compute by
 # Our backward of convolution + LeakyReLU reads the activated result, stock's the input: it must not be overwritten.
 WRITTEN_TO = "what follows LeakyReLU changes its result in place"
 _OTHER_NORMS = (nn.modules.instancenorm.__name__, nn.modules.normalization.__name__)
 # The layers of PyTorch that may give their input, or a view of it, as their result.
 _PASSING_ON = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd)
-_WEIGHT_HOOKS = (SpectralNorm, WeightNorm)  # the older norms compute the weight before each call
 
 
 @dataclass
@@ -237,70 +234,12 @@ def _forward_in_place(layer):
     return _forward(layer) if getattr(layer, "inplace", False) else _WRITING.get(type(layer), _forward(layer))
 
 
-def hooks_of(module):
-    """The dictionaries of hooks that take part in calling the module."""
-    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-
-
-def has_hooks(module):
-    """Whether anything but torch's code for a layer of its type takes part in calling the module."""
-    return any_has_hooks([module.__dict__]) or _is_patched(_layer_type(module))
-
-
-def _is_patched(layer_type):
-    """Whether somebody has put other code in the place of torch's, for all layers of the type."""
-    code = [getattr(layer_type, name) for name in _CODE if hasattr(layer_type, name)]
-    return not all([f.__module__ == layer_type.__module__ and not hasattr(f, "__wrapped__") for f in code])
-
-
-def any_has_hooks(attributes):
-    """Whether any of several modules has hooks or code of its own, by their `__dict__`s."""
-    for own in attributes:  # at every call of a container: a loop over what need not be looked up is the fastest
-        if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
-            return True
-        if has_own_code(own):
-            return True
-    return False
-
-
-def has_own_code(own):
-    """Whether a method that a layer computes by was replaced on the instance, by its `__dict__`."""
-    return "forward" in own or "_conv_forward" in own
-
-
-def code_of(types):
-    """[(type, name, function)] of the methods that PyTorch's own layers among these types compute by."""
-    own = [each for each in dict.fromkeys(types) if each.__module__.startswith("torch.nn.")]
-    return [(each, name, getattr(each, name)) for each in own for name in _CODE if hasattr(each, name)]
-
-
-def has_same_code(code):
-    """Whether all of that is still there: somebody may patch a class of layers."""
-    for each, name, function in code:
-        if getattr(each, name) is not function:
-            return False
-    return True
-
-
-def hooks_compute_weight(conv):
-    """Whether the convolution's only hooks are those of `torch.nn.utils.spectral_norm` and `weight_norm`."""
-    pre_hooks = conv._forward_pre_hooks
-    others = conv._forward_hooks or conv._backward_hooks or conv._backward_pre_hooks
-    others = others or has_own_code(conv.__dict__) or _is_patched(_layer_type(conv))
-    return len(pre_hooks) > 0 and not others and all(isinstance(hook, _WEIGHT_HOOKS) for hook in pre_hooks.values())
-
-
-def _layer_type(module):
-    """Its type; of a parametrized one that which it had before."""
-    return parametrize.type_before_parametrizations(module)
-
-
 def _type_name(module):
-    return _layer_type(module).__name__
+    return type_of(module).__name__
 
 
 def _why_not_conv(conv):
-    if _layer_type(conv) not in _CONVOLUTIONS:
+    if type_of(conv) not in _CONVOLUTIONS:
         return f"no fused operator for {type(conv).__name__}"
     if has_hooks(conv) and not hooks_compute_weight(conv):
         return "the convolution has hooks or code of its own"

@@ -1,0 +1,66 @@
+"""Whose code runs when a layer is called: PyTorch's own for its type, or hooks, patches and replaced methods."""
+
+from torch.nn.utils import parametrize
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+_CODE = ("forward", "_conv_forward")  # the methods that layers compute by
+_WEIGHT_HOOKS = (SpectralNorm, WeightNorm)  # the older norms compute the weight before each call
+
+
+def hooks_of(module):
+    """The dictionaries of hooks that take part in calling the module."""
+    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+
+
+def has_hooks(module):
+    """Whether anything but torch's code for a layer of its type takes part in calling the module."""
+    return any_has_hooks([module.__dict__]) or _is_patched(type_of(module))
+
+
+def _is_patched(layer_type):
+    """Whether somebody has put other code in the place of torch's, for all layers of the type."""
+    code = [getattr(layer_type, name) for name in _CODE if hasattr(layer_type, name)]
+    return not all([f.__module__ == layer_type.__module__ and not hasattr(f, "__wrapped__") for f in code])
+
+
+def any_has_hooks(attributes):
+    """Whether any of several modules has hooks or code of its own, by their `__dict__`s."""
+    for own in attributes:  # at every call of a container: a loop over what need not be looked up is the fastest
+        if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+            return True
+        if has_own_code(own):
+            return True
+    return False
+
+
+def has_own_code(own):
+    """Whether a method that a layer computes by was replaced on the instance, by its `__dict__`."""
+    return "forward" in own or "_conv_forward" in own
+
+
+def code_of(types):
+    """[(type, name, function)] of the methods that PyTorch's own layers among these types compute by."""
+    own = [each for each in dict.fromkeys(types) if each.__module__.startswith("torch.nn.")]
+    return [(each, name, getattr(each, name)) for each in own for name in _CODE if hasattr(each, name)]
+
+
+def has_same_code(code):
+    """Whether all of that is still there: somebody may patch a class of layers."""
+    for each, name, function in code:
+        if getattr(each, name) is not function:
+            return False
+    return True
+
+
+def hooks_compute_weight(conv):
+    """Whether the convolution's only hooks are those of `torch.nn.utils.spectral_norm` and `weight_norm`."""
+    pre_hooks = conv._forward_pre_hooks
+    others = conv._forward_hooks or conv._backward_hooks or conv._backward_pre_hooks
+    others = others or has_own_code(conv.__dict__) or _is_patched(type_of(conv))
+    return len(pre_hooks) > 0 and not others and all(isinstance(hook, _WEIGHT_HOOKS) for hook in pre_hooks.values())
+
+
+def type_of(module):
+    """Its type; of a parametrized one that which it had before."""
+    return parametrize.type_before_parametrizations(module)
