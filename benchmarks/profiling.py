@@ -18,11 +18,12 @@ from benchmarks.timing import ON_GPU, clock, forget, versions
 
 SETTING = Setting(64, 128)
 PROFILED = ("compile-graph-bf16", "fused-bf16")
+_STEPS = 5
 _ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
 
 
-def profile(step, trace, *, step_seconds, steps=5):
-    """Profile ``steps`` calls of ``step()``, which is warm, and keep the trace.
+def profile(step, trace, *, step_seconds):
+    """Profile a few calls of ``step()``, which is warm, and keep the trace.
 
     Args:
         trace: where the Chrome trace (JSON) goes.
@@ -33,12 +34,12 @@ def profile(step, trace, *, step_seconds, steps=5):
     """
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as record:
-        for _ in range(steps):
+        for _ in range(_STEPS):
             step()
         torch.cuda.synchronize()
     Path(trace).parent.mkdir(parents=True, exist_ok=True)
     record.export_chrome_trace(str(trace))
-    return summary(json.loads(Path(trace).read_text()), steps=steps, step_seconds=step_seconds)
+    return summary(json.loads(Path(trace).read_text()), steps=_STEPS, step_seconds=step_seconds)
 
 
 def summary(trace, *, steps, step_seconds):

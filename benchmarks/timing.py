@@ -142,9 +142,9 @@ def measure_in_turn(benchmark, call, eager, *, seconds=0.6):
     return median, statistics.median(times)
 
 
-def fixed(value, digits=4):
-    """``value`` with so many significant digits, for a JSON that people read."""
-    return float(f"{value:.{digits}g}")
+def fixed(value):
+    """``value`` with four significant digits, for a JSON that people read."""
+    return float(f"{value:.4g}")
 
 
 def graphed(call, *, warm_up=3):

@@ -195,7 +195,7 @@ def _join(match, node):
 
 
 def _why_not_together(nodes, last, batch_norm):
-    """Whether the group can run where its last node stands: what stands between must not care for that."""
+    """What stands in between and would notice that the group runs where its last node does; "" if nothing does."""
     statistics = {batch_norm.get("running_mean"), batch_norm.get("running_var")} - {None}
     layers = [node for node in last.graph.nodes if node.target is F.batch_norm or node.target in _CONVOLUTIONS]
     statistics = may_be_views(statistics, last, layers) if statistics else statistics
@@ -214,7 +214,7 @@ def _why_not_together(nodes, last, batch_norm):
 
 
 def _counts(node, inputs):
-    """Whether all that a node writes to is a number of batches, which nobody gave to the group."""
+    """Whether a node only counts batches: all that it writes to is a number, and none of the group's inputs."""
     (target,) = node.all_input_nodes if len(node.all_input_nodes) == 1 else (None,)
     if target is None or target.op != "placeholder" or target in inputs:
         return False

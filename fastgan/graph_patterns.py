@@ -15,7 +15,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from fastgan.layer_code import has_hooks
-from fastgan.patterns import WRITTEN_TO, Group, match_first, passes_on, writes_to_input
+from fastgan.patterns import ACTIVATIONS, WRITTEN_TO, Group, match_first, passes_on, writes_to_input
 from fastgan.tracing import IN_PLACE
 
 _FUNCTIONS = {
@@ -24,9 +24,9 @@ _FUNCTIONS = {
     "tanh": (torch.tanh, torch.tanh_, F.tanh, "tanh", "tanh_"),
     "sigmoid": (torch.sigmoid, torch.sigmoid_, F.sigmoid, torch.special.expit, "sigmoid", "sigmoid_"),
 }
-_ACTIVATIONS = {name.lower() for name in nn.modules.activation.__all__}
+_ACTIVATION_NAMES = {name.lower() for name in nn.modules.activation.__all__}
 _OTHER_NORMS = {"instance_norm", "group_norm", "layer_norm", "local_response_norm", "rms_norm"}
-_MODULES = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid}
+_MODULES = {name: module for module, name in ACTIVATIONS.items()}
 _ACTIVATION_OF = {function: name for name, functions in _FUNCTIONS.items() for function in functions}
 _STATEMENTS = IN_PLACE | {getattr(operator, function.__name__) for function in IN_PLACE} | {operator.setitem}
 # Functions and methods whose result may be a view of what they are given, or that itself.
@@ -150,7 +150,7 @@ def stays_stock(user):
     if user is None:
         return ""
     name = _name(user)
-    known = user.target in _ACTIVATION_OF or name in _OTHER_NORMS or name.replace("_", "") in _ACTIVATIONS
+    known = user.target in _ACTIVATION_OF or name in _OTHER_NORMS or name.replace("_", "") in _ACTIVATION_NAMES
     return f"{name} after it stays stock" if known else ""
 
 

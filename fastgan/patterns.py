@@ -18,7 +18,7 @@ from fastgan.ops.choice import what_follows
 
 _CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 _BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
-_ACTIVATIONS = {nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid"}
+ACTIVATIONS = {nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid"}
 _SEQUENTIAL_FORWARD, _SEQUENTIAL_ITER = nn.Sequential.forward, nn.Sequential.__iter__  # somebody may patch them
 # Our backward of convolution + LeakyReLU reads the activated result, stock's the input: it must not be overwritten.
 WRITTEN_TO = "what follows LeakyReLU changes its result in place"
@@ -177,8 +177,8 @@ def _join(group, name, module):
     """Add the module to the group, if it is a part of the pattern that is not there yet."""
     if isinstance(module, _BATCH_NORMS) and group.batch_norm is None:
         group.batch_norm, group.activation_first = module, group.activation is not None
-    elif type(module) in _ACTIVATIONS and group.activation is None:
-        group.activation = _ACTIVATIONS[type(module)]
+    elif type(module) in ACTIVATIONS and group.activation is None:
+        group.activation = ACTIVATIONS[type(module)]
     else:
         return False
     group.names.append(name)
@@ -299,7 +299,7 @@ def _why_not_batch_norm(bn, conv):
 
 def _why_not_activation(activation):
     """Why the module that follows stays out of the operator; "" where it fits, or is no activation at all."""
-    if type(activation) not in _ACTIVATIONS:
+    if type(activation) not in ACTIVATIONS:
         is_activation = type(activation).__module__ == nn.ReLU.__module__
         return f"{type(activation).__name__} after it stays stock" if is_activation else ""
     if has_hooks(activation):

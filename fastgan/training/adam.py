@@ -76,7 +76,7 @@ class ContiguousAdam(torch.optim.Adam):
         if self._lie_otherwise():
             self.follow_layouts()
         with torch.no_grad():  # or views of parameters become part of a graph
-            updates = [self._lists_on_cpu(group) for group in self.param_groups] if closure is None else [None]
+            updates = [self._fused_lists(group) for group in self.param_groups] if closure is None else [None]
         if any(lists is None for lists in updates):
             step = torch.optim.Adam.step
             # From the first Adam on it has torch's hooks around it, which are around this method already.
@@ -95,7 +95,7 @@ class ContiguousAdam(torch.optim.Adam):
         averages = [(param, state["exp_avg"]) for param, state in self.state.items() if "exp_avg" in state]
         return any([average.stride() != param.stride() for param, average in averages])
 
-    def _lists_on_cpu(self, group):
+    def _fused_lists(self, group):
         """(parameters, gradients, averages, averages of squares, steps) for the fused update; None: it is torch's."""
         numbers = (group["lr"], *group["betas"])
         if not group["fused"] or any(group[name] for name in _OPTIONS) or _is_scaled(self) or not group["params"]:
@@ -144,8 +144,8 @@ class KernelAdam(ContiguousAdam):
 
     _update = None  # made when it is needed: a copy of an optimizer has its state and nothing else
 
-    def _lists_on_cpu(self, group):
-        lists = super()._lists_on_cpu(group)
+    def _fused_lists(self, group):
+        lists = super()._fused_lists(group)
         return None if lists and self._is_for_kernel(group, lists[0][0]) else lists
 
     def _init_group(self, group, *lists):

@@ -20,6 +20,7 @@ from fastgan.tune.workloads import problems_of
 # Of one multiprocessor: bytes of shared memory, and of those the most that one program can have.
 _SHARED = {80: (164 << 10, 163 << 10), 90: (228 << 10, 227 << 10), 100: (228 << 10, 227 << 10)}
 TARGETS = tuple(_SHARED)
+_BATCH = 128  # of the defaults
 _REGISTERS, _WARPS, _PROGRAMS, _SHARED_RESERVED = 65536, 64, 32, 1024  # the same on all of them
 
 
@@ -33,21 +34,21 @@ def launches_of_tables(paths):
     return found
 
 
-def launches_of_defaults(dtypes, batch=128):
+def launches_of_defaults(dtypes):
     """The Launches of every kernel as a training step of the DCGAN has them: default tiles, and all other passes."""
     found = []
-    for problem in problems_of(("dcgan64",), (batch,), dtypes):
+    for problem in problems_of(("dcgan64",), (_BATCH,), dtypes):
         found += launches(problem, Choice("triton")) + launches(problem, Choice("cudnn"))
     for dtype in dtypes:
-        found += record(lambda dtype=dtype: _passes(dtype, batch))
+        found += record(lambda dtype=dtype: _passes(dtype))
     return found
 
 
-def _passes(dtype, batch):
+def _passes(dtype):
     """The kernels around the convolutions."""
     with torch.device("meta"):
-        y = torch.empty(batch, 64, 32, 32, dtype=dtype).to(memory_format=torch.channels_last)
-        logits, vector = torch.empty(batch, dtype=dtype), torch.empty(64)
+        y = torch.empty(_BATCH, 64, 32, 32, dtype=dtype).to(memory_format=torch.channels_last)
+        logits, vector = torch.empty(_BATCH, dtype=dtype), torch.empty(64)
         images, order = torch.empty(1000, 64, 64, 3, dtype=torch.uint8), torch.empty(1000, dtype=torch.int32)
         act = dict(activation="relu", slope=0.0)
         batch_norm.normalize_activate(y, vector, vector, vector, vector, **act)
@@ -61,9 +62,9 @@ def _passes(dtype, batch):
         adam.AdamUpdate()(*averaged, [torch.empty(())], lr=torch.empty(()), betas=(0.5, 0.999), eps=1e-8)
         losses.bce(logits, logits, 1.0, 0.0, dtype)
         losses.bce(logits, None, 1.0, 0.0, dtype)
-        drawn = torch.empty(data.programs(batch, images), dtype=torch.int32)
-        data.next_batch(images, order, None, drawn, batch, dtype)
-        data.next_batch(images, order, order.to(torch.uint8), drawn, batch, dtype)
+        drawn = torch.empty(data.programs(_BATCH, images), dtype=torch.int32)
+        data.next_batch(images, order, None, drawn, _BATCH, dtype)
+        data.next_batch(images, order, order.to(torch.uint8), drawn, _BATCH, dtype)
 
 
 def _plain(value):
