@@ -55,8 +55,8 @@ def convolve(x, conv, forward, has_own_strides=False, may_be_view=True):
     """The result of `forward`, which is that of the Conv2d or ConvTranspose2d `conv`, for x on any device.
 
     Args:
-        has_own_strides: no BatchNorm or activation makes another tensor of it. Then one position has stock's strides,
-            too, by which the next layer chooses its layout; else stock makes them the default ones, as a product does.
+        has_own_strides: no BatchNorm or activation makes another tensor of it. Then one position and one channel have
+            stock's strides, too, by which the next layer chooses its layout; else stock makes them the default ones.
         may_be_view: the result goes to a BatchNorm. Anybody else may call detach_() of it, as they may of stock's.
     """
     if not isinstance(x, torch.Tensor) or not x.is_cpu or torch.compiler.is_compiling() or torch.jit.is_tracing():
@@ -84,9 +84,10 @@ def convolve(x, conv, forward, has_own_strides=False, may_be_view=True):
         # Autocast's weights are copies, so that the weight may be updated before a backward of this result.
         y = compute(x.to(working), weight.to(working, copy=trains and weight.dtype != dtype), *where)
         y = (y if bias is None else y + bias.to(working)[:, None, None]).to(dtype)
-    of_stock = has_own_strides and compute is to_one_position and y.shape[1] > 1
-    if of_stock and (suggests_channels_last(weight) or suggests_channels_last(x)):
-        y = y.flatten(1)[:, None, None].permute(0, 3, 1, 2)
+    n, channels, *size = y.shape
+    either = (channels == 1) != (size == [1, 1])  # the numbers lie alike in both layouts, strides tell which it is
+    if has_own_strides and either and (suggests_channels_last(weight) or suggests_channels_last(x)):
+        y = y.flatten(1).view(n, *size, channels).permute(0, 3, 1, 2)
     return y if may_be_view or not y._is_view() or only_first_order() else y.clone()
 
 

@@ -29,8 +29,9 @@ def run_layers(x, conv, forwards, batch_norm, keeps_memory):
     Among `forwards` the module `batch_norm`, if any, stands for its own. `keeps_memory`: see `patterns.Group`.
     """
     x = convolve(x, conv, forwards[0], has_own_strides=keeps_memory, may_be_view=batch_norm is not None)
-    if conv.out_channels == 1 and not keeps_memory and isinstance(x, torch.Tensor) and not torch.jit.is_tracing():
-        x = contiguous(x)  # stock's next layer gives it so; ours may write to it instead
+    if not keeps_memory and isinstance(x, torch.Tensor) and not torch.jit.is_tracing():
+        if conv.out_channels == 1 or x.shape[-2:] == (1, 1):
+            x = contiguous(x)  # stock's next layer gives it so; ours may write to it instead
     for forward in forwards[1:]:
         if forward is not batch_norm:
             x = forward(x)

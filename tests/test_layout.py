@@ -179,6 +179,13 @@ ONES = {
     "one channel in place": lambda: _one_channel(nn.LeakyReLU(0.2, inplace=True)),
     "one channel in place, BatchNorm": lambda: _one_channel(nn.BatchNorm2d(1), nn.LeakyReLU(0.2, inplace=True)),
     "one channel in place within": lambda: _one_channel(nn.LeakyReLU(0.2, inplace=True), nn.Conv2d(1, 4, 3)),
+    "one position of padded images": lambda: nn.Sequential(nn.Conv2d(3, 4, 6, 8, 1), nn.Sigmoid()),
+    "from one position to one channel": lambda: nn.Sequential(
+        nn.Conv2d(3, 8, 6), nn.ConvTranspose2d(8, 1, 2), nn.LeakyReLU(0.2, inplace=True)
+    ),
+    "from one position to one": lambda: nn.Sequential(
+        nn.Conv2d(3, 8, 6), nn.ConvTranspose2d(8, 2, 1), nn.LeakyReLU(0.2, inplace=True)
+    ),
     "one position within": lambda: _one_position(nn.ReLU()),
     "one position within, of two layers": lambda: _one_position(),
     "one position in place within": lambda: _one_position(nn.LeakyReLU(0.2, inplace=True)),
