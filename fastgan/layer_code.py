@@ -1,6 +1,7 @@
 """Whose code runs when a layer is called: PyTorch's own for its type, or hooks, patches and replaced methods."""
 
 from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
@@ -59,6 +60,13 @@ def hooks_compute_weight(conv):
     others = conv._forward_hooks or conv._backward_hooks or conv._backward_pre_hooks
     others = others or has_own_code(conv.__dict__) or _is_patched(type_of(conv))
     return len(pre_hooks) > 0 and not others and all(isinstance(hook, _WEIGHT_HOOKS) for hook in pre_hooks.values())
+
+
+def has_weight_norm(conv):
+    """Whether its weight is one of `weight_norm`, the newer or the older."""
+    if parametrize.is_parametrized(conv, "weight"):
+        return any(isinstance(each, _WeightNorm) for each in conv.parametrizations.weight)
+    return any(isinstance(hook, WeightNorm) for hook in conv._forward_pre_hooks.values())
 
 
 def type_of(module):

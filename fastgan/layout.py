@@ -3,6 +3,7 @@
 import torch
 
 from fastgan.backend import is_batched
+from fastgan.layer_code import has_weight_norm
 from fastgan.ops.geometry import conv_size, conv_transpose_size
 from fastgan.patterns import unfit_setting
 
@@ -91,8 +92,11 @@ class _GradientInDefaultLayout(torch.autograd.Function):
 
 def _has_channels_last_weight(conv):
     weight = conv._parameters.get("weight")
-    # Of a parametrized weight what it is computed from: to look at itself would compute it.
-    return any([suggests_channels_last(each) for each in (conv.parameters() if weight is None else (weight,))])
+    if weight is not None:
+        return suggests_channels_last(weight)
+    # Of a parametrized weight what it is computed from: to look at itself would compute it. weight_norm's has the
+    # default layout, whatever that has.
+    return not has_weight_norm(conv) and any([suggests_channels_last(each) for each in conv.parameters()])
 
 
 def fastest_format(images):

@@ -63,7 +63,8 @@ def count_operator_calls(monkeypatch):
     def counted(*tensors, layer, **more):
         calls.append(layer)
         result, link = operator(*tensors, layer=layer, **more)
-        return result.contiguous(memory_format=torch.channels_last), link  # as kernels give it
+        in_order = result.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format)
+        return in_order.permute(0, 3, 1, 2), link  # as kernels give it
 
     suppose_kernels(monkeypatch)
     monkeypatch.setattr(group_calls, "run_as_chain", lambda x, parts: None)  # layer by layer

@@ -1,6 +1,7 @@
 """fuse on random networks: whatever they consist of, a step shows what stock shows, with the operators and without."""
 
 import copy
+import itertools
 import re
 
 import pytest
@@ -80,3 +81,33 @@ def fused_equals_stock(source):
 
 test_fused_equals_stock = on_networks(fused_equals_stock, 100)
 test_fused_equals_stock_in_more = pytest.mark.slow(on_networks(fused_equals_stock, 500))
+
+
+def results_lie_as_stocks(source):
+    """In memory, whatever the layouts of the images and the weights are: what comes after may view or convolve them."""
+    note(source)
+    stock, model = make_pair(lambda: build(source)[0])
+    size = build(source)[1]
+    fastgan.fuse(model)
+    for weights, images in itertools.product((torch.contiguous_format, torch.channels_last), repeat=2):
+        x = torch.randn(2, 3, size, size, dtype=torch.float64).to(memory_format=images)
+        networks = [copy.deepcopy(network).to(memory_format=weights) for network in (stock, model)]
+        try:
+            expected = strides(networks[0], x)
+        except RuntimeError as error:
+            if not re.search("in-?place|view", str(error)):
+                raise
+            continue  # stock itself cannot
+        assert strides(networks[1], x) == expected, (weights, images)
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            count_operator_calls(monkeypatch)
+            assert strides(networks[1], x) == expected, (weights, images, "operators")
+
+
+def strides(network, x):
+    found = network(x)
+    return [tensor.stride() for tensor in (found if isinstance(found, tuple) else (found,))]
+
+
+test_results_lie_as_stocks = on_networks(results_lie_as_stocks, 25)
+test_results_lie_as_stocks_in_more = pytest.mark.slow(on_networks(results_lie_as_stocks, 400))
