@@ -29,7 +29,7 @@ def check_positive(name, value):
 
 def is_number(value):
     """Whether it is a real number, Python's or NumPy's; True and False are none."""
-    return isinstance(value, float | int | numbers.Real) and not isinstance(value, bool)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def is_out_of_memory(error):

@@ -7,7 +7,7 @@ from fastgan.checks import is_number
 
 
 def check_networks(generator, discriminator):
-    """Raise TypeError or ValueError unless both are modules with parameters on one device that has numbers."""
+    """Raise TypeError or ValueError unless both are modules with parameters, on one device."""
     devices = []
     for name, network in (("generator", generator), ("discriminator", discriminator)):
         if not isinstance(network, nn.Module):
@@ -16,7 +16,9 @@ def check_networks(generator, discriminator):
         if parameter is None:
             raise ValueError(f"{name} must have parameters to learn; got a {type(network).__name__} without any")
         devices.append(parameter.device)
-    if devices[0] != devices[1] or devices[0].type == "meta":
+        if parameter.is_meta:
+            raise ValueError(f"{name} must have numbers to learn from; its parameters are on the device meta")
+    if devices[0] != devices[1]:
         raise ValueError(f"generator and discriminator must be on one device; got {devices[0]} and {devices[1]}")
 
 

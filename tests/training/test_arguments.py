@@ -27,7 +27,7 @@ VALUES = [
     (dict(precision="fp16"), "CUDA"),
     (dict(generator=nn.ReLU()), "generator must have parameters to learn; got a ReLU without any"),
     (dict(discriminator=nn.Flatten()), "discriminator must have parameters to learn; got a Flatten without any"),
-    (dict(discriminator=nn.Conv2d(2, 1, 16, device="meta")), "must be on one device; got cpu and meta"),
+    (dict(discriminator=nn.Conv2d(2, 1, 16, device="meta")), "discriminator must have numbers to learn from; its"),
 ]
 TYPES = [
     (dict(generator=None), "generator must be an nn.Module; got NoneType"),
@@ -105,3 +105,10 @@ def test_without_gradients(mode):
     with mode(), pytest.raises(RuntimeError, match="a training step needs gradients"):
         step(*real_batches(1))
     step(*real_batches(1))  # nothing was spoilt
+
+
+@pytest.mark.gpu
+def test_networks_on_two_devices():
+    generator, discriminator = make_networks()
+    with pytest.raises(ValueError, match="must be on one device; got cpu and cuda:0"):
+        TrainStep(generator, discriminator.cuda(), latent_dim=NZ)
