@@ -183,7 +183,7 @@ class SequentialForward:
             else:
                 observed = backend.observed()
                 for group in groups[i:end]:
-                    forwards = group.forwards if observed else group.forwards_in_place
+                    forwards = group.own_forwards if observed else group.forwards
                     x = run_layers(x, group.modules[0], forwards, group.batch_norm, group.keeps_memory)
             i = end
         return x

@@ -4,7 +4,7 @@ import torch
 
 from fastgan.backend import is_batched
 from fastgan.layer_code import has_weight_norm
-from fastgan.ops.geometry import conv_size, conv_transpose_size
+from fastgan.ops.geometry import size_after
 from fastgan.patterns import unfit_setting
 
 
@@ -62,9 +62,8 @@ def _sizes(x, convolutions):
     for i, conv in enumerate(convolutions):
         if unfit_setting(conv):
             break
-        where = (size, conv.kernel_size, conv.stride, conv.padding)
-        size = conv_transpose_size(*where, conv.output_padding) if conv.transposed else conv_size(*where)
-        sizes[i] = size
+        where = (conv.transposed, conv.stride, conv.padding, conv.output_padding)
+        sizes[i] = size = size_after(size, conv.kernel_size, *where)
     return sizes
 
 

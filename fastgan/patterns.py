@@ -38,9 +38,7 @@ class Group:
     activation_first: bool = False  # convolution → activation → BatchNorm: another function than the usual order
     fused: bool = False
     reason: str = ""
-    # Of a fused group, what its layers run without kernels: see `fastgan.group_calls.run_layers`.
-    forwards: tuple[Callable, ...] = ()
-    forwards_in_place: tuple[Callable, ...] = ()
+    forwards: tuple[Callable, ...] = ()  # of a fused group: see `fastgan.group_calls.run_layers`
 
     @property
     def pattern(self):
@@ -76,6 +74,11 @@ class Group:
         """Whether stock gives the convolution's own result: nothing follows, or an activation in place."""
         in_place = self.activation is None or getattr(self.modules[-1], "inplace", False)
         return self.batch_norm is None and in_place
+
+    @property
+    def own_forwards(self):
+        """`forwards` that write in place only where the layers are told to."""
+        return tuple(map(_forward, self.modules))
 
     def part(self):
         """What the operator is told of it, as it is now."""
@@ -159,8 +162,7 @@ def match_first(names, modules):
     if group.activation == "leaky_relu" and group.batch_norm is None and _is_written_to(modules[2:]):
         group.names.pop(), group.modules.pop()
         group.activation, group.reason = None, WRITTEN_TO
-    group.forwards = tuple(map(_forward, group.modules))
-    group.forwards_in_place = tuple(map(_forward_in_place, group.modules))
+    group.forwards = tuple(map(_forward_in_place, group.modules))
     return group
 
 

@@ -30,8 +30,13 @@ def lost_rows(size, kernel, stride, padding):
     return [(n + 2 * p - k) % s for n, k, s, p in zip(size, kernel, stride, padding, strict=True)]
 
 
-def out_size(x, weight, transposed, stride, padding, output_padding):
-    """The (h, w) of conv(x, weight)."""
+def size_after(size, kernel, transposed, stride, padding, output_padding):
+    """Output (h, w) of either of them for an input of (h, w)."""
     if transposed:
-        return conv_transpose_size(x.shape[2:], weight.shape[2:], stride, padding, output_padding)
-    return conv_size(x.shape[2:], weight.shape[2:], stride, padding)
+        return conv_transpose_size(size, kernel, stride, padding, output_padding)
+    return conv_size(size, kernel, stride, padding)
+
+
+def out_size(x, weight, *where):
+    """The (h, w) of conv(x, weight); `where` is (transposed, stride, padding, output_padding)."""
+    return size_after(x.shape[2:], weight.shape[2:], *where)

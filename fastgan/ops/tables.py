@@ -80,19 +80,19 @@ def read_table(path, gpu=None, versions=None):
     A file that is not such a table, or is that of another GPU than `gpu` or of other `versions` (see `write_table`)
     where these are given, is ignored with a warning that names it.
     """
-    table, why = _read(path, gpu, versions)
+    table, why = load_table(path, gpu, versions)
     if why is not None:
         warnings.warn(f"ignoring the table of measured convolutions {path}: {why}", RuntimeWarning, stacklevel=2)
     return table
 
 
-def why_no_table(path, gpu=None, versions=None):
+def why_no_table(path, gpu=None):
     """Why `read_table` would ignore a file, in words; None where it would not."""
-    return _read(Path(path), gpu, versions)[1]
+    return load_table(Path(path), gpu)[1]
 
 
-def _read(path, gpu, versions):
-    """({Problem: Measurement} of a file, None), or ({}, why it is no such table)."""
+def load_table(path, gpu=None, versions=None):
+    """What `read_table` gives, and why it ignores the file, in words, or None: without a warning."""
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
         _check(isinstance(table, dict) and table.get("format") == _FORMAT, f'"format" is not {_FORMAT}')

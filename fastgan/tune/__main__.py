@@ -10,7 +10,7 @@ import torch
 from fastgan import backend
 from fastgan.files import check_writable
 from fastgan.ops import choice
-from fastgan.ops.tables import read_table, why_no_table, write_table
+from fastgan.ops.tables import load_table, why_no_table, write_table
 from fastgan.tune.compiling import said
 from fastgan.tune.workloads import SHAPE_HELP, problems_of
 
@@ -162,13 +162,12 @@ def _versions():
 
 def _saver(path, gpu, versions):
     """A function that writes measurements to `path`, with those that are there already from the same versions."""
-    why = why_no_table(path, gpu, versions)
+    _, why = load_table(path, gpu, versions)
     if why is not None:
         print(f"the table of measured convolutions {path} is replaced: {why}", file=sys.stderr)
 
     def save(measured):
-        # Read again: another GPU's tuner may write to it, too.
-        known = {} if why_no_table(path, gpu, versions) else read_table(path, gpu, versions)
+        known, _ = load_table(path, gpu, versions)  # again: another GPU's tuner may write to it, too
         write_table(path, gpu, versions, {**known, **measured})
 
     return save
