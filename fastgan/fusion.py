@@ -204,11 +204,12 @@ class _Kept:
     def __init__(self, container):
         names, modules, passed = in_order(container)
         self.groups, self._inner, self._watch = match(names, modules), passed[1:], Watch()
-        self._watch.called([module for module in modules if not is_fused(module)])  # those have their own
+        called = [module for module in modules if module is not None]  # a child may have been set to None
+        self._watch.called([module for module in called if not is_fused(module)])  # those have their own
         for module in passed:
             self._watch.children(module)
         if any(group.asks_who_writes for group in self.groups):
-            self._watch.inplace(modules)
+            self._watch.inplace(called)
         self._watch.start()
 
     def holds(self):

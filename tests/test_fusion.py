@@ -249,6 +249,21 @@ def test_layers_replaced_after_fuse():
     assert [row.pattern for row in fastgan.explain(model)] == ["Conv2d + BatchNorm2d + Sigmoid", "Conv2d + Tanh"]
 
 
+def test_a_layer_that_became_none():
+    stock, model = make_pair(block)
+    fastgan.fuse(model)
+    errors = []
+    for network in (stock, model):
+        network[1] = None
+        with pytest.raises(TypeError) as raised:
+            network(torch.randn(2, 3, 8, 8, dtype=torch.float64))
+        errors.append(str(raised.value))
+    assert errors[0] == errors[1]
+    for network in (stock, model):
+        network[1] = nn.BatchNorm2d(network[0].out_channels).double()
+    assert_same(model, stock)
+
+
 def test_keyword_input():
     stock, model = make_pair(InOrder)
     x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
