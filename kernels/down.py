@@ -10,6 +10,7 @@ import triton.language as tl
 
 from fastgan.kernels.launch import (
     MatrixTile,
+    blocks_together,
     cdiv,
     channels_last,
     empty_nhwc,
@@ -27,6 +28,7 @@ from fastgan.kernels.pieces import (
     load_block,
     multiply_add,
     new_accumulator,
+    rows_of_tile,
     steps_of,
     store_tile_statistics,
     wait_for_previous,
@@ -66,6 +68,7 @@ def down_kernel(
     tile_m2_ptr,
     eps,
     N,  # images of one group: no tile holds rows of two
+    together,  # see `rows_of_tile`
     A: tl.constexpr,
     B: tl.constexpr,
     KH: tl.constexpr,
@@ -86,6 +89,7 @@ def down_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     AGAIN: tl.constexpr,  # beside y: the rows at a time that are read again for the sums; 0: all are in registers
+    BY_POSITION: tl.constexpr,  # see `rows_of_tile`
     ROWS: tl.constexpr,  # of images with few channels, all that follow: see patches.py
     WIDTH: tl.constexpr,
     TAPS_H: tl.constexpr,
@@ -98,10 +102,12 @@ def down_kernel(
     column_tiles: tl.constexpr = (A + BLOCK_N - 1) // BLOCK_N
     pid_n, pid_m = tl.program_id(0) % column_tiles, tl.program_id(0) // column_tiles
     group, rows = tl.program_id(1), N * (H * W)
-    row = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_row, row_step, row, row_ok, n, base_h, base_w = rows_of_tile(
+        pid_m, N, H, W, -PH, -PW, SH, SW, together, BLOCK_M, BY_POSITION
+    )
     column = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_ok, column_ok = row < rows, column < A
-    n, base_h, base_w = group * N + row // (H * W), row % (H * W) // W * SH - PH, row % W * SW - PW
+    column_ok = column < A
+    n += group * N
     if INT64:
         n = n.to(tl.int64)
 
@@ -109,7 +115,8 @@ def down_kernel(
     lane = tl.arange(0, BLOCK_K)
     high_offset = ((n * HO + base_h) * WO + base_w) * B
     weight_offset = lane[:, None] + (column * depth)[None, :]
-    base_h = tl.where(row_ok, base_h, NOWHERE)
+    if not BY_POSITION:
+        base_h = tl.where(row_ok, base_h, NOWHERE)
     weight_column_ok = None if A % BLOCK_N == 0 else column_ok
 
     transposed: tl.constexpr = BLOCK_N >= 64 and high_ptr.dtype.element_ty.primitive_bitwidth == 16
@@ -131,15 +138,25 @@ def down_kernel(
         acc = multiply_add(acc, y, w, PRECISION, transposed)
     else:
         steps: tl.constexpr = (depth + BLOCK_K - 1) // BLOCK_K
-        for step in range(steps_of(steps, steps, N)):
+        first_tap_h, first_tap_w, taps_w, taken = 0, 0, KW, steps
+        if BY_POSITION:  # none but the taps that see the image
+            first_tap_h, first_tap_w = tl.maximum(-base_h, 0), tl.maximum(-base_w, 0)
+            taps_h = tl.maximum(tl.minimum(HO - base_h, KH) - first_tap_h, 0)
+            taps_w = tl.maximum(tl.minimum(WO - base_w, KW) - first_tap_w, 0)
+            taken = taps_h * taps_w * (B // BLOCK_K)
+            taps_w = tl.maximum(taps_w, 1)  # as in `up_kernel`
+        for step in range(steps_of(taken, steps, N)):
             if B % BLOCK_K == 0:  # all of a step's products are of one tap
                 tap, b = step // (B // BLOCK_K), step % (B // BLOCK_K) * BLOCK_K
-                tap_h, tap_w = tap // KW, tap % KW
-                in_h, in_w = base_h + tap_h, base_w + tap_w
-                inside = (in_h >= 0) & (in_h < HO) & (in_w >= 0) & (in_w < WO)
-                high_step = (tap_h * WO + tap_w) * B + b
+                tap_h, tap_w = first_tap_h + tap // taps_w, first_tap_w + tap % taps_w
+                if BY_POSITION:
+                    inside = None
+                else:
+                    in_h, in_w = base_h + tap_h, base_w + tap_w
+                    inside = (in_h >= 0) & (in_h < HO) & (in_w >= 0) & (in_w < WO)
+                high_step, weight_step = (tap_h * WO + tap_w) * B + b, (tap_h * KW + tap_w) * B + b
                 y = load_block(high_ptr + high_step + (high_offset[:, None] + lane[None, :]), inside, None)
-                w = load_block(weight_ptr + step * BLOCK_K + weight_offset, None, weight_column_ok)
+                w = load_block(weight_ptr + weight_step + weight_offset, None, weight_column_ok)
             else:
                 k = step * BLOCK_K + lane
                 k_ok = None if depth % BLOCK_K == 0 else k < depth
@@ -153,7 +170,10 @@ def down_kernel(
             acc = multiply_add(acc, y, w, PRECISION, transposed)
 
     acc = tl.trans(acc) if transposed else acc
-    cell = ((n * (H * W) + row % (H * W)) * A)[:, None] + column[None, :]
+    first_cell = group * rows
+    if INT64:
+        first_cell = first_cell.to(tl.int64)
+    cell = ((first_cell + row) * A)[:, None] + column[None, :]
     ok = row_ok[:, None] & column_ok[None, :]
     tiles = tl.num_programs(0) // column_tiles
     if y_ptr is not None:
@@ -175,7 +195,8 @@ def down_kernel(
             cell,
             ok,
             group * N,
-            pid_m * BLOCK_M,
+            first_row,
+            row_step,
             rows,
             H,
             W,
@@ -211,6 +232,11 @@ def down_kernel(
 def picks_patches(weight, out_size):
     """Whether tiles of whole rows of low, and patches.py for high, are a choice: rows are to fill the tiles."""
     return fits_patches(weight, out_size[1]) and out_size[1] == next_power_of_2(out_size[1])
+
+
+def fits_one_position(tile, images, high_channels):
+    """Whether rows of a tile can be one position of its images: all tiles are full, and a step is of one tap."""
+    return images % tile.block_m == 0 and high_channels % tile.block_k == 0
 
 
 def down(
@@ -276,6 +302,9 @@ def down(
     if tile.block_k == ALL:
         patches = block_constants(tile.block_m, out_size, weight, high.shape[3], stride, padding)
         tile = tile._replace(block_m=patches["ROWS"] * patches["WIDTH"])
+    together = 0
+    if tile.by_position and fits_one_position(tile, n // groups, b):
+        together = blocks_together(tile.block_m, n // groups, kh * high.shape[3] * b * high.itemsize)
     row_tiles = cdiv(rows, tile.block_m)
     tiles = TileStatistics.empty(groups, row_tiles, a, high.device) if statistics else (None, None, None)
     if y is not None:
@@ -283,13 +312,14 @@ def down(
     launch(
         down_kernel,
         (cdiv(a, tile.block_n) * row_tiles, groups),
-        *(high, weight, low, bias, *batch_norm, activated, y, invstd, sums, *tiles, eps, n // groups),
+        *(high, weight, low, bias, *batch_norm, activated, y, invstd, sums, *tiles, eps, n // groups, together),
         device=high.device,
         ACTIVATION=activation,
         SLOPE=slope,
         PRECISION=precision,
         INT64=needs_int64(low, high),
         AGAIN=0 if y is None or tile.has_room() else tile.rows_again(),
+        BY_POSITION=together > 0,
         **patches,
         **geometry(low, weight, high, stride, padding),
         **tile.options(),

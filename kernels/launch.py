@@ -61,6 +61,12 @@ class MatrixTile(NamedTuple):
     num_stages: int
     # Of a weight's gradient, which is cut into parts: how many times 128×128 outputs a multiprocessor gets.
     share: int = 2
+    # Of `up` and `down`: whether its rows are one position of block_m images, where these divide a batch, and not
+    # positions in a row. Taps that lie outside of the image are then left out.
+    by_position: bool = False
+
+    def __str__(self):
+        return "×".join(map(str, self[:6])) + (" by position" if self.by_position else "")
 
     def options(self):
         """The tile as keyword arguments of a launch."""
@@ -124,6 +130,7 @@ TILES = {
         MatrixTile(16, 16, 64, 4, 4),
     ),
 }
+WINDOW = 2**24  # bytes that tiles side by side may read again and again, of an L2 cache of some 50 MB
 FEWEST_PROGRAMS = 100  # what should run side by side on a large GPU before a program takes more
 
 
@@ -152,6 +159,16 @@ def geometry(low, weight, high, stride, padding):
     a, b, kh, kw = weight.shape
     sizes = dict(H=low.shape[2], W=low.shape[3], HO=high.shape[2], WO=high.shape[3])
     return dict(A=a, B=b, KH=kh, KW=kw, SH=stride[0], SW=stride[1], PH=padding[0], PW=padding[1], **sizes)
+
+
+def blocks_together(block_m, images, row_bytes):
+    """`together` of `rows_of_tile` for tiles of one position of block_m images.
+
+    Args:
+        images: of one group; block_m divides them.
+        row_bytes: what is read of an image for a row of positions.
+    """
+    return max(1, min(WINDOW // (block_m * row_bytes), images // block_m))
 
 
 def rows_tile(rows, columns):

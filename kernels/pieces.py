@@ -210,6 +210,47 @@ def position(row, count_h, count_w, first_h, first_w, SH: tl.constexpr, SW: tl.c
 
 
 @triton.jit
+def rows_of_tile(
+    tile,
+    N,
+    count_h,
+    count_w,
+    first_h,
+    first_w,
+    SH: tl.constexpr,
+    SW: tl.constexpr,
+    together,
+    BLOCK_M: tl.constexpr,
+    BY_POSITION: tl.constexpr,
+):
+    """The rows of a tile, where rows are the positions of N images: see `position`.
+
+    They follow each other or, BY_POSITION, are one position of BLOCK_M images, whose number divides N. Such tiles of
+    `together` blocks of images run side by side, one position after the other, so that they share in L2 what they read.
+    The last positions are those of an edge: with the fewest taps inside of the image they fill what is left at the end.
+
+    Returns:
+        The first row, from one row to the next; the rows, whether they are there, their images, heights and widths.
+    """
+    lane = tl.arange(0, BLOCK_M)
+    if BY_POSITION:
+        step = count_h * count_w
+        first_block = tile // (together * step) * together
+        blocks = tl.minimum(N // BLOCK_M - first_block, together)
+        tile -= first_block * step
+        place, block = tile // blocks, first_block + tile % blocks
+        first = block * BLOCK_M * step + (place // count_w + 1) % count_h * count_w + (place % count_w + 1) % count_w
+        ok = tl.full((BLOCK_M,), True, tl.int1)
+        n, h, w = position(first, count_h, count_w, first_h, first_w, SH, SW)
+        n += lane
+    else:
+        first, step = tile * BLOCK_M, 1
+        ok = first + lane < N * count_h * count_w
+        n, h, w = position(first + lane, count_h, count_w, first_h, first_w, SH, SW)
+    return first, step, first + lane * step, ok, n, h, w
+
+
+@triton.jit
 def mean_and_m2(values, ok, count, ACROSS_WARPS: tl.constexpr = False):
     """Mean and centred sum of squares of each column, over its `count` rows that are ok.
 

@@ -9,7 +9,16 @@ import torch
 import triton
 import triton.language as tl
 
-from fastgan.kernels.launch import cdiv, channels_last, empty_nhwc, geometry, launch, matrix_tile, needs_int64
+from fastgan.kernels.launch import (
+    blocks_together,
+    cdiv,
+    channels_last,
+    empty_nhwc,
+    geometry,
+    launch,
+    matrix_tile,
+    needs_int64,
+)
 from fastgan.kernels.narrow import fits_one_program, up_narrow
 from fastgan.kernels.pieces import (
     NOWHERE,
@@ -17,7 +26,7 @@ from fastgan.kernels.pieces import (
     load_block,
     multiply_add,
     new_accumulator,
-    position,
+    rows_of_tile,
     steps_of,
     store_tile_statistics,
     wait_for_previous,
@@ -45,6 +54,7 @@ def up_kernel(
     tile_m2_ptr,
     eps,
     N,  # images of one group: no tile holds rows of two
+    together,  # see `rows_of_tile`
     A: tl.constexpr,
     B: tl.constexpr,
     KH: tl.constexpr,
@@ -66,6 +76,7 @@ def up_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     AGAIN: tl.constexpr,  # beside y: the rows at a time that are read again for the sums; 0: all are in registers
+    BY_POSITION: tl.constexpr,  # see `rows_of_tile`
 ):
     wait_for_previous()
     # The phases and column tiles of the same rows run side by side, so that they share the rows in L2.
@@ -83,10 +94,11 @@ def up_kernel(
         count_h, count_w = (HO - first_h + SH - 1) // SH, (WO - first_w + SW - 1) // SW
     rows = N * count_h * count_w
 
-    row = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_row, row_step, _, row_ok, n, out_h, out_w = rows_of_tile(
+        pid_m, N, count_h, count_w, first_h, first_w, SH, SW, together, BLOCK_M, BY_POSITION
+    )
     column = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_ok, column_ok = row < rows, column < B
-    n, out_h, out_w = position(row, count_h, count_w, first_h, first_w, SH, SW)
+    column_ok = column < B
     n += group * N
     if INT64:
         n = n.to(tl.int64)
@@ -94,19 +106,25 @@ def up_kernel(
     taps_h, taps_w = KH // SH, KW // SW
     if KH % SH != 0 or KW % SW != 0:  # some phases have a tap more
         taps_h, taps_w = (KH - residue_h + SH - 1) // SH, (KW - residue_w + SW - 1) // SW
+    base_h, base_w = (out_h + PH) // SH, (out_w + PW) // SW
+    first_tap_h, first_tap_w = 0, 0
+    if BY_POSITION:  # none but the taps that see the image
+        first_tap_h, first_tap_w = tl.maximum(base_h - (H - 1), 0), tl.maximum(base_w - (W - 1), 0)
+        taps_h = tl.maximum(tl.minimum(taps_h, base_h + 1) - first_tap_h, 0)
+        taps_w = tl.maximum(tl.minimum(taps_w, base_w + 1) - first_tap_w, 0)
     taps = taps_h * taps_w
     blocks: tl.constexpr = (A + BLOCK_K - 1) // BLOCK_K
     most: tl.constexpr = ((KH + SH - 1) // SH) * ((KW + SW - 1) // SW) * blocks
     steps = steps_of(taps * blocks, most, N)
-    if KH < SH or KW < SW:
-        # A phase without taps takes no step. But from a division by its taps the compiler would conclude that every
-        # phase has some, and read ahead for a first step that never comes.
+    if KH < SH or KW < SW or BY_POSITION:
+        # A phase or a position without taps takes no step. But from a division by its taps the compiler would conclude
+        # that every one has some, and read ahead for a first step that never comes.
         taps, taps_w = tl.maximum(taps, 1), tl.maximum(taps_w, 1)
-    base_h, base_w = (out_h + PH) // SH, (out_w + PW) // SW
     lane = tl.arange(0, BLOCK_K)
     low_offset = (((n * H + base_h) * W + base_w) * A)[:, None] + lane[None, :]
     weight_offset = (lane * (KH * KW * B))[:, None] + column[None, :]
-    base_h = tl.where(row_ok, base_h, NOWHERE)
+    if not BY_POSITION:
+        base_h = tl.where(row_ok, base_h, NOWHERE)
     weight_column_ok = None if B % BLOCK_N == 0 else column_ok
 
     # One loop over channels and taps: a loop for each tap would fill and drain the pipeline again.
@@ -114,9 +132,12 @@ def up_kernel(
     acc = new_accumulator(BLOCK_M, BLOCK_N, transposed)
     for step in range(steps):
         a, tap = step // taps * BLOCK_K, step % taps
-        step_h, step_w = tap // taps_w, tap % taps_w
-        in_h, in_w = base_h - step_h, base_w - step_w
-        inside = (in_h >= 0) & (in_h < H) & (in_w >= 0) & (in_w < W)
+        step_h, step_w = first_tap_h + tap // taps_w, first_tap_w + tap % taps_w
+        if BY_POSITION:
+            inside = None
+        else:
+            in_h, in_w = base_h - step_h, base_w - step_w
+            inside = (in_h >= 0) & (in_h < H) & (in_w >= 0) & (in_w < W)
         a_ok = None if A % BLOCK_K == 0 else lane < A - a
         low_step = a - (step_h * W + step_w) * A
         weight_step = (a * KH + residue_h + step_h * SH) * (KW * B) + (residue_w + step_w * SW) * B
@@ -149,7 +170,8 @@ def up_kernel(
             cell,
             ok,
             group * N,
-            pid_m * BLOCK_M,
+            first_row,
+            row_step,
             rows,
             count_h,
             count_w,
@@ -192,6 +214,11 @@ def is_product_with_all(low_size, kernel, out_size, padding):
 def picks_narrow(weight, stride, summed):
     """Whether narrow.py makes the result; sums beside it (`summed`) it knows none."""
     return not summed and fits_one_program(weight, stride)
+
+
+def fits_one_position(tile, images, out_size, stride):
+    """Whether rows of a tile can be one position of its images: all tiles are full, and phases of one size."""
+    return images % tile.block_m == 0 and all(size % step == 0 for size, step in zip(out_size, stride, strict=True))
 
 
 def up(
@@ -258,6 +285,10 @@ def up(
     if tile is None:
         tile = matrix_tile(rows, columns, a, low.dtype, groups * phases)
         tile = tile if y is None else tile.with_room()
+    together = 0
+    if tile.by_position and fits_one_position(tile, n // groups, high.shape[2:], stride):
+        row_bytes = cdiv(kh, stride[0]) * low.shape[3] * a * low.itemsize
+        together = blocks_together(tile.block_m, n // groups, row_bytes)
     row_tiles = cdiv(rows, tile.block_m)
     count = row_tiles * phases * (columns // channels)
     tiles = TileStatistics.empty(groups, count, channels, low.device) if statistics else (None, None, None)
@@ -265,7 +296,7 @@ def up(
     launch(
         up_kernel,
         (phases * cdiv(columns, tile.block_n) * row_tiles, groups),
-        *(low, weight, high, bias, *batch_norm, activated, y, invstd, sums, *tiles, eps, n // groups),
+        *(low, weight, high, bias, *batch_norm, activated, y, invstd, sums, *tiles, eps, n // groups, together),
         device=low.device,
         CHANNELS=channels,
         ACTIVATION=activation,
@@ -273,6 +304,7 @@ def up(
         PRECISION=precision,
         INT64=needs_int64(low, high),
         AGAIN=0 if y is None or tile.has_room() else tile.rows_again(),
+        BY_POSITION=together > 0,
         **geometry(low, weight, high, stride, padding),
         **tile.options(),
     )

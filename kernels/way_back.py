@@ -66,6 +66,7 @@ def store_grad_and_sums(
     ok,
     first_image,  # of the group
     first_row,  # of the tile
+    row_step,  # from one of its rows to the next
     rows,
     count_h,  # as `position` has them
     count_w,
@@ -102,7 +103,7 @@ def store_grad_and_sums(
         sum_dz = tl.zeros((AGAIN, BLOCK_N), tl.float32)
         sum_dz_x_hat = tl.zeros((AGAIN, BLOCK_N), tl.float32)
         for start in tl.range(0, BLOCK_M, AGAIN, num_stages=3):
-            row = first_row + start + tl.arange(0, AGAIN)
+            row = first_row + (start + tl.arange(0, AGAIN)) * row_step
             n, h, w = position(row, count_h, count_w, first_h, first_w, SH, SW)
             n += first_image
             if INT64:

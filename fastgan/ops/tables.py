@@ -14,7 +14,6 @@ _OPERATIONS = {"weight_grad", "weight_grad+float32"} | {
     kind + then for kind in ("up", "down") for then in ("", "+statistics", "+epilogue", "+activated", "+normalized")
 }
 _TILE = ("block_m", "block_n", "block_k", "num_warps", "num_stages")
-_SHARE = "share"  # of a weight's gradient; a tile may come without it
 
 
 class Problem(NamedTuple):
@@ -119,8 +118,9 @@ def _parse(row):
     triton_us = row["triton_us"]
     _check(kind in _OPERATIONS, f"unknown kind {kind!r}")
     _check(implementation in ("triton", "cudnn"), f"unknown implementation {implementation!r}")
-    numbers = () if tile is None else [*(tile[name] for name in _TILE), tile.get(_SHARE, 2)]
-    _check(all(map(_is_count, numbers)), f"no tile: {tile!r}")
+    if tile is not None:
+        counts = [*(tile[name] for name in _TILE), tile.get("share", 2)]
+        _check(all(map(_is_count, counts)) and isinstance(tile.get("by_position", False), bool), f"no tile: {tile!r}")
     _check(triton_us is not None or implementation == "cudnn", "our kernel is chosen, but its time is missing")
     batch, a, b = (row[name] for name in ("batch", "a", "b"))
     _check(_is_count(batch) and _is_count(a) and _is_count(b), f"no counts: batch {batch!r}, a {a!r}, b {b!r}")

@@ -9,6 +9,7 @@ import torch
 
 from fastgan import backend
 from fastgan.files import check_writable
+from fastgan.kernels.launch import MatrixTile
 from fastgan.ops import choice
 from fastgan.ops.tables import load_table, why_no_table, write_table
 from fastgan.tune.compiling import said
@@ -180,11 +181,11 @@ def _line(problem, result, seconds):
         print(f"{head}  not measured: {result.failure}", flush=True)
         return
     implementation, tile, ours, cudnn, _ = result.measurement
-    ours, tile = ("-", "") if ours is None else (f"{ours:.1f}", "×".join(map(str, tile.values())))
+    ours, tile = ("-", "") if ours is None else (f"{ours:.1f}", MatrixTile(**tile))
     print(f"{head}  ours {ours:>8} µs  cuDNN {cudnn:>8.1f} µs  {implementation:<6} {tile}", flush=True)
     for candidate in result.candidates:
         if candidate.failure:
-            print(f"{'':10}{'×'.join(map(str, candidate.tile))}: {candidate.failure}", flush=True)
+            print(f"{'':10}{candidate.tile}: {candidate.failure}", flush=True)
 
 
 def _summary(measured, failures, path, seconds):

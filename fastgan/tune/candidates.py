@@ -21,6 +21,8 @@ def candidates(problem):
     for tile in TILES[itemsize]:
         blocks = (_fit(tile.block_m, rows), _fit(tile.block_n, columns), _fit(tile.block_k, depth))
         tiles.append(MatrixTile(*blocks, tile.num_warps, tile.num_stages))
+    if problem.operation != "weight_grad":
+        tiles += [tile._replace(by_position=True) for tile in tiles if _fits_one_position(tile, problem)]
     if problem.operation == "down" and down.picks_patches(weight, problem.low):
         tiles += [tile._replace(block_n=_fit(tile.block_n, columns)) for tile in down.PATCH_TILES[itemsize]]
     if problem.operation == "weight_grad":
@@ -32,6 +34,12 @@ def candidates(problem):
 
 def _one_position(problem):
     return up.is_product_with_all(problem.low, problem.kernel, problem.high, problem.padding)
+
+
+def _fits_one_position(tile, problem):
+    if problem.operation == "up":
+        return up.fits_one_position(tile, problem.batch, problem.high, problem.stride)
+    return down.fits_one_position(tile, problem.batch, problem.b)
 
 
 def _fit(block, size):

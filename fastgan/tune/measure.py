@@ -111,7 +111,7 @@ def _check(problem, tile, tensors, exact, allowed, failure):
         raise
     except Exception as error:
         if _is_fatal(error):
-            raise RuntimeError(f"{problem} in the tile {'×'.join(map(str, tile))}: {said(error)}") from error
+            raise RuntimeError(f"{problem} in the tile {tile}: {said(error)}") from error
         return tile, said(error)
 
 

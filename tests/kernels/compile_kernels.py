@@ -112,7 +112,7 @@ def every_tile(dtype):
     """The matrix kernels at a middle layer's sizes, with statistics, in each tile; and an image's kernel."""
 
     def run():
-        low, high = (torch.empty(64, 256, size, size, dtype=dtype, device="meta") for size in (8, 16))
+        low, high = (torch.empty(512, 256, size, size, dtype=dtype, device="meta") for size in (8, 16))
         weight = torch.empty(256, 256, 4, 4, dtype=dtype, device="meta")
         low, high, weight = (tensor.to(memory_format=torch.channels_last) for tensor in (low, high, weight))
         vectors = [torch.empty(shape, device="meta") for shape in ((2, 256), (2, 256), (256,), (256,))]
@@ -124,6 +124,12 @@ def every_tile(dtype):
             where.update(activation="leaky_relu", slope=0.2)
             up.up(low, weight, (16, 16), normalized=(high, *vectors), **where)
             down.down(high, weight, (8, 8), normalized=(low, *vectors), **where)
+        for tile in {tile[:4]: tile for tile in TILES[dtype.itemsize]}.values():  # stages take no registers
+            where.update(tile=tile._replace(by_position=True))
+            for after in (dict(statistics=True), dict(normalized=(high, *vectors))):
+                up.up(low, weight, (16, 16), **after, **where)
+            for after in (dict(statistics=True), dict(normalized=(low, *vectors))):
+                down.down(high, weight, (8, 8), **after, **where)
         for tile in narrow.TILES[dtype.itemsize]:
             up.up(low, weight[:, :3], (16, 16), **dict(where, tile=tile, activation="tanh"))
         for tile in single.TILES:

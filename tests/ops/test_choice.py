@@ -193,6 +193,7 @@ MALFORMED = {
     "batch": _table(_row(batch="many")),
     "tile": _table(_row(tile={"block_m": 128})),
     "share": _table(_row(tile={**TILE, "share": 0})),
+    "by_position": _table(_row(tile={**TILE, "by_position": 1})),
     "time": _table(_row(cudnn_us=None)),
     "no time of ours": _table(_row(triton_us=None)),
 }

@@ -97,6 +97,13 @@ def test_writes_the_users_table(pretended, capsys):
     assert choice.choose(problems[0], torch.device("cuda", 0)).implementation == "triton"
 
 
+def test_a_tile_of_positions_is_named_so(pretended, monkeypatch, capsys):
+    monkeypatch.setitem(TILE, "by_position", True)
+    assert command.main([SHAPE, "--batch", "64"]) == 0
+    assert "64×32×32×4×3×2 by position" in capsys.readouterr().out
+    assert all(row.tile["by_position"] for row in read_table(choice.user_table_path("NVIDIA T800")).values())
+
+
 def test_keeps_what_was_measured_with_the_same_versions(pretended, tmp_path, capsys):
     path = tmp_path / "table.json"
     for batch in ("4", "8"):
