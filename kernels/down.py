@@ -229,9 +229,9 @@ def down_kernel(
         store_tile_statistics(acc, row_ok, count, tile, column, column_ok, A, A, count_ptr, tile_mean_ptr, tile_m2_ptr)
 
 
-def picks_patches(weight, out_size):
+def picks_patches(weight, low_width, high_width):
     """Whether tiles of whole rows of low, and patches.py for high, are a choice: rows are to fill the tiles."""
-    return fits_patches(weight, out_size[1]) and out_size[1] == next_power_of_2(out_size[1])
+    return fits_patches(weight, low_width, high_width) and low_width == next_power_of_2(low_width)
 
 
 def fits_one_position(tile, images, high_channels):
@@ -290,7 +290,7 @@ def down(
         y, mean, invstd, gamma, beta = normalized
         batch_norm, groups = (mean, None, gamma, beta), len(mean)
     rows = n // groups * out_size[0] * out_size[1]
-    patches_fit = picks_patches(weight, out_size)
+    patches_fit = picks_patches(weight, out_size[1], high.shape[3])
     if tile is not None and tile.block_k == ALL and not patches_fit:
         tile = None  # a tile of patches, which means nothing here
     if tile is None and patches_fit:
@@ -300,7 +300,7 @@ def down(
         tile = tile if y is None else tile.with_room()
     patches = NO_BLOCK
     if tile.block_k == ALL:
-        patches = block_constants(tile.block_m, out_size, weight, high.shape[3], stride, padding)
+        patches = block_constants(tile.block_m, out_size, weight, high, stride, padding)
         tile = tile._replace(block_m=patches["ROWS"] * patches["WIDTH"])
     together = 0
     if tile.by_position and fits_one_position(tile, n // groups, b):

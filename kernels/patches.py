@@ -15,6 +15,7 @@ ALL = 1  # in a MatrixTile where the block of patches' numbers would stand: a pr
 MOST_CHANNELS = 8
 MOST_COLUMNS = 128
 MOST_WIDTH = 128
+MOST_NUMBERS = 4 * 1536  # of high, that a row of low sees: several times as many have to fit in shared memory
 ALIGNMENT = 8  # numbers of two bytes that a load takes at once
 HALF_OF_BANKS = 64  # bytes of shared memory
 NO_BLOCK = dict.fromkeys(("ROWS", "WIDTH", "TAPS_H", "TAPS_W", "MARGIN", "SKEW", "SEGMENT"), 0)
@@ -60,14 +61,15 @@ def patch_sources(
     return tl.where((w < W) & (tap_w < KW * B), source, 0)
 
 
-def fits_patches(weight, low_width):
-    """Whether the patches' numbers are few enough for one program, and low's rows short enough for a block."""
+def fits_patches(weight, low_width, high_width):
+    """Whether the patches' numbers are few enough for one program, and rows short enough for a block."""
     _, b, kh, kw = weight.shape
-    columns = next_power_of_2(kh) * next_power_of_2(kw * b)
-    return b <= MOST_CHANNELS and 16 <= columns <= MOST_COLUMNS and low_width <= MOST_WIDTH
+    taps_h = next_power_of_2(kh)
+    few_columns = b <= MOST_CHANNELS and 16 <= taps_h * next_power_of_2(kw * b) <= MOST_COLUMNS
+    return few_columns and low_width <= MOST_WIDTH and taps_h * high_width * b <= MOST_NUMBERS
 
 
-def block_constants(positions, low_size, weight, high_width, stride, padding):
+def block_constants(positions, low_size, weight, high, stride, padding):
     """The sizes of a block of so many positions, or a few more, as constants of a kernel; all powers of two but MARGIN.
 
     ROWS and WIDTH hold low's, TAPS_H the taps along the height, and TAPS_W those along the width, of all channels.
@@ -79,8 +81,8 @@ def block_constants(positions, low_size, weight, high_width, stride, padding):
     least = cdiv(16, width)  # matrix units take 16 positions
     margin = cdiv(max(padding[1] * b, 1), ALIGNMENT) * ALIGNMENT
     reach = ((w - 1) * stride[1] - padding[1] + kw) * b
-    numbers = margin + max(high_width * b, reach)
-    segment, skew = next_power_of_2(numbers), HALF_OF_BANKS // weight.element_size()
+    numbers = margin + max(high.shape[3] * b, reach)
+    segment, skew = next_power_of_2(numbers), HALF_OF_BANKS // high.element_size()
     return dict(
         ROWS=max(least, min(positions // width, next_power_of_2(h))),
         WIDTH=width,

@@ -120,7 +120,7 @@ def weight_grad(low, high, weight, *, stride, padding, precision, tile=None):
     """
     (n, a, h, w), (_, b, kh, kw) = low.shape, weight.shape
     grad = torch.empty_like(weight)
-    patches_fit = fits_patches(weight, w)
+    patches_fit = fits_patches(weight, w, high.shape[3])
     if tile is not None and tile.block_n == ALL and not patches_fit:
         tile = None  # a tile of patches, which have no room here
     if tile is None and patches_fit:
@@ -128,7 +128,7 @@ def weight_grad(low, high, weight, *, stride, padding, precision, tile=None):
     tile = tile or matrix_tile(a, kh * kw * b, n * h * w, low.dtype, copies=FEWEST_PROGRAMS)
     tiles = cdiv(a, tile.block_m)
     if tile.block_n == ALL:
-        constants = block_constants(tile.block_k, (h, w), weight, high.shape[3], stride, padding)
+        constants = block_constants(tile.block_k, (h, w), weight, high, stride, padding)
         constants["DENSE"] = grad.stride() == (kh * kw * b, 1, kw * b, b)
         kernel, blocks = weight_grad_narrow_kernel, n * cdiv(h, constants["ROWS"])
         columns = constants["TAPS_H"] * constants["TAPS_W"]

@@ -57,6 +57,22 @@ def triton_backend(monkeypatch):
     monkeypatch.setenv("FASTGAN_BACKEND", "triton")
 
 
+@pytest.fixture
+def choose_in(monkeypatch):
+    """A function (module, choose) that has the module's operators take the Choices of this `choose`.
+
+    On a GPU calls are replayed for as long as choices stand: those of others are forgotten before, and these after it.
+    """
+    from fastgan.ops import choice
+
+    def replace(module, choose):
+        monkeypatch.setattr(module, "choose", choose)
+        choice.forget()
+
+    yield replace
+    choice.forget()
+
+
 @pytest.fixture(params=["auto", "triton"])
 def each_backend(request, monkeypatch):
     """What runs by itself here, and the kernels."""

@@ -23,10 +23,10 @@ def candidates(problem):
         tiles.append(MatrixTile(*blocks, tile.num_warps, tile.num_stages))
     if problem.operation != "weight_grad":
         tiles += [tile._replace(by_position=True) for tile in tiles if _fits_one_position(tile, problem)]
-    if problem.operation == "down" and down.picks_patches(weight, problem.low):
+    if problem.operation == "down" and down.picks_patches(weight, problem.low[1], problem.high[1]):
         tiles += [tile._replace(block_n=_fit(tile.block_n, columns)) for tile in down.PATCH_TILES[itemsize]]
     if problem.operation == "weight_grad":
-        if patches.fits_patches(weight, problem.low[1]):
+        if patches.fits_patches(weight, problem.low[1], problem.high[1]):
             tiles += [tile._replace(block_m=_fit(tile.block_m, rows)) for tile in weight_grad_narrow.TILES[itemsize]]
         tiles += [tile._replace(share=1) for tile in tiles]  # fewer parts, and half as many programs
     return list(dict.fromkeys(tiles))

@@ -66,8 +66,8 @@ def test_gradient_penalty(case, device, triton_backend, poisoned):
 
 
 @pytest.mark.parametrize("transposed", (True, False))
-def test_gradient_penalty_around_cudnn(transposed, device, monkeypatch, triton_backend, poisoned):
-    monkeypatch.setattr(convolution, "choose", lambda problem, device: Choice("cudnn"))
+def test_gradient_penalty_around_cudnn(transposed, device, choose_in, triton_backend, poisoned):
+    choose_in(convolution, lambda problem, device: Choice("cudnn"))
     case = SMALL._replace(transposed=transposed, activation="tanh")
     assert_second_order(case, draw(case, 3, device))
     assert_second_order(case._replace(activation_first=True), draw(case, 3, device))

@@ -40,8 +40,8 @@ ACTIVATIONS["sigmoid"] = torch.sigmoid
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("way", WAYS_BACK)
 @pytest.mark.parametrize("implementation", ("triton", "cudnn"))
-def test_way_back(implementation, way, activation, dtype, device, monkeypatch):
-    monkeypatch.setattr(way_back, "choose", lambda problem, device: Choice(implementation))
+def test_way_back(implementation, way, activation, dtype, device, choose_in):
+    choose_in(way_back, lambda problem, device: Choice(implementation))
     transposed, a, b, size, kernel, stride, padding, extra = WAYS_BACK[way]
     random = torch.Generator().manual_seed(0)
     dz = torch.randn(2, a, *size, generator=random).to(device, dtype)
@@ -80,9 +80,9 @@ BY = {
 @pytest.mark.parametrize("way, activation", list(zip(TO_BATCH_NORM, [*ACTIVATIONS, None], strict=True)))
 @pytest.mark.parametrize("by", BY)
 @pytest.mark.parametrize("groups, affine", [(1, True), (2, True), (2, False)])
-def test_way_back_to_batch_norm(groups, affine, by, way, activation, dtype, device, monkeypatch):
+def test_way_back_to_batch_norm(groups, affine, by, way, activation, dtype, device, choose_in):
     """The sums that BatchNorm's backward needs come with the gradient, each group's apart."""
-    monkeypatch.setattr(way_back, "choose", lambda problem, device: BY[by])
+    choose_in(way_back, lambda problem, device: BY[by])
     assert not LARGE_TILE.has_room()
     transposed, a, b, size, kernel, stride, padding, extra = WAYS_BACK[way]
     random = torch.Generator().manual_seed(0)

@@ -22,9 +22,9 @@ pytestmark = pytest.mark.usefixtures("triton_backend", "poisoned", "cudnn_choice
 
 
 @pytest.fixture
-def cudnn_choice(monkeypatch):
+def cudnn_choice(monkeypatch, choose_in):
     """Every convolution is cuDNN's; the stock one adds its bias to a rounded result, as stock does on a GPU."""
-    monkeypatch.setattr(convolution, "choose", lambda problem, device: Choice("cudnn"))
+    choose_in(convolution, lambda problem, device: Choice("cudnn"))
 
     def with_bias_apart(stock):
         def apart(x, weight, bias=None, *where):
@@ -87,9 +87,9 @@ def convolutions_are_cast(device):
 
 
 @pytest.mark.parametrize("replays", (False, True))
-def test_backward_within_autocast(replays, device, convolutions_are_cast, monkeypatch):
+def test_backward_within_autocast(replays, device, convolutions_are_cast, monkeypatch, choose_in):
     """Autocast is for forward: it casts nothing of a backward, nor of what a later one replays."""
-    monkeypatch.setattr(way_back, "choose", lambda problem, device: Choice("cudnn"))
+    choose_in(way_back, lambda problem, device: Choice("cudnn"))
     if replays:
         monkeypatch.setattr(Replayed, "__call__", Replayed.replay)
     torch.manual_seed(0)

@@ -75,7 +75,7 @@ def test_weight_gradients_of_image_layers(case, dtype, device):
     in_order = [tensor.contiguous() for tensor in (x, weight, grad)]
     plain, exact = stock(*in_order), stock(*(tensor.double() for tensor in in_order))
     few_columns = b * kernel * kernel >= 10
-    assert patches.fits_patches(weight, size[1]) == few_columns
+    assert patches.fits_patches(weight, size[1], grad.shape[3]) == few_columns
     # The second is a tile of patches, which gives way where they do not fit.
     tiles = (None, MatrixTile(16, patches.ALL, 16, 4, 2), MatrixTile(32, 16, 16, 4, 2))
     own = weight_grad_narrow.TILES[dtype.itemsize] if few_columns and HAS_GPU else ()
@@ -113,7 +113,7 @@ def test_layers_that_see_an_image(case, dtype, device):
     plain, exact = stock(x, weight, bias), stock(x.double(), weight.double(), bias.double())
     out_size, leaky = plain.shape[2:], dict(activation="leaky_relu", slope=0.2)
     where = dict(stride=(stride, stride), padding=(padding, padding), precision="ieee")
-    assert picks_patches(weight, out_size)
+    assert picks_patches(weight, out_size[1], size[1])
     picked = (None, MatrixTile(64, 16, 1, 4, 1), *(PATCH_TILES[dtype.itemsize] if HAS_GPU else ()))
     for tile in picked:
         out = down(x, weight, out_size, bias=bias, tile=tile, **leaky, **where)
@@ -136,11 +136,17 @@ def test_layers_that_see_an_image(case, dtype, device):
             torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * theirs.abs().max().item())
 
 
+def test_rows_of_more_numbers_than_a_block_holds_are_no_patches():
+    for channels, width, fits in ((3, 256, True), (4, 256, True), (8, 192, True), (8, 256, False)):
+        weight = torch.empty(64, channels, 4, 4, device="meta")
+        assert patches.fits_patches(weight, width // 2, width) == fits
+
+
 def test_a_tile_of_patches_means_nothing_where_rows_do_not_fill_it(device):
     x, weight = draw(torch.float32, device, (2, 3, 14, 14), (8, 3, 4, 4))
     x = x.contiguous(memory_format=torch.channels_last)
     where = dict(stride=(2, 2), padding=(1, 1))
-    assert not picks_patches(weight, (7, 7))
+    assert not picks_patches(weight, 7, 14)
     out = down(x, weight, (7, 7), precision="ieee", tile=PATCH_TILES[4][0], **where)
     plain, exact = F.conv2d(x, weight, **where), F.conv2d(x.double(), weight.double(), **where)
     assert_as_accurate_as_stock("out", out, plain, exact)
