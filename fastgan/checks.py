@@ -7,11 +7,10 @@ import torch
 
 
 def check_integer(name, value, least, most=None):
-    """Raise ValueError unless ``value`` is an integer of at least ``least``, 0 or 1, and at most ``most``."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least or (most is not None and value > most):
-        allowed = (
-            f"an integer from {least} to {most}" if most else ("a non-negative integer", "a positive integer")[least]
-        )
+    """Raise ValueError unless ``value`` is an integer of at least ``least`` and at most ``most``."""
+    if not is_integer(value) or value < least or (most is not None and value > most):
+        unlimited = {0: "a non-negative integer", 1: "a positive integer"}.get(least, f"an integer of at least {least}")
+        allowed = unlimited if most is None else f"an integer from {least} to {most}"
         raise ValueError(f"{name} must be {allowed}; got {value!r}")
 
 
@@ -27,6 +26,11 @@ def check_positive(name, value):
         raise ValueError(f"{name} must be a positive number; got {value!r}")
 
 
+def is_integer(value):
+    """Whether it is an int; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def is_number(value):
     """Whether it is a real number, Python's or NumPy's; True and False are none."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
@@ -40,15 +44,16 @@ def is_out_of_memory(error):
     )
 
 
-def in_short(error):
-    """An exception in a part of a line: its type and the first sentence of what it says."""
-    return f"{type(error).__name__}: {error}".partition("\n")[0].partition(". ")[0]
+def in_short(error, most=200):
+    """An exception in a part of a line: its type and the first sentence of what it says, of ``most`` characters."""
+    sentence = str(error).strip().partition("\n")[0].partition(". ")[0]
+    return f"{type(error).__name__}: {sentence}"[:most]
 
 
 def pair(name, value):
     """An int or a pair of ints as a pair."""
     values = value if isinstance(value, list | tuple) else [value, value]
-    if len(values) != 2 or not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
+    if len(values) != 2 or not all(map(is_integer, values)):
         raise ValueError(f"{name} must be an int or a pair of ints; got {value!r}")
     least = 1 if name == "stride" else 0
     if min(values) < least:
@@ -56,20 +61,24 @@ def pair(name, value):
     return tuple(values)
 
 
-def check_loss(**arguments):
-    """Raise for logits that are not floating point, empty or on different devices, and targets outside [0, 1]."""
-    tensors = {name: value for name, value in arguments.items() if name.endswith("logits")}
-    check_tensors(**tensors)
-    for name, logits in tensors.items():
-        if logits.numel() == 0:
-            raise ValueError(f"{name} must not be empty; got shape {tuple(logits.shape)}")
-    if len({logits.device for logits in tensors.values()}) > 1:
-        raise ValueError(f"logits must be on one device; got {', '.join(str(t.device) for t in tensors.values())}")
-    for name in arguments.keys() - tensors.keys():
-        if not (is_number(arguments[name]) or (torch.is_tensor(arguments[name]) and arguments[name].dim() == 0)):
-            raise TypeError(f"{name} must be a number between 0 and 1; got {arguments[name]!r}")
-        if not 0.0 <= arguments[name] <= 1.0:
-            raise ValueError(f"{name} must be between 0 and 1; got {arguments[name]!r}")
+def check_loss(logits, targets):
+    """Raise for logits that are not floating point, empty or on different devices, and targets outside [0, 1].
+
+    Args:
+        logits, targets: {name: value}.
+    """
+    check_tensors(**logits)
+    for name, tensor in logits.items():
+        if tensor.numel() == 0:
+            raise ValueError(f"{name} must not be empty; got shape {tuple(tensor.shape)}")
+    devices = [tensor.device for tensor in logits.values()]
+    if len(set(devices)) > 1:
+        raise ValueError(f"logits must be on one device; got {', '.join(map(str, devices))}")
+    for name, target in targets.items():
+        if not (is_number(target) or (torch.is_tensor(target) and target.dim() == 0)):
+            raise TypeError(f"{name} must be a number between 0 and 1; got {target!r}")
+        if not 0.0 <= target <= 1.0:
+            raise ValueError(f"{name} must be between 0 and 1; got {target!r}")
 
 
 def check_loss_of_parts(logits, targets):
@@ -78,7 +87,7 @@ def check_loss_of_parts(logits, targets):
         raise ValueError(f"targets must be one or two numbers in a tuple; got {targets!r}")
     fits = isinstance(logits, torch.Tensor) and logits.is_floating_point() and logits.numel() > 0
     if not (fits and all([0.0 <= target <= 1.0 for target in targets])):  # asked at each step, so not by their names
-        check_loss(logits=logits, **{f"targets[{i}]": target for i, target in enumerate(targets)})
+        check_loss({"logits": logits}, {f"targets[{i}]": target for i, target in enumerate(targets)})
     if len(targets) == 2 and (logits.dim() == 0 or len(logits) % 2):
         raise ValueError(f"logits must have two equal parts for two targets; got shape {tuple(logits.shape)}")
 

@@ -15,6 +15,7 @@ from fastgan.group_calls import is_distributed
 from fastgan.ops.choice import choose, conv_problem
 from fastgan.ops.layer import compute_dtype
 from fastgan.patterns import is_sequential
+from fastgan.random_numbers import random_numbers_kept
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Explanation(list):
 
     def __init__(self, title):
         self.title = title
+        self.outside = 0  # of a compiled model: how many convolutions are in no graph of the call
 
     def as_dicts(self):
         return [asdict(row) for row in self]
@@ -45,8 +47,10 @@ class Explanation(list):
     def __str__(self):
         head = ("layer", "pattern", "shape", "runs as", "why")
         lines = [head] + [(row.path, row.pattern, row.shape or "-", row.runs_as, row.reason) for row in self]
-        count = sum(row.fused for row in self)
-        return "\n".join([f"{self.title}: {count} of {len(self)} convolutions fused", *aligned(lines)])
+        first = f"{self.title}: {sum(row.fused for row in self)} of {len(self)} convolutions fused"
+        if self.outside:
+            first += f"; {self.outside} more in no graph of this call"
+        return "\n".join([first, *aligned(lines)])
 
 
 def aligned(rows):
@@ -89,7 +93,6 @@ def explain(model, *inputs):
         if not isinstance(conv, nn.modules.conv._ConvNd):
             continue
         sizes, within = calls.get(path, ((), None))
-        shape = " → ".join("×".join(map(str, size)) for size in sizes)
         own = groups.get(id(conv), [])
         group, container = next((each for each in own if within is None or each[1] in within), (None, None))
         if not own:
@@ -99,12 +102,23 @@ def explain(model, *inputs):
         elif not group.fused:
             reason = group.reason
         else:
-            implementation, reason = _implementation(group, sizes)
-            reason = "; ".join(filter(None, (group.reason, _whose_statistics(group.batch_norm), reason)))
-            rows.append(Row(path, group.pattern, shape, True, implementation, reason))
+            reasons = group.reason, _whose_statistics(group.batch_norm)
+            rows.append(_row(path, group.pattern, sizes, _implementation(group, sizes), *reasons))
             continue
-        rows.append(Row(path, type(conv).__name__, shape, False, "stock", reason))
+        rows.append(_row(path, type(conv).__name__, sizes, None, reason))
     return rows
+
+
+def _row(path, pattern, sizes, choice, *reasons):
+    """The Row of a convolution between tensors of these sizes.
+
+    Args:
+        choice: (implementation, why it), or None if stock runs it.
+        reasons: what else there is to say, or "".
+    """
+    implementation, why = ("stock", "") if choice is None else choice
+    shape = " → ".join("×".join(map(str, size)) for size in sizes)
+    return Row(path, pattern, shape, choice is not None, implementation, "; ".join(filter(None, (*reasons, why))))
 
 
 def _whose_statistics(batch_norm):
@@ -153,19 +167,16 @@ def _explain_compiled(model, *inputs):
         return graph_module.forward
 
     _call(torch.compile(model, backend=record), inputs)
-    others = sum(isinstance(module, nn.modules.conv._ConvNd) for module in model.modules()) - len(rows)
-    if others > 0:
-        rows.title += f", of which {others} more convolutions are in no graph of this call"
+    convolutions = sum(isinstance(module, nn.modules.conv._ConvNd) for module in model.modules())
+    rows.outside = max(0, convolutions - len(rows))
     return rows
 
 
 def _captured_row(found):
-    sizes = [tuple(value.shape) for value in (found.x, found.result)]
-    shape = " → ".join("×".join(map(str, size)) for size in sizes)
-    if not found.fused:
-        return Row(found.path, found.pattern, shape, False, "stock", found.reason)
-    implementation, reason = _choice(found.x, sizes, tuple(found.weight.shape), found.where, found.then)
-    return Row(found.path, found.pattern, shape, True, implementation, "; ".join(filter(None, (found.reason, reason))))
+    sizes, choice = [tuple(value.shape) for value in (found.x, found.result)], None
+    if found.fused:
+        choice = _choice(found.x, sizes, tuple(found.weight.shape), found.where, found.then)
+    return _row(found.path, found.pattern, sizes, choice, found.reason)
 
 
 def _why_untouched(model, path, kinds):
@@ -237,9 +248,8 @@ def _calls(model, inputs):
 
 
 def _call(model, inputs):
-    """Call the model without gradients, and on copies of its tensors, which a forward in training may change."""
-    devices = [tensor.device for tensor in inputs if isinstance(tensor, torch.Tensor) and tensor.is_cuda]
-    with torch.no_grad(), torch.random.fork_rng(devices), _on_copies(model):
+    """Call the model without gradients, and so that nothing shows of it: in training a forward may change tensors."""
+    with torch.no_grad(), random_numbers_kept(), _on_copies(model):
         model(*inputs)
 
 

@@ -28,7 +28,9 @@ def discriminator_bce(real_logits, fake_logits, *, real_target=1.0, fake_target=
     Raises:
         ValueError, TypeError: an empty or non-floating set of logits, different devices, or a target outside [0, 1].
     """
-    check_loss(real_logits=real_logits, fake_logits=fake_logits, real_target=real_target, fake_target=fake_target)
+    check_loss(
+        dict(real_logits=real_logits, fake_logits=fake_logits), dict(real_target=real_target, fake_target=fake_target)
+    )
     implementation, _ = backend.select(real_logits.device, real_logits.dtype)
     if implementation == "reference":
         loss = _bce_reference(real_logits, real_target) + _bce_reference(fake_logits, fake_target)
@@ -49,7 +51,7 @@ def generator_bce(fake_logits):
     Raises:
         ValueError, TypeError: an empty or non-floating set of logits.
     """
-    check_loss(fake_logits=fake_logits)
+    check_loss(dict(fake_logits=fake_logits), {})
     implementation, _ = backend.select(fake_logits.device, fake_logits.dtype)
     if implementation == "reference":
         return _bce_reference(fake_logits, 1.0)

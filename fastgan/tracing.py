@@ -187,7 +187,7 @@ def _trace_once(container, arguments, code, watch, modes_on):
     except Untraceable:
         raise
     except Exception as error:  # what fx cannot follow may raise anything
-        raise Untraceable(f"torch.fx cannot trace it ({in_short(error)[:120]})") from None
+        raise Untraceable(f"torch.fx cannot trace it ({in_short(error, 120)})") from None
     finally:
         _set_modes(*modes)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastgan import functional as fused
+from fastgan.checks import check_integer
 from fastgan.losses import backward_bce, backward_bce_of_torch
 from fastgan.ops.layer_checks import ACTIVATIONS
 
@@ -198,6 +199,7 @@ DISCRIMINATOR_LOSSES = {
         TypeError,
         "fake_target must be a number between",
     ),
+    "both": (dict(real_target=2, fake_target=3), ValueError, "real_target must be between 0 and 1; got 2"),
     "fake_nan": (dict(fake_target=float("nan")), ValueError, "fake_target must be between 0 and 1; got nan"),
 }
 
@@ -236,6 +238,21 @@ def test_loss_of_a_training_step(case, means):
     for function in (backward_bce, backward_bce_of_torch):
         with pytest.raises(error, match=re.escape(message)):
             function(**given, scaler=torch.amp.GradScaler("cpu", enabled=False), means=means)
+
+
+@pytest.mark.parametrize(
+    "value, least, most, allowed",
+    [
+        (-1, 0, None, "a non-negative integer"),
+        (True, 1, None, "a positive integer"),
+        (1, 2, None, "an integer of at least 2"),
+        (5, 0, 0, "an integer from 0 to 0"),
+        (2.0, 1, 8, "an integer from 1 to 8"),
+    ],
+)
+def test_integers(value, least, most, allowed):
+    with pytest.raises(ValueError, match=re.escape(f"size must be {allowed}; got {value}")):
+        check_integer("size", value, least, most)
 
 
 def call_each():

@@ -367,6 +367,18 @@ def test_options_reach_inductor(monkeypatch):
     assert seen[0] is None and seen[1] == {"max_autotune": True} and seen[2] == {"triton.cudagraphs": True}
 
 
+class Eager(nn.Module):
+    """Its convolution is never compiled."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 1)
+
+    @torch.compiler.disable
+    def forward(self, x):
+        return self.conv(x)
+
+
 def test_explain():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)))
@@ -383,6 +395,13 @@ def test_explain():
     assert rows[0].reason == "no kernels for torch.float32 on 'cpu'" and rows[1].reason == "groups=2"
     assert str(rows).startswith("Sequential, compiled: 0 of 2")
     torch.testing.assert_close(model.state_dict(), before)
+    model.append(nn.Conv2d(4, 4, 1))
+    model.append(Eager())
+    rows = fastgan.explain(torch.compile(model, backend="fastgan"), x)
+    # How many more than that one depends on where torch.compile breaks its graph.
+    first = f"0 of {len(rows)} convolutions fused; {4 - len(rows)} more in no graph of this call"
+    assert len(rows) < 4 and str(rows).splitlines()[0] == f"Sequential, compiled: {first}"
+    del model[-2:]
     # What another backend runs is what fuse did to the model.
     rows = fastgan.explain(torch.compile(fastgan.fuse(model), backend="aot_eager"), x)
     assert rows.as_dicts() == fastgan.explain(model, x).as_dicts() and rows[0].fused

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastgan.backend import is_batched
 from fastgan.ops.choice import choose, conv_problem, weight_grad_problem, what_follows
-from fastgan.ops.geometry import backward_where, missing_rows, out_size
+from fastgan.ops.geometry import backward_where, out_size, output_padding_for
 from fastgan.ops.implementations import (
     channels_last,
     empty_result,
@@ -45,7 +45,9 @@ def plain_conv(x, weight, weight_copy, transposed, stride, padding, output_paddi
 def weight_grad_of(x, dz, weight, transposed, stride, padding, form=as_operator):
     """The weight's gradient of a convolution of x, for the gradient dz of its result."""
     if is_batched(x, dz):
-        extra = missing_rows(dz.shape[2:], x.shape[2:], weight.shape[2:], stride, padding) if transposed else (0, 0)
+        extra = (0, 0)
+        if transposed:
+            extra = output_padding_for(dz.shape[2:], x.shape[2:], weight.shape[2:], stride, padding)
         where = (stride, padding, (1, 1), transposed, extra, 1)
         like = in_dtype_of(x, weight, None)
         grads = torch.ops.aten.convolution_backward(dz, x, like, None, *where, (False, True, False))
@@ -223,7 +225,7 @@ def _weight_grad_backward(ctx, grad):
     if is_wanted(ctx, 0):
         low_grad = plain_conv(high, grad, None, False, stride, padding, [0, 0])
     if is_wanted(ctx, 1):
-        extra = missing_rows(high.shape[2:], low.shape[2:], grad.shape[2:], stride, padding)
+        extra = output_padding_for(high.shape[2:], low.shape[2:], grad.shape[2:], stride, padding)
         high_grad = plain_conv(low, grad, None, True, stride, padding, extra)
     return low_grad, high_grad, None, None, None
 

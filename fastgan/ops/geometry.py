@@ -14,7 +14,7 @@ def conv_transpose_size(size, kernel, stride, padding, output_padding):
     ]
 
 
-def missing_rows(out_size, size, kernel, stride, padding):
+def output_padding_for(out_size, size, kernel, stride, padding):
     """The output_padding with which a transposed convolution of an input of (h, w) gives `out_size`."""
     sizes = conv_transpose_size(size, kernel, stride, padding, (0, 0))
     return [wanted - n for wanted, n in zip(out_size, sizes, strict=True)]
@@ -22,12 +22,10 @@ def missing_rows(out_size, size, kernel, stride, padding):
 
 def backward_where(size, kernel, transposed, stride, padding):
     """(transposed, stride, padding, output_padding) of the convolution that takes a gradient back to that `size`."""
-    return not transposed, stride, padding, [0, 0] if transposed else lost_rows(size, kernel, stride, padding)
-
-
-def lost_rows(size, kernel, stride, padding):
-    """The output_padding with which a transposed convolution undoes this convolution's size."""
-    return [(n + 2 * p - k) % s for n, k, s, p in zip(size, kernel, stride, padding, strict=True)]
+    extra = [0, 0]
+    if not transposed:
+        extra = output_padding_for(size, conv_size(size, kernel, stride, padding), kernel, stride, padding)
+    return not transposed, stride, padding, extra
 
 
 def size_after(size, kernel, transposed, stride, padding, output_padding):

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 
 from fastgan import backend
+from fastgan.checks import in_short
 from fastgan.files import check_writable
 from fastgan.kernels.launch import MatrixTile
 from fastgan.ops import choice
 from fastgan.ops.tables import load_table, why_no_table, write_table
-from fastgan.tune.compiling import said
 from fastgan.tune.workloads import SHAPE_HELP, problems_of
 
 _MODELS, _BATCHES = ("dcgan28", "dcgan64", "dcgan128"), (64, 128, 256, 1024)
@@ -74,7 +74,7 @@ def main(arguments=None):
     except OSError as error:
         return _refuse(f"{path} cannot be written: {error}")
     except RuntimeError as error:  # the GPU, or the compilers: nothing more can be measured
-        print(f"fastgan.tune: {said(error)}; {_what_was_kept(path, saved)}", file=sys.stderr)
+        print(f"fastgan.tune: {in_short(error)}; {_what_was_kept(path, saved)}", file=sys.stderr)
         return 1
     _summary(measured, failures, path, time.perf_counter() - began)
     return 1 if failures else 0

@@ -11,6 +11,7 @@ from multiprocessing import get_context
 
 import torch
 
+from fastgan.checks import in_short
 from fastgan.kernels.offline import compile_launch, compiling_for, record
 from fastgan.tune.workloads import operands, run
 
@@ -57,7 +58,7 @@ class Compiler:
             return [self._start(launch) for launch in launches(problem, choice)]
         except Exception as error:  # a launcher that refuses a tile: a candidate that failed
             failed = Future()
-            failed.set_result(said(error))
+            failed.set_result(in_short(error))
             return [failed]
 
     def _start(self, launch):
@@ -84,11 +85,5 @@ def _compile(launch):
     try:
         compile_launch(launch)
     except Exception as error:
-        return said(error)
+        return in_short(error)
     return None
-
-
-def said(error):
-    """An error in one line."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"[:200]

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import triton
 
+from fastgan.checks import in_short
 from fastgan.kernels import adam, batch_norm, cast, data, losses, running, statistics
 from fastgan.kernels.offline import compile_launch, record
 from fastgan.ops.choice import Choice
@@ -94,7 +95,7 @@ def _report(launch, capability):
     try:
         compiled = compile_launch(launch)
     except Exception as error:
-        return {**row, "error": f"{type(error).__name__}: {str(error)[:200]}"}
+        return {**row, "error": in_short(error)}
     ptx, shared = compiled.asm["ptx"], compiled.metadata.shared
     registers, spilled = _resources(compiled.asm["cubin"])
     return dict(

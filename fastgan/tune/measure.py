@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import torch
 
+from fastgan.checks import in_short
 from fastgan.ops.choice import Choice
 from fastgan.ops.tables import Measurement
-from fastgan.tune.compiling import said
 from fastgan.tune.workloads import DTYPES, operands, reference, run
 
 ROUNDS = 5
@@ -54,7 +54,7 @@ def measure(problem, tiles, device, clock, failed=lambda tile: None):
     except RuntimeError as error:
         if _is_fatal(error):
             raise
-        return Result(None, [], said(error))
+        return Result(None, [], in_short(error))
 
 
 def _measure(problem, tiles, device, clock, failed):
@@ -111,8 +111,8 @@ def _check(problem, tile, tensors, exact, allowed, failure):
         raise
     except Exception as error:
         if _is_fatal(error):
-            raise RuntimeError(f"{problem} in the tile {tile}: {said(error)}") from error
-        return tile, said(error)
+            raise RuntimeError(f"{problem} in the tile {tile}: {in_short(error)}") from error
+        return tile, in_short(error)
 
 
 def _is_fatal(error):

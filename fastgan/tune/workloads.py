@@ -12,7 +12,7 @@ from fastgan.fusion import fuse, fused_groups
 from fastgan.models import IMAGE_SIZES, Discriminator, Generator
 from fastgan.ops import implementations
 from fastgan.ops.choice import conv_problem, weight_grad_problem
-from fastgan.ops.geometry import conv_size, conv_transpose_size, missing_rows
+from fastgan.ops.geometry import conv_size, conv_transpose_size, output_padding_for
 
 LATENT = 100
 _SHAPE = re.compile(
@@ -226,7 +226,7 @@ def reference(problem, tensors):
         return (torch.ops.aten.convolution_backward(low, high, weight, *options)[1],)
     x, weight, *before = tensors
     transposed = problem.operation == "up"
-    extra = missing_rows(problem.high, problem.low, problem.kernel, *where) if transposed else [0, 0]
+    extra = output_padding_for(problem.high, problem.low, problem.kernel, *where) if transposed else [0, 0]
     y = torch.ops.aten.convolution(x, weight, None, *where, (1, 1), transposed, extra, 1)
     if problem.then == "statistics":
         var, mean = torch.var_mean(y, (0, 2, 3), correction=0)
