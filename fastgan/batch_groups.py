@@ -2,7 +2,7 @@
 
 from fastgan.scopes import Scope
 
-_groups = Scope()
+_groups = Scope(1)
 
 
 def batch_groups(groups):
@@ -18,4 +18,4 @@ def batch_groups(groups):
 
 def current_groups():
     """What the innermost `batch_groups` says, 1 outside of any."""
-    return _groups.current(1)
+    return _groups.current()

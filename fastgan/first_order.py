@@ -2,7 +2,7 @@
 
 from fastgan.scopes import Scope
 
-_first_order = Scope()
+_first_order = Scope(False)
 
 
 def first_order():
@@ -20,4 +20,4 @@ def first_order():
 
 def only_first_order():
     """Whether a `first_order` is in force."""
-    return _first_order.current(False)
+    return _first_order.current()

@@ -7,14 +7,14 @@ import torch
 
 
 class Scope:
-    """A value for as long as a thread is in the block of `holding`; `values` is {thread: value} of those that are.
+    """A value for as long as a thread is in the block of `holding`, and `outside` where it is not.
 
-    Not a threading.local: torch.compile would take what it reads there for a constant. It guards what it reads in
-    `values`.
+    `values` is {thread: value} of the threads that are in such a block. Not a threading.local: torch.compile would
+    take what it reads there for a constant. It guards what it reads in `values`.
     """
 
-    def __init__(self):
-        self.values = {}
+    def __init__(self, outside):
+        self.values, self._outside = {}, outside
 
     @contextmanager
     def holding(self, value):
@@ -29,13 +29,13 @@ class Scope:
             else:
                 self.values[thread] = before
 
-    def current(self, outside):
-        """What holds here, or `outside`. Compiled code cannot tell threads apart, and a backward runs in any thread:
-        there it is what holds for any of them."""
+    def current(self):
+        """What holds here. In compiled code, which cannot tell threads apart, and within a backward, which may run in
+        another thread, it is the largest value that any thread holds."""
         if not self.values:
-            return outside
+            return self._outside
         compiling = torch.compiler.is_compiling()
         own = None if compiling else self.values.get(threading.get_ident())
         if own is not None:
             return own
-        return max(self.values.values()) if compiling or torch._C._current_graph_task_id() != -1 else outside
+        return max(self.values.values()) if compiling or torch._C._current_graph_task_id() != -1 else self._outside

@@ -1,4 +1,4 @@
-"""Which gradients a backward pass has a use for."""
+"""Which gradients a backward pass has a use for, and which it cannot have."""
 
 import torch
 
@@ -20,6 +20,15 @@ def are_wanted(ctx, are_tensors):
     following = iter(ctx.next_functions)  # of tensors only
     needed = zip(ctx.needs_input_grad, [next(following)[0] if each else None for each in are_tensors], strict=False)
     return [needs and _goes_on(node) for needs, node in needed]
+
+
+def refuse_second_order(who):
+    """Raise in a backward with create_graph=True, of what `who` has no second gradients for.
+
+    torch's once_differentiable lets this pass where the incoming gradient is a constant, and gives wrong numbers.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{who} have no backward with create_graph=True")
 
 
 def _goes_on(node):

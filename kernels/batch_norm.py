@@ -88,13 +88,18 @@ def normalize_activate(y, mean, invstd, gamma, beta, *, activation, slope):
 
     mean and invstd are (groups, C) for a batch of that many equal parts; gamma and beta (C,) or None.
     """
+    return _like_y(normalize_activate_kernel, (y, mean, invstd, gamma, beta), y, mean, activation, slope)
+
+
+def _like_y(kernel, arguments, y, mean, activation, slope):
+    """Launch an element-wise pass over y, with statistics like `mean`, that writes a tensor like y, and return that."""
     out = empty_nhwc(y.shape, y)
     groups, rows, channels = group_rows(y, mean)
     block_r, block_c = rows_tile(rows, channels)
     launch(
-        normalize_activate_kernel,
+        kernel,
         (cdiv(rows, block_r), cdiv(channels, block_c), groups),
-        *(y, mean, invstd, gamma, beta, out, rows, channels),
+        *(*arguments, out, rows, channels),
         device=y.device,
         ACTIVATION=activation,
         SLOPE=slope,
@@ -257,21 +262,8 @@ def batch_norm_input_grad(grad, y, mean, invstd, gamma, beta, sums, count=None, 
 
     `count`, (groups,) float32, says of how many rows the statistics and the sums are, if of more than are here.
     """
-    groups, rows, channels = group_rows(y, mean)
-    dy = empty_nhwc(y.shape, y)
-    block_r, block_c = rows_tile(rows, channels)
-    launch(
-        batch_norm_input_grad_kernel,
-        (cdiv(rows, block_r), cdiv(channels, block_c), groups),
-        *(grad, y, mean, invstd, gamma, beta, sums, count, dy, rows, channels),
-        device=y.device,
-        ACTIVATION=activation,
-        SLOPE=slope,
-        INT64=needs_int64(y),
-        BLOCK_R=block_r,
-        BLOCK_C=block_c,
-    )
-    return dy
+    arguments = (grad, y, mean, invstd, gamma, beta, sums, count)
+    return _like_y(batch_norm_input_grad_kernel, arguments, y, mean, activation, slope)
 
 
 @triton.jit

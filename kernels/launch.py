@@ -16,9 +16,16 @@ watched = threading.local()  # .started: what a thread tells of each launch, if 
 stood_in = False  # whether all kernels are started by something else: see `offline.started_by`
 
 
-def launch(kernel, grid, *args, device, num_warps=4, num_stages=2, **constexprs):
-    """Start `kernel` on the device that holds its tensors, which need not be the current one."""
-    options = dict(num_warps=num_warps, num_stages=num_stages, **compiler_options(_capability(device)), **constexprs)
+DEFAULTS = dict(num_warps=4, num_stages=2)  # of what is compiled and started without saying so
+
+
+def launch(kernel, grid, *args, device, **options):
+    """Start `kernel` on the device that holds its tensors, which need not be the current one.
+
+    Args:
+        options: its compile-time constants, and those of DEFAULTS that are to be others.
+    """
+    options = {**DEFAULTS, **compiler_options(_capability(device)), **options}
     with on(device):
         compiled = kernel[grid](*args, **options)
     tell(kernel, compiled, grid, args, options)

@@ -98,6 +98,5 @@ def compile_launch(launch):
     Triton also writes it to its cache on disk, where a process that starts it finds it.
     """
     kernel = getattr(importlib.import_module(launch.module), launch.kernel)
-    options = {"num_warps": 4, "num_stages": 2, **launch.options}
     compiler = launching.compiler_options(driver.active.get_current_target().arch)
-    return kernel.warmup(*launch.arguments, grid=(1,), **compiler, **options)
+    return kernel.warmup(*launch.arguments, grid=(1,), **launching.DEFAULTS | compiler | launch.options)

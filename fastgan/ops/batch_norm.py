@@ -8,6 +8,7 @@ from torch import Tensor
 from fastgan.backend import is_batched
 from fastgan.ops.implementations import channels_last
 from fastgan.ops.operators import operator
+from fastgan.wanted import refuse_second_order
 
 
 @operator("fastgan::batch_norm_act")
@@ -189,8 +190,7 @@ def _save_carrier(ctx, inputs, output):
 
 
 def _carrier_backward(ctx, dz, sums):
-    if torch.is_grad_enabled():
-        raise RuntimeError("fused layers that ran within fastgan.first_order have no backward with create_graph=True")
+    refuse_second_order("fused layers that ran in a TrainStep")
     y, mean, invstd, gamma, beta = ctx.saved_tensors
     dy = batch_norm_grad_of_sums(dz, y, mean, invstd, gamma, sums)
     return dy, None, None, *vector_grads(sums, gamma, beta, *ctx.needs_input_grad[3:5]), None, None

@@ -11,7 +11,7 @@ import torch
 
 from fastgan.backend import is_batched
 from fastgan.ops.batch_norm import batch_norm_act, batch_norm_act_grad, batch_norm_grad_of_sums, vector_grads
-from fastgan.ops.convolution import activation_grad, conv, conv_statistics, plain_conv, weight_grad_of
+from fastgan.ops.convolution import ALONE, activation_grad, conv, conv_statistics, plain_conv, weight_grad_of
 from fastgan.ops.geometry import backward_where
 from fastgan.ops.implementations import channels_last
 from fastgan.ops.operators import as_function, as_operator, is_watched
@@ -21,7 +21,6 @@ from fastgan.ops.running import update_running
 from fastgan.ops.way_back import conv_activation_grad, conv_batch_norm_grad
 from fastgan.wanted import are_wanted
 
-ALONE = ([], None, 0.0)  # what the operators are told of their input: it is not the result of a linked layer
 TENSORS = 8  # of a layer: weight, bias, gamma, beta, weight_copy, running_mean, running_var, num_batches_tracked
 LEARNED = 4  # the first of these
 KEPT = 5  # of each layer for backward: the weight as the kernels read it, y, mean, invstd, result
@@ -34,8 +33,8 @@ def run_chain(x, tensors, layers):
         x: in the dtype that is computed in.
         tensors: TENSORS for each layer, one layer after the other, None where there is none. A BatchNorm has one of
             gamma, beta and the running statistics at least, and those contiguous.
-        layers: a tuple of Layers; those with a name are still to be checked. One without `batch_statistics` has no
-            BatchNorm, or takes its running statistics, and then nothing of the chain has a gradient.
+        layers: a tuple of Layers. One without `batch_statistics` has no BatchNorm, or takes its running statistics,
+            and then nothing of the chain has a gradient.
     """
     wanted = [each is not None and each.requires_grad for each in (x, *tensors)]
     if not (torch.is_grad_enabled() and any(wanted)):
@@ -90,7 +89,7 @@ def _forward(x, *rest):
         own = tensors[TENSORS * i : TENSORS * (i + 1)]
         *learned, copy, running_mean, running_var, batches = own
         copy = _as_read(learned[0], copy, x.dtype)
-        if layer.name is not None:
+        if not layer.checked:
             layer.check(x, learned[0] if copy is None else copy, *learned[1:], running_mean, running_var)
         x, y, mean, invstd, var = _layer(as_function, x, *learned, copy, running_mean, running_var, layer)
         if var is not None and running_mean is not None:

@@ -6,7 +6,7 @@ from fastgan.ops.layer_checks import check_conv_bn_act
 
 
 class Layer(NamedTuple):
-    """The constants of a layer, by which the operators, their reference and what is said of bad input go."""
+    """All of a layer that is no tensor: what the operators, their reference and the checks take."""
 
     transposed: bool
     stride: tuple[int, int]
@@ -22,6 +22,7 @@ class Layer(NamedTuple):
     groups: int = 1  # equal parts of the batch with statistics of their own
     process_group: object = None  # of torch.distributed, whose processes share statistics
     name: str | None = None  # in what is said of bad input
+    checked: bool = False  # whether `check` has passed for the tensors that it is given with
 
     def where(self):
         return self.transposed, self.stride, self.padding, self.output_padding

@@ -29,7 +29,13 @@ from fastgan.ops.implementations import (
 )
 from fastgan.ops.operators import as_operator, operator
 from fastgan.ops.way_back import conv_activation_grad, conv_batch_norm_grad
-from fastgan.wanted import is_wanted
+from fastgan.wanted import is_wanted, refuse_second_order
+
+# Arguments of `conv` where there is no eval-mode BatchNorm: mean, var, gamma, beta, eps.
+NO_BATCH_NORM = (None, None, None, None, 0.0)
+# The last arguments of `conv` and `conv_statistics` where x is not the result of a linked layer: x_normalized,
+# x_activation, x_slope.
+ALONE = ([], None, 0.0)
 
 
 def plain_conv(x, weight, weight_copy, transposed, stride, padding, output_padding, form=as_operator):
@@ -37,9 +43,8 @@ def plain_conv(x, weight, weight_copy, transposed, stride, padding, output_paddi
     if is_batched(x, weight):
         weight = in_dtype_of(x, weight, weight_copy)
         return torch.convolution(x, weight, None, stride, padding, (1, 1), transposed, output_padding, 1)
-    nothing = (None, None, None, None, None, 0.0)
     where = (transposed, stride, padding, output_padding)
-    return form(conv)(x, weight, weight_copy, *nothing, *where, None, 0.0, [], None, 0.0, False)
+    return form(conv)(x, weight, weight_copy, None, *NO_BATCH_NORM, *where, None, 0.0, *ALONE, False)
 
 
 def weight_grad_of(x, dz, weight, transposed, stride, padding, form=as_operator):
@@ -282,8 +287,8 @@ def _backward(ctx, x, weight, weight_copy, out, x_normalized, dout):
 
     dx and dweight are None where not wanted.
     """
-    if torch.is_grad_enabled() and (ctx.gets_dz or ctx.x_activation or x_normalized):
-        raise RuntimeError("fused layers that ran within fastgan.first_order have no backward with create_graph=True")
+    if ctx.gets_dz or ctx.x_activation or x_normalized:
+        refuse_second_order("fused layers that ran in a TrainStep")
     dz = dout
     if ctx.activation and not ctx.gets_dz:
         dz = through_activation(dout, out, ctx.activation, ctx.slope)

@@ -9,11 +9,9 @@ import torch
 
 from fastgan import backend
 from fastgan.ops import batch_norm, convolution, running
-from fastgan.ops.chain import ALONE, run_chain
+from fastgan.ops.chain import run_chain
 from fastgan.ops.operators import is_watched
 from fastgan.ops.reference import conv_bn_act_reference
-
-_NO_BATCH_NORM = (None, None, None, None, 0.0)  # running_mean, running_var, gamma, beta, eps
 
 
 class Link(NamedTuple):
@@ -101,7 +99,7 @@ def _by_kernels(x, weight, weight_copy, vectors, batches, layer, x_link, gives_l
     *learned, running_mean, running_var = vectors
     bias, gamma, beta = map(_contiguous, learned)
     to_convolve = (x, weight, weight_copy, bias)
-    of_x = ALONE if x_link is None else (list(x_link.normalized), x_link.activation, x_link.slope)
+    of_x = convolution.ALONE if x_link is None else (list(x_link.normalized), x_link.activation, x_link.slope)
     vectors = (gamma, beta, running_mean, running_var)
     if not layer.batch_norm:
         return _without_batch_norm(*to_convolve, layer, of_x, gives_link)
@@ -114,7 +112,9 @@ def _by_kernels(x, weight, weight_copy, vectors, batches, layer, x_link, gives_l
 def _without_batch_norm(x, weight, weight_copy, bias, layer, of_x, gives_link):
     gets_dz = gives_link and layer.activation is not None
     act = (layer.activation, layer.slope)
-    out = convolution.conv(x, weight, weight_copy, bias, *_NO_BATCH_NORM, *layer.where(), *act, *of_x, gets_dz)
+    out = convolution.conv(
+        x, weight, weight_copy, bias, *convolution.NO_BATCH_NORM, *layer.where(), *act, *of_x, gets_dz
+    )
     return out, Link(*act) if gets_dz else None
 
 
@@ -127,7 +127,7 @@ def _with_known_statistics(x, weight, weight_copy, bias, gamma, beta, running_me
     )
     if needs_grad or layer.activation_first:
         # γ's gradient needs what BatchNorm is of, so it is kept; and the epilogue activates last.
-        y = convolution.conv(*to_convolve, *_NO_BATCH_NORM, *layer.where(), *layer.before(), *of_x, False)
+        y = convolution.conv(*to_convolve, *convolution.NO_BATCH_NORM, *layer.where(), *layer.before(), *of_x, False)
         # A copy: until backward the running statistics may move on.
         mean, invstd = running_mean.to(torch.float32, copy=True), (running_var.float() + layer.eps).rsqrt()
         return batch_norm.batch_norm_act(y, mean, invstd, gamma, beta, False, *layer.after())
@@ -155,7 +155,9 @@ def _with_batch_statistics(
     linked = gives_link or any(of_x)
     alone = not linked and process_group is None and not _updated_by_torch(running_mean, running_var, momentum)
     if alone and not is_watched([tensor for tensor in (x, *tensors) if tensor is not None]):
-        return run_chain(x, tensors, (layer._replace(momentum=float(momentum), name=None),)), None
+        # Without its name: calls of layers that differ in nothing else are replayed as one.
+        layer = layer._replace(momentum=float(momentum), name=None, checked=True)
+        return run_chain(x, tensors, (layer,)), None
     y, mean, invstd, var = convolution.conv_statistics(
         *(x, weight, weight_copy, bias, layer.eps, *layer.where(), *layer.before(), layer.groups, *of_x)
     )

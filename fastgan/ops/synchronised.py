@@ -10,7 +10,9 @@ import torch
 import torch.distributed as dist
 
 from fastgan.ops.batch_norm import batch_norm_act as normalize_activate
+from fastgan.ops.batch_norm import vector_grads
 from fastgan.ops.implementations import channels_last
+from fastgan.wanted import refuse_second_order
 
 _eager = torch.compiler.disable(reason="what processes tell each other stays outside of compiled graphs")
 
@@ -52,10 +54,7 @@ def _all_gather(tensor, process_group):
     return found
 
 
-def _refuse_graph():
-    # torch's once_differentiable lets this pass where the incoming gradient is a constant, and gives wrong numbers.
-    if torch.is_grad_enabled():
-        raise RuntimeError("BatchNorm with the statistics of several processes has no backward with create_graph=True")
+_WHO = "BatchNorms with the statistics of several processes"
 
 
 class _BatchNormAct(torch.autograd.Function):
@@ -69,18 +68,16 @@ class _BatchNormAct(torch.autograd.Function):
     def backward(ctx, dout):
         from fastgan.kernels.batch_norm import batch_norm_grad_sums, batch_norm_input_grad
 
-        _refuse_graph()
+        refuse_second_order(_WHO)
         y, mean, invstd, gamma, beta, count = ctx.saved_tensors
         tensors = (channels_last(dout), channels_last(y), mean, invstd, gamma, beta)
         sums = batch_norm_grad_sums(*tensors, **ctx.act)
-        dbeta, dgamma = sums.sum(0)
         dy = None
         if ctx.needs_input_grad[0]:
-            dist.all_reduce(sums, group=ctx.process_group)
-            dy = batch_norm_input_grad(*tensors, sums, count, **ctx.act)
-        dgamma = dgamma.to(gamma.dtype) if ctx.needs_input_grad[3] else None
-        dbeta = dbeta.to(beta.dtype) if ctx.needs_input_grad[4] else None
-        return dy, None, None, dgamma, dbeta, *[None] * 4
+            of_all = sums.clone()
+            dist.all_reduce(of_all, group=ctx.process_group)
+            dy = batch_norm_input_grad(*tensors, of_all, count, **ctx.act)
+        return dy, None, None, *vector_grads(sums, gamma, beta, *ctx.needs_input_grad[3:5]), *[None] * 4
 
 
 @_eager
@@ -100,7 +97,7 @@ class _AllGather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        _refuse_graph()
+        refuse_second_order(_WHO)
         grad = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad, group=ctx.process_group)
         return grad[dist.get_rank(ctx.process_group)], None
