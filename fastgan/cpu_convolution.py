@@ -51,13 +51,14 @@ _WIDE_ELEMENTS_UPWARDS = 2**22  # without AVX-512, from the low side
 _IMAGE_CHANNELS, _IMAGE_CHANNELS_IN_HALF, _LEAST_LOW = 3, 1, 2**17
 
 
-def convolve(x, conv, forward, has_own_strides=False, may_be_view=True):
+def convolve(x, conv, forward, *, has_own_strides=False, may_be_view=True):
     """The result of `forward`, which is that of the Conv2d or ConvTranspose2d `conv`, for x on any device.
 
     Args:
-        has_own_strides: no BatchNorm or activation makes another tensor of it. Then one position and one channel have
-            stock's strides, too, by which the next layer chooses its layout; else stock makes them the default ones.
-        may_be_view: the result goes to a BatchNorm. Anybody else may call detach_() of it, as they may of stock's.
+        has_own_strides: whether stock hands on the convolution's own tensor, of which no BatchNorm or activation makes
+            another. With one position or one channel it then needs stock's strides, which the next layer goes by.
+        may_be_view: whether nobody but a BatchNorm gets the result. Others may call detach_() of it, which fails on a
+            view, and not on stock's.
     """
     if not isinstance(x, torch.Tensor) or not x.is_cpu or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return forward(x)

@@ -26,7 +26,7 @@ def write_text(path, text):
 
 
 def version_of(path):
-    """What is another after every ``written_whole`` of a file; None where there is no file."""
+    """A fingerprint of a file, which every ``written_whole`` of it changes; None where there is no file."""
     try:
         found = os.stat(path)
     except FileNotFoundError:

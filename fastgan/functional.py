@@ -37,10 +37,11 @@ def conv_transpose2d_bn_act(
     Args:
         x: (N, in_channels, H, W); float32, float16 or bfloat16 for the kernels, any floating dtype otherwise.
         weight: (in_channels, out_channels, kh, kw), the dtype of x (autocast casts both).
-        bias: (out_channels,) or None.
+        bias: (out_channels,) or None. As the four that follow, in the dtype of x or, beside half precision, float32.
         gamma, beta: BatchNorm's weight and bias, (out_channels,) or None for ones and zeros.
-        running_mean, running_var: (out_channels,), both or neither; updated in place when `training`. With all four
-            of gamma, beta and the running statistics None there is no BatchNorm.
+        running_mean, running_var: (out_channels,), both or neither; when `training` they become, in place,
+            (1 − momentum)·running + momentum·batch, with the batch's unbiased variance. With all four of gamma, beta
+            and the running statistics None there is no BatchNorm.
         training: normalise with the batch's statistics rather than the running ones.
         momentum: weight of the new batch in the running statistics: a number, or a 0-dim tensor (a module with
             ``momentum=None`` passes 1 / num_batches_tracked).
@@ -55,6 +56,7 @@ def conv_transpose2d_bn_act(
 
     Returns:
         (N, out_channels, Ho, Wo) in the dtype of x; channels_last in memory where the kernels ran.
+        Ho = (H − 1)·stride − 2·padding + kh + output_padding, and Wo likewise.
 
     Gradients of any order can be had (WGAN-GP, R1), in eager mode: torch.compile has no double backward. Within the
     transforms of torch.func and forward-mode differentiation plain torch runs.
@@ -65,9 +67,18 @@ def conv_transpose2d_bn_act(
     Source: Ioffe & Szegedy 2015 (arXiv:1502.03167) for BatchNorm; Radford et al. 2015 (arXiv:1511.06434).
     """
     layer = Layer(
-        *(True, pair("stride", stride), pair("padding", padding), pair("output_padding", output_padding)),
-        *(activation, negative_slope, _any_of(gamma, beta, running_mean, running_var)),
-        *(activation_first, training, momentum, eps, batch_groups),
+        transposed=True,
+        stride=pair("stride", stride),
+        padding=pair("padding", padding),
+        output_padding=pair("output_padding", output_padding),
+        activation=activation,
+        slope=negative_slope,
+        batch_norm=_any_of(gamma, beta, running_mean, running_var),
+        activation_first=activation_first,
+        batch_statistics=training,
+        momentum=momentum,
+        eps=eps,
+        groups=batch_groups,
     )
     return conv_bn_act(x, weight, bias, gamma, beta, running_mean, running_var, layer=layer)
 
@@ -99,14 +110,26 @@ def conv2d_bn_act(
 
     Returns:
         (N, out_channels, Ho, Wo) in the dtype of x; channels_last in memory where the kernels ran.
+        Ho = ⌊(H + 2·padding − kh) / stride⌋ + 1, and Wo likewise.
 
     Raises:
         ValueError, TypeError: as `conv_transpose2d_bn_act`.
+
+    Source: as `conv_transpose2d_bn_act`.
     """
     layer = Layer(
-        *(False, pair("stride", stride), pair("padding", padding), (0, 0)),
-        *(activation, negative_slope, _any_of(gamma, beta, running_mean, running_var)),
-        *(activation_first, training, momentum, eps, batch_groups),
+        transposed=False,
+        stride=pair("stride", stride),
+        padding=pair("padding", padding),
+        output_padding=(0, 0),
+        activation=activation,
+        slope=negative_slope,
+        batch_norm=_any_of(gamma, beta, running_mean, running_var),
+        activation_first=activation_first,
+        batch_statistics=training,
+        momentum=momentum,
+        eps=eps,
+        groups=batch_groups,
     )
     return conv_bn_act(x, weight, bias, gamma, beta, running_mean, running_var, layer=layer)
 

@@ -53,6 +53,12 @@ def fuse(model):
 def unfuse(model):
     """Undo `fuse`, in place: every module runs its own forward again.
 
+    Args:
+        model: an nn.Module, fused or not.
+
+    Returns:
+        The same model.
+
     Raises:
         TypeError: not an nn.Module, or a scripted one.
     """

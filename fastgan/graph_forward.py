@@ -175,7 +175,7 @@ def _in_parts(forward, groups, args, kwargs):
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
     if len({tensor.shape[:1] for tensor in tensors}) != 1 or not tensors[0].dim() or len(tensors[0]) % groups:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
-        raise RuntimeError(f"no batch to take in {groups} parts: the forward was called with tensors of {shapes}")
+        raise RuntimeError(f"cannot cut the batch into {groups} equal parts: the forward got tensors of {shapes}")
     results = []
     for i in range(groups):
         parts = [value.chunk(groups)[i] if isinstance(value, torch.Tensor) else value for value in args]
@@ -347,7 +347,7 @@ def run_row(x, *parts):
 
 
 def _parameters(forward):
-    """Those of a forward after self; none where it takes any number of them: a call then has some too many for us."""
+    """The parameters of a forward after self; () with *args, **kwargs or positional-only ones, so that no call fits."""
     parameters = list(inspect.signature(forward).parameters.values())[1:]
     variable = any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD, p.POSITIONAL_ONLY) for p in parameters)
     return () if variable else tuple(parameters)

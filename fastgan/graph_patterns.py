@@ -168,9 +168,10 @@ def is_written_to(node, container=None):
 
 
 def restore_layout(call, calls, function, *arguments, container=None):
-    """Give the users of a fused call, but for other such `calls`, its result as stock's lies: function(call, …).
+    """Put function(call, …), a result that lies in memory as stock's, between a fused call and its users.
 
-    Fused calls need no other layout, but have to see what may be done to it in place: then all users get it.
+    Other fused `calls` go on with the result as it is. But where a user may change it in place they have to see that:
+    then all users get the same tensor.
     """
     others = [user for user in call.users if user not in calls]
     if not others:

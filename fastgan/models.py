@@ -44,7 +44,7 @@ class Generator(nn.Module):
     Shapes: latent (N, nz, 1, 1) or (N, nz) → images (N, nc, image_size, image_size) in [−1, 1].
 
     Raises:
-        ValueError: a size that no DCGAN has, or a count below one.
+        ValueError: a size that no DCGAN has, a count below one, or latents of another shape.
     """
 
     def __init__(self, *, image_size=64, nc=3, nz=100, ngf=64):

@@ -125,6 +125,7 @@ def weight_grad(low, high, weight, *, stride, padding, precision, tile=None):
         tile = None  # a tile of patches, which have no room here
     if tile is None and patches_fit:
         tile = narrow_tile(low)
+    # With so many copies the tile's rows are not cut to have more programs: the sum is split for that, below.
     tile = tile or matrix_tile(a, kh * kw * b, n * h * w, low.dtype, copies=FEWEST_PROGRAMS)
     tiles = cdiv(a, tile.block_m)
     if tile.block_n == ALL:

@@ -44,7 +44,7 @@ def test_with_inputs(model):
     assert (first.implementation, first.runs_as) == ("triton", "fused, triton")
     assert first.reason == "ours 5.0 µs, cuDNN 9.0 µs at batch 8"
     assert second.implementation == "cudnn"
-    assert second.reason == f"neither in the table of {GPU} nor like what is: cuDNN is the safe choice"
+    assert second.reason == f"not in the table of {GPU}, and nothing near it is: cuDNN is the safe choice"
 
 
 def test_without_inputs(model):
@@ -166,12 +166,12 @@ def test_norms_that_stay_stock():
 def test_the_mode_decides_what_follows(model):
     """In eval mode BatchNorm is part of the epilogue: another kernel, and not measured here."""
     first, _ = fastgan.explain(model.eval(), torch.empty(INPUT))
-    assert first.implementation == "cudnn" and "neither in the table" in first.reason
+    assert first.implementation == "cudnn" and "not in the table" in first.reason
 
 
 def test_autocast_decides_the_dtype(model, monkeypatch):
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type: True)
-    for dtype, said in ((torch.float16, "in bfloat16, the nearest measured"), (torch.float32, "neither in the table")):
+    for dtype, said in ((torch.float16, "in bfloat16, the nearest measured"), (torch.float32, "not in the table")):
         monkeypatch.setattr(torch, "get_autocast_dtype", lambda device_type, dtype=dtype: dtype)
         first, _ = fastgan.explain(model, torch.empty(INPUT))
         assert said in first.reason

@@ -53,6 +53,7 @@ def what_follows(statistics, *epilogue):
 
 
 def weight_grad_problem(low, high, weight, stride, padding):
+    """The Problem of the gradient for `weight`, in its dtype; see `fastgan.ops.convolution.conv_weight_grad`."""
     kind = "weight_grad" if weight.dtype == low.dtype else "weight_grad+float32"
     return _problem(kind, low, weight, low.shape[2:], high.shape[2:], stride, padding)
 
@@ -102,7 +103,7 @@ def _choose(problem, index, forced):
     if found is not None:
         return Choice(found.implementation, found.measurement.tile, _why(found, problem, relative))
     if has_table(gpu):
-        return Choice("cudnn", None, f"neither in the table of {gpu} nor like what is: cuDNN is the safe choice")
+        return Choice("cudnn", None, f"not in the table of {gpu}, and nothing near it is: cuDNN is the safe choice")
     return Choice("cudnn", None, f"no table of {gpu} (python -m fastgan.tune measures one): cuDNN is the safe choice")
 
 
@@ -136,7 +137,7 @@ def _why(found, problem, relative):
     if of != problem:
         why += ", the nearest measured"
     if found.implementation != measured.implementation:
-        why += ": no lead to rely on elsewhere"
+        why += ": not far enough ahead to rely on here"
     return why
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from fastgan.checks import check_tensors
+from fastgan.checks import check_tensors, is_integer
 from fastgan.ops.geometry import out_size
 
 ACTIVATIONS = ("relu", "leaky_relu", "tanh", "sigmoid", None)
@@ -35,6 +35,20 @@ def check_conv_bn_act(
     if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
         raise TypeError(f"x and weight must have one dtype; got {x.dtype} and {weight.dtype}")
     vectors = dict(bias=bias, gamma=gamma, beta=beta, running_mean=running_mean, running_var=running_var)
+    _check_vectors(x, out_channels, vectors)
+    for name, tensor in dict(weight=weight, **vectors).items():
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} must be on the device of x, {x.device}; got {tensor.device}")
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean and running_var must be given both or neither")
+    if layer.batch_norm and not layer.batch_statistics and running_mean is None:
+        raise ValueError("running_mean and running_var are needed when training is False; got None")
+    _check_numbers(layer)
+    _check_batch(x, layer, (out_channels, *_check_sizes(x, weight, layer)))
+
+
+def _check_vectors(x, out_channels, vectors):
+    """Look at those of {name: vector or None} that there are."""
     for name, vector in vectors.items():
         if vector is not None:
             check_tensors(**{name: vector})
@@ -42,27 +56,6 @@ def check_conv_bn_act(
                 raise ValueError(f"{name} must have shape ({out_channels},); got {tuple(vector.shape)}")
             if vector.dtype != x.dtype:
                 _check_other_dtype(name, vector, x)
-    for name, tensor in dict(weight=weight, **vectors).items():
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name} must be on the device of x, {x.device}; got {tensor.device}")
-
-    if (running_mean is None) != (running_var is None):
-        raise ValueError("running_mean and running_var must be given both or neither")
-    if layer.batch_norm and not layer.batch_statistics and running_mean is None:
-        raise ValueError("running_mean and running_var are needed when training is False; got None")
-    _check_numbers(layer)
-    if not isinstance(layer.groups, int) or layer.groups is True or layer.groups < 1 or x.shape[0] % layer.groups:
-        raise ValueError(f"batch_groups must divide the batch of {x.shape[0]} images; got {layer.groups!r}")
-    shared = layer.process_group is not None
-    if shared and x.numel() == 0:
-        raise ValueError(f"x must not be empty where processes share their statistics; got shape {tuple(x.shape)}")
-    height, width = _check_sizes(x, weight, layer)
-    images = x.shape[0] // layer.groups
-    if layer.batch_norm and layer.batch_statistics and not shared and images * height * width == 1:
-        raise ValueError(
-            "Expected more than 1 value per channel when training, got output size "
-            f"{(images, out_channels, height, width)}: BatchNorm has no variance of one value"
-        )
 
 
 def _check_other_dtype(name, vector, x):
@@ -90,6 +83,22 @@ def _check_numbers(layer):
     if layer.activation_first and (activation is None or not layer.batch_norm):
         got = f"activation={activation!r} and {'a' if layer.batch_norm else 'no'} BatchNorm"
         raise ValueError(f"activation_first=True needs an activation and a BatchNorm after it; got {got}")
+
+
+def _check_batch(x, layer, result):
+    """Look at the number of images; result: (C, h, w) of what the layer makes of one."""
+    images, groups = x.shape[0], layer.groups
+    if not is_integer(groups) or groups < 1 or images % groups:
+        raise ValueError(f"batch_groups must divide the batch of {images} images; got {groups!r}")
+    shared = layer.process_group is not None
+    if shared and x.numel() == 0:
+        raise ValueError(f"x must not be empty where processes share their statistics; got shape {tuple(x.shape)}")
+    _, height, width = result
+    if layer.batch_norm and layer.batch_statistics and not shared and images // groups * height * width == 1:
+        raise ValueError(
+            f"Expected more than 1 value per channel when training, got output size {(images // groups, *result)}: "
+            "BatchNorm has no variance of one value"
+        )
 
 
 def _check_sizes(x, weight, layer):

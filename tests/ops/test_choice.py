@@ -82,7 +82,7 @@ def test_what_is_not_in_the_table_is_cudnns(change):
     write(choice.shipped_table_path, (PROBLEM, measured()))
     found = choose(PROBLEM._replace(**change), CUDA)
     assert found[:2] == ("cudnn", None)
-    assert found.why == f"neither in the table of {GPU} nor like what is: cuDNN is the safe choice"
+    assert found.why == f"not in the table of {GPU}, and nothing near it is: cuDNN is the safe choice"
 
 
 def test_unknown_gpu():
@@ -108,7 +108,9 @@ def test_what_is_like_a_measured_one_is_named():
     choice.forget()
     assert choose(PROBLEM, CUDA).implementation == "triton"
     found = choose(larger, CUDA)
-    assert found.implementation == "cudnn" and found.why.endswith("the nearest measured: no lead to rely on elsewhere")
+    assert found.implementation == "cudnn" and found.why.endswith(
+        "the nearest measured: not far enough ahead to rely on here"
+    )
 
 
 def test_a_relative_has_a_say_where_nothing_was_measured(monkeypatch):
