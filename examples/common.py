@@ -21,8 +21,7 @@ from torch import nn
 import fastgan
 from fastgan import data
 from fastgan.checks import check_choice, check_integer
-from fastgan.command_line import run_command
-from fastgan.data.sources import require
+from fastgan.command_line import require, run_command
 from fastgan.files import check_writable
 from fastgan.training.devices import pick_device, synchronize
 from fastgan.training.pictures import grid, save_png
@@ -137,7 +136,7 @@ def _picture_file(out):
 
 def _is_ours(path):
     try:
-        with require("PIL.Image").open(path) as picture:
+        with require("PIL.Image", "drawing").open(path) as picture:
             return picture.info.get("Software") == SOFTWARE
     except OSError:  # no picture
         return False

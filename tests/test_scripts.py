@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from fastgan import backend
+from fastgan.command_line import first_few
 from fastgan.files import alone_in
 from fastgan.training import TrainConfig, new_run
 from fastgan.training.checkpoints import read_checkpoint
@@ -355,6 +356,19 @@ def test_generate_refuses(run_folder, capsys):
     assert "empty" in refuse(generate, capsys, "run", "--out", "run", "--separate")
     assert "num" in refuse(generate, capsys, "run", "--out", "new.png", "--num", "0")
     assert "missing.pt" in refuse(generate, capsys, "missing.pt", "--out", "new.png")
+
+
+def test_missing_pillow_says_what_to_install(run_folder, capsys, monkeypatch):
+    for module in ("PIL", "PIL.Image"):
+        monkeypatch.setitem(sys.modules, module, None)
+    remedy = 'needs the package pillow: pip install -e ".[train]"'
+    assert f"drawing {remedy}" in refuse(generate, capsys, "run", "--out", "folder/new.png")
+    assert f"training {remedy}" in refuse(train, capsys, *TINY)
+
+
+def test_the_first_few_of_many():
+    assert first_few([]) == "" and first_few([1, 2], most=2) == "1, 2"
+    assert first_few("abcdef", "; ") == "a; b; c; d; e; …"
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step(capsys):

@@ -8,6 +8,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from fastgan.checks import check_integer
+from fastgan.command_line import first_few
 
 
 def steps_per_epoch(dataset, batch_size):
@@ -117,7 +118,7 @@ def _on_demand(dataset, plan, workers):
             yield batch
     finally:
         if len(unreadable) > 1:
-            reasons = "; ".join(itertools.islice(unreadable.values(), 5)) + ("; …" if len(unreadable) > 5 else "")
+            reasons = first_few(unreadable.values(), "; ")
             warnings.warn(f"{len(unreadable)} of {len(dataset)} pictures could not be read: {reasons}", stacklevel=2)
 
 

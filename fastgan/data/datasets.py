@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import Dataset
 
 from fastgan.checks import check_choice, check_integer
+from fastgan.command_line import first_few
 from fastgan.data import sources
 
 # name → the data set's own image side
@@ -171,11 +172,7 @@ def _leave_out(images, failures):
     reasons = [str(error) for _, error in failures]
     if len(failures) == len(images):
         raise ValueError(f"none of the {len(images)} pictures can be read: {reasons[0]}")
-    warnings.warn(
-        f"left out {len(failures)} of {len(images)} pictures: {'; '.join(reasons[:5])}"
-        + ("; …" if len(failures) > 5 else ""),
-        stacklevel=4,
-    )
+    warnings.warn(f"left out {len(failures)} of {len(images)} pictures: {first_few(reasons, '; ')}", stacklevel=4)
     # Close the gaps in place: a second copy of the set might not fit.
     failed = {index for index, _ in failures}
     kept = [index for index in range(len(images)) if index not in failed]

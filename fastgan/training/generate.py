@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from fastgan.checks import check_integer
+from fastgan.command_line import require
 from fastgan.files import check_writable
 from fastgan.training.checkpoints import load_generator
 from fastgan.training.devices import pick_device
@@ -32,8 +33,9 @@ def generate(checkpoint, out, *, num=64, seed=0, separate=False, device="auto"):
         number of pictures, and their side in pixels.
 
     Raises:
-        ValueError: an argument that is not allowed, a checkpoint that cannot be used, or ``out`` exists.
+        ValueError: an argument that is not allowed, a checkpoint that cannot be used, ``out`` exists, or no Pillow.
     """
+    require("PIL.Image", "drawing")
     most_pictures = MOST_SEPARATE if separate else MOST_IN_GRID
     check_integer("num", num, 1, most_pictures)
     check_integer("seed", seed, 0, 2**63 - 1)

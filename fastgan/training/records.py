@@ -1,4 +1,4 @@
-"""What a run leaves behind while it trains: metrics.jsonl, TensorBoard events, sample pictures, loss.png."""
+"""What a run leaves behind while it trains: metrics.jsonl, TensorBoard events, sample pictures."""
 
 import importlib.util
 import itertools
@@ -8,7 +8,7 @@ import sys
 import time
 import warnings
 
-from fastgan.command_line import say
+from fastgan.command_line import first_few, needs_package, say
 from fastgan.files import write_text
 from fastgan.training.devices import peak_memory_mb, synchronize
 from fastgan.training.pictures import grid, sample, save_png
@@ -18,10 +18,10 @@ _LOSSES = {"loss_d", "loss_g", "d_real", "d_fake"}
 
 
 def check_packages():
-    """Raise ValueError, naming the package, unless everything that records need is installed."""
-    for package in ("PIL", "matplotlib", "tensorboard", "tqdm"):
-        if importlib.util.find_spec(package) is None:
-            raise ValueError(f"training needs the package {package}: pip install 'fastgan[train]'")
+    """Raise ValueError, naming the package, unless everything that records and plots need is installed."""
+    for module in ("PIL", "matplotlib", "tensorboard", "tqdm"):
+        if importlib.util.find_spec(module) is None:
+            raise ValueError(needs_package("training", module))
 
 
 def read_metrics(path, up_to_step=None):
@@ -53,8 +53,7 @@ def _keep_damaged(path):
         names = (path.with_name(f"metrics-damaged-{i}.jsonl") for i in itertools.count(1))
         kept = next(name for name in names if not name.exists())
         shutil.copyfile(path, kept)
-        lines = ", ".join(map(str, broken[:5])) + (", …" if len(broken) > 5 else "")
-        warnings.warn(f"{path} has lines that are no rows ({lines}); it is kept as {kept}", stacklevel=3)
+        warnings.warn(f"{path} has lines that are no rows ({first_few(broken)}); it is kept as {kept}", stacklevel=3)
 
 
 class Records:
