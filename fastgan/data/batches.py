@@ -32,20 +32,25 @@ def batch_indices(dataset, batch_size, *, seed, first_step=0):
     Raises:
         ValueError: an argument that is not allowed, or fewer images than one batch.
     """
-    per_epoch = steps_per_epoch(dataset, batch_size)
+    return (indices for indices, _ in _plan(dataset, batch_size, seed, first_step, flip=False))
+
+
+def _plan(dataset, batch_size, seed, first_step, flip):
+    """For each batch the image numbers, and which of them to mirror: bool (batch_size,), or None for none.
+
+    Checks the arguments now, not when the first batch is asked for.
+    """
+    count, per_epoch = len(dataset), steps_per_epoch(dataset, batch_size)
     check_integer("seed", seed, 0)
     check_integer("first_step", first_step, 0)
-    return (indices for indices, _ in _plan(len(dataset), batch_size, per_epoch, seed, first_step, flip=False))
 
-
-def _plan(count, batch_size, per_epoch, seed, first_step, flip):
-    """For each batch the image numbers, and which of them to mirror: bool (batch_size,), or None for none."""
-    epoch, start = divmod(first_step, per_epoch)
-    while True:
+    def plan_of(epoch):
         order = epoch_order(count, seed, epoch).split(batch_size)
         mirrored = epoch_mirrored(count, seed, epoch).split(batch_size) if flip else [None] * len(order)
-        yield from list(zip(order, mirrored, strict=True))[start:per_epoch]
-        epoch, start = epoch + 1, 0
+        return itertools.islice(zip(order, mirrored, strict=True), per_epoch)
+
+    epoch, start = divmod(first_step, per_epoch)
+    return itertools.islice(itertools.chain.from_iterable(map(plan_of, itertools.count(epoch))), start, None)
 
 
 def epoch_order(count, seed, epoch):
@@ -75,10 +80,7 @@ def batches(dataset, batch_size, *, seed, first_step=0, workers=0, flip=False):
             can be read.
     """
     check_integer("workers", workers, 0)
-    per_epoch = steps_per_epoch(dataset, batch_size)
-    check_integer("seed", seed, 0)
-    check_integer("first_step", first_step, 0)
-    plan = _plan(len(dataset), batch_size, per_epoch, seed, first_step, flip)
+    plan = _plan(dataset, batch_size, seed, first_step, flip)
     images = getattr(dataset, "images", None)
     if images is not None:
         return (_mirror(images.index_select(0, indices), mirrored) for indices, mirrored in plan)

@@ -26,13 +26,12 @@ class ResidentImages:
         dtype: of the batches; they are scaled in float32 and then rounded.
         seed: decides the order and what is mirrored.
         flip: mirror half of the images left to right, chosen anew in every epoch.
-        first_step: number of the first batch, as in ``batches``: a run that resumes there goes on as if unbroken.
 
     Raises:
         ValueError: an argument that is not allowed, or fewer images than one batch.
     """
 
-    def __init__(self, images, batch_size, *, device, dtype=torch.float32, seed, flip=False, first_step=0):
+    def __init__(self, images, batch_size, *, device, dtype=torch.float32, seed, flip=False):
         if not isinstance(images, torch.Tensor) or images.dtype != torch.uint8 or images.dim() != 4:
             came = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, torch.Tensor) else repr(images)
             raise ValueError(f"images must be a torch.uint8 tensor of shape (count, C, H, W); got {came}")
@@ -40,7 +39,6 @@ class ResidentImages:
             raise ValueError(f"dtype must be a floating torch.dtype; got {dtype!r}")
         self.steps_per_epoch = steps_per_epoch(images, batch_size)
         check_integer("seed", seed, 0)
-        check_integer("first_step", first_step, 0)
         self.batch_size, self.dtype, self.seed = batch_size, dtype, seed
         device = torch.device(device)
         self.backend, _ = backend.select(device, dtype)
@@ -54,10 +52,10 @@ class ResidentImages:
         self._mirrored = torch.empty(len(images), dtype=torch.uint8, device=device) if flip else None
         self._drawn = torch.zeros(counters, dtype=torch.int32, device=device)  # batches of this epoch, many times over
         self._epoch = None
-        self.seek(first_step)
+        self.seek(0)
 
     def seek(self, step):
-        """Make batch number ``step`` the next one; its ``before_step`` is still to be called."""
+        """Make batch number ``step`` the next one, as a run does that resumes; call ``before_step`` before its draw."""
         check_integer("step", step, 0)
         self._next = step
         self._set_epoch(step // self.steps_per_epoch)
@@ -104,7 +102,7 @@ class ResidentImages:
         buffer.copy_(values.pin_memory() if buffer.is_cuda else values, non_blocking=True)
 
 
-def why_not_resident(dataset, device, share=MEMORY_SHARE):
+def why_not_resident(dataset, device, share):
     """What speaks against holding the data set on ``device`` by ``ResidentImages``; None if nothing does.
 
     Args:

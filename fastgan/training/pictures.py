@@ -7,6 +7,9 @@ import torch
 from fastgan.data import to_uint8
 from fastgan.files import written_whole
 
+_AT_A_TIME = 256  # images that the generator makes
+_GAP = 2  # pixels between the images of a grid
+
 
 def draw_latents(count, nz, seed):
     """``count`` latent vectors, float32 (count, nz) on the CPU, that depend on ``seed`` alone.
@@ -19,7 +22,7 @@ def draw_latents(count, nz, seed):
 
 
 @torch.no_grad()
-def sample(generator, latents, *, batch_size=256):
+def sample(generator, latents):
     """The generator's images of ``latents``: uint8 (N, nc, S, S) on the CPU.
 
     In eval mode, so that a picture depends on its own latent only and running statistics stay as they are; the
@@ -29,21 +32,21 @@ def sample(generator, latents, *, batch_size=256):
     device = next(generator.parameters()).device
     generator.eval()
     try:
-        return torch.cat([to_uint8(generator(part.to(device))).cpu() for part in latents.split(batch_size)])
+        return torch.cat([to_uint8(generator(part.to(device))).cpu() for part in latents.split(_AT_A_TIME)])
     finally:
         generator.train(was_training)
 
 
-def grid(images, *, padding=2):
+def grid(images):
     """Tile uint8 images (N, nc, S, S) into one uint8 (nc, H, W), as square as can be, on black."""
     count, nc, height, width = images.shape
     columns = math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
-    cells = images.new_zeros(rows * columns, nc, height + padding, width + padding)
-    cells[:count, :, padding:, padding:] = images
-    cells = cells.view(rows, columns, nc, height + padding, width + padding)
-    tiled = cells.permute(2, 0, 3, 1, 4).reshape(nc, rows * (height + padding), columns * (width + padding))
-    return torch.nn.functional.pad(tiled, (0, padding, 0, padding))
+    cells = images.new_zeros(rows * columns, nc, height + _GAP, width + _GAP)
+    cells[:count, :, _GAP:, _GAP:] = images
+    cells = cells.view(rows, columns, nc, height + _GAP, width + _GAP)
+    tiled = cells.permute(2, 0, 3, 1, 4).reshape(nc, rows * (height + _GAP), columns * (width + _GAP))
+    return torch.nn.functional.pad(tiled, (0, _GAP, 0, _GAP))
 
 
 def save_png(image, path, *, software=None):

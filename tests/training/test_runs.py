@@ -139,13 +139,13 @@ def test_on_a_gpu_the_images_may_be_on_either_side(tiny, tmp_path, compile):
 def test_what_fits_on_the_gpu(tiny, tmp_path, monkeypatch):
     dataset = new_run(tiny(), tmp_path).dataset
     gpu = torch.device("cuda")
-    assert "needs CUDA" in data.why_not_resident(dataset, torch.device("cpu"))
+    assert "needs CUDA" in data.why_not_resident(dataset, torch.device("cpu"), 1.0)
     taken = dataset.images.numel()
     for free, reason in ((2 * taken, None), (2 * taken - 2, "free")):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 10 * free))
-        assert (data.why_not_resident(dataset, gpu) or "None").endswith(str(reason))
-        assert data.why_not_resident(dataset, gpu, share=1.0) is None
-    assert "'big' is too large" in data.why_not_resident(data.ImagesOnDemand("big", dataset), gpu)
+        assert (data.why_not_resident(dataset, gpu, 0.5) or "None").endswith(str(reason))
+        assert data.why_not_resident(dataset, gpu, 1.0) is None
+    assert "'big' is too large" in data.why_not_resident(data.ImagesOnDemand("big", dataset), gpu, 1.0)
 
 
 def test_the_way_it_is_recorded_does_not_change_the_training(tiny, tmp_path):
@@ -343,11 +343,12 @@ def test_weights_that_are_not_finite_are_not_saved_as_good(tiny, tmp_path):
     assert read_checkpoint(tmp_path)["step"] == 0 and (tmp_path / "diverged.pt").exists()
 
 
-def test_sampling_leaves_no_trace(tiny, tmp_path):
+def test_sampling_leaves_no_trace(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("fastgan.training.pictures._AT_A_TIME", 48)  # of 64
     run = new_run(tiny(), tmp_path)
     generator = run.step.generator
     before, rng = {name: value.clone() for name, value in generator.state_dict().items()}, torch.get_rng_state()
-    images = sample(generator, run.fixed_latent, batch_size=48)
+    images = sample(generator, run.fixed_latent)
     assert images.dtype == torch.uint8 and images.shape == (64, 3, 8, 8)
     torch.testing.assert_close(generator.state_dict(), before, rtol=0, atol=0)
     assert torch.equal(torch.get_rng_state(), rng) and generator.training
@@ -355,10 +356,11 @@ def test_sampling_leaves_no_trace(tiny, tmp_path):
 
 def test_grid_puts_images_in_rows():
     images = torch.arange(1, 6, dtype=torch.uint8).view(5, 1, 1, 1).expand(5, 3, 2, 2)
-    picture = grid(images, padding=1)
-    assert picture.shape == (3, 2 * 3 + 1, 3 * 3 + 1)
-    assert picture[0, 1::3, 1::3].tolist() == [[1, 2, 3], [4, 5, 0]]
-    assert picture[:, 0].max() == picture[:, :, 3].max() == picture[:, -1].max() == 0
+    picture = grid(images)
+    assert picture.shape == (3, 2 * 4 + 2, 3 * 4 + 2)
+    for corner in (2, 3):
+        assert picture[0, corner::4, corner::4].tolist() == [[1, 2, 3], [4, 5, 0]]
+    assert picture[:, [0, 1, 4, 5, -2, -1]].max() == picture[:, :, [0, 1, 4, 5, -2, -1]].max() == 0
 
 
 @pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "checkpoint.pt"])
