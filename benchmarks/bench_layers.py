@@ -1,8 +1,8 @@
 """Every layer of the 64×64 DCGAN, forward and forward + backward, stock against fused, with the device's ceilings.
 
-Stock is channels_last + torch.compile with cudnn.benchmark. On a GPU both run in CUDA graphs over inputs larger than
-the L2 cache, in bfloat16 (BatchNorm's own parameters in float32, as under autocast). A layer is timed only after its
-result, its gradients and its running statistics passed the rule of tests/accuracy.py against float64.
+Stock is channels_last, and on a GPU torch.compile with cudnn.benchmark. There both run in CUDA graphs over inputs
+larger than the L2 cache, in bfloat16 (BatchNorm's own parameters in float32, as under autocast). A layer is timed only
+after its result, its gradients and its running statistics passed the rule of tests/accuracy.py against float64.
 """
 
 import copy

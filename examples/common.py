@@ -23,6 +23,7 @@ from fastgan import data
 from fastgan.checks import check_choice, check_integer
 from fastgan.command_line import require, run_command
 from fastgan.files import check_writable
+from fastgan.training.config import check_batch_size
 from fastgan.training.devices import pick_device, synchronize
 from fastgan.training.pictures import grid, save_png
 
@@ -89,10 +90,8 @@ def _parse(argv, description, steps, batch_size):
 
 
 def _train(options, build):
-    for name, least in (("steps", 1), ("batch_size", 1)):
-        check_integer(name, getattr(options, name), least)
-    if options.batch_size == 1:
-        raise ValueError("batch_size must be at least 2: BatchNorm compares the images of a batch; got 1")
+    check_integer("steps", options.steps, 1)
+    check_batch_size(options.batch_size)
     check_choice("image_size", options.image_size, IMAGE_SIZES)
     device = pick_device(options.device)
     out = _picture_file(options.out)
@@ -212,12 +211,12 @@ def _stock_and_fused(build, options, images):
     return gans, max(((b - a).norm() / a.norm().clamp(min=1)).item() for a, b in zip(*results, strict=True))
 
 
-def _medians(calls, *, warm_up=10, rounds=9, repeats=10):
-    """Median milliseconds of each GPU call in `calls`; they take turns, `repeats` times in a row."""
-    milliseconds = [[] for _ in calls]
-    for call in calls * warm_up:
+def _medians(calls):
+    """Median milliseconds of each GPU call in `calls`; they take turns, ten times in a row."""
+    milliseconds, repeats = [[] for _ in calls], 10
+    for call in calls * 10:  # to warm up
         call()
-    for _ in range(rounds):
+    for _ in range(9):
         for call, times in zip(calls, milliseconds, strict=True):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()

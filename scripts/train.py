@@ -21,7 +21,7 @@ import fastgan
 from fastgan.command_line import run_command, say
 from fastgan.ops.choice import has_table, relatives
 from fastgan.training import TrainConfig, new_run, resumed_run, train
-from fastgan.training.config import add_options
+from fastgan.training.config import MOST_SEED, add_options
 
 
 def parse(argv):
@@ -88,7 +88,7 @@ def run_training(options, out, resume, wants_explanation):
         say(f"interrupted; step {step} is saved. To go on: python scripts/train.py --resume {quoted(run.out)}")
         return 130
     say(f"done: {step} steps. Pictures: {run.out}/samples/step-{step:06d}.png; losses: {run.out}/loss.png")
-    another = (run.config.seed + 1) % 2**63  # the run's own seed would draw the pictures of the samples again
+    another = (run.config.seed + 1) % (MOST_SEED + 1)  # the run's own seed would draw the pictures of the samples again
     checkpoint, more = quoted(run.out / "checkpoint.pt"), quoted(run.out / "more.png")
     say(f"more: python scripts/generate.py {checkpoint} --out {more} --seed {another}")
     return 0

@@ -17,7 +17,7 @@ def check_networks(generator, discriminator):
             raise ValueError(f"{name} must have parameters to learn; got a {type(network).__name__} without any")
         devices.append(parameter.device)
         if parameter.is_meta:
-            raise ValueError(f"{name} must have numbers to learn from; its parameters are on the device meta")
+            raise ValueError(f"{name} is on the meta device: its parameters have no values")
     if devices[0] != devices[1]:
         raise ValueError(f"generator and discriminator must be on one device; got {devices[0]} and {devices[1]}")
 

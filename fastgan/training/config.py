@@ -8,13 +8,11 @@ from fastgan.checks import check_choice, check_integer, check_positive, is_numbe
 from fastgan.data import DATASETS, MEMORY_SHARE
 from fastgan.models import IMAGE_SIZES
 
-_MOST_SEED = 2**63 - 1
+DATA_ON = ("auto", "gpu", "host")
+MOST_SEED = 2**63 - 1
 # Above these, networks and processes fit into no machine: 1,024 is sixteen times the width of the DCGAN.
 _MOST_WIDTH, _MOST_NZ, _MOST_WORKERS = 1024, 2**16, 1024
 _WIDTHS = "(default: 64, and 32 where images are smaller than 64 pixels)"
-
-
-DATA_ON = ("auto", "gpu", "host")
 
 
 def _option(default, kind, help, *, metavar=None, resumable=False, later=False):
@@ -25,6 +23,18 @@ def _option(default, kind, help, *, metavar=None, resumable=False, later=False):
     """
     metadata = {"kind": kind, "help": help, "metavar": metavar or kind.__name__.upper()}
     return field(default=default, metadata={**metadata, "resumable": resumable, "later": later})
+
+
+def _one_of(names):
+    """How the help shows an option that takes one of these."""
+    return "{" + ",".join(names) + "}"
+
+
+def check_batch_size(batch_size):
+    """Raise ValueError unless it is a number of images that BatchNorm can be trained with."""
+    check_integer("batch_size", batch_size, 1)
+    if batch_size == 1:
+        raise ValueError("batch_size must be at least 2: BatchNorm compares the images of a batch; got 1")
 
 
 @dataclass(frozen=True)
@@ -48,7 +58,7 @@ class TrainConfig:
     ndf: int | None = _option(None, int, f"channels of the discriminator's first layer {_WIDTHS}")
     lr: float = _option(2e-4, float, "Adam's learning rate")
     beta1: float = _option(0.5, float, "Adam's first decay rate")
-    precision: str = _option("fp32", str, "what to compute in; fp16 needs CUDA", metavar="{fp32,bf16,fp16}")
+    precision: str = _option("fp32", str, "what to compute in; fp16 needs CUDA", metavar=_one_of(PRECISIONS))
     fused: bool = _option(
         True, bool, "fused layers and losses: Triton kernels on a GPU, plain torch on a CPU", resumable=True
     )
@@ -79,7 +89,7 @@ class TrainConfig:
         str,
         "where the images are kept; auto: on a GPU if they are in memory and take at most "
         f"{MEMORY_SHARE:.0%} of what is free there, else on the host. Batches are the same",
-        metavar="{auto,gpu,host}",
+        metavar=_one_of(DATA_ON),
         resumable=True,
         later=True,
     )
@@ -101,15 +111,14 @@ class TrainConfig:
         check_choice("data_on", self.data_on, DATA_ON)
         if self.image_size is not None:
             check_choice("image_size", self.image_size, IMAGE_SIZES)
-        for name in ("batch_size", "epochs", "log_every"):
+        check_batch_size(self.batch_size)
+        for name in ("epochs", "log_every"):
             check_integer(name, getattr(self, name), 1)
-        for name, least, most in (("nz", 1, _MOST_NZ), ("seed", 0, _MOST_SEED), ("workers", 0, _MOST_WORKERS)):
+        for name, least, most in (("nz", 1, _MOST_NZ), ("seed", 0, MOST_SEED), ("workers", 0, _MOST_WORKERS)):
             check_integer(name, getattr(self, name), least, most)
         for name, most in (("ngf", _MOST_WIDTH), ("ndf", _MOST_WIDTH), ("max_steps", None), ("save_every", None)):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), 1, most)
-        if self.batch_size == 1:
-            raise ValueError("batch_size must be at least 2: batch normalisation compares the images of a batch; got 1")
         check_positive("lr", self.lr)
         if not (is_number(self.beta1) and 0 <= self.beta1 < 1):
             raise ValueError(f"beta1 must be a number from 0 to below 1; got {self.beta1!r}")

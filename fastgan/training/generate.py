@@ -9,6 +9,7 @@ from fastgan.checks import check_integer
 from fastgan.command_line import require
 from fastgan.files import check_writable
 from fastgan.training.checkpoints import load_generator
+from fastgan.training.config import MOST_SEED
 from fastgan.training.devices import pick_device
 from fastgan.training.pictures import draw_latents, grid, sample, save_png
 
@@ -38,7 +39,7 @@ def generate(checkpoint, out, *, num=64, seed=0, separate=False, device="auto"):
     require("PIL.Image", "drawing")
     most_pictures = MOST_SEPARATE if separate else MOST_IN_GRID
     check_integer("num", num, 1, most_pictures)
-    check_integer("seed", seed, 0, 2**63 - 1)
+    check_integer("seed", seed, 0, MOST_SEED)
     out = os.path.expanduser(out)
     _check_out(out, separate)
     out = Path(out)

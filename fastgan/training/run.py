@@ -82,8 +82,8 @@ class Run:
         """Raise ValueError if another process has trained in the folder since this run was made."""
         if version_of(self.out / CHECKPOINT) != self.found:
             raise ValueError(
-                f"another process has trained in {self.out} meanwhile, and nothing of that was changed: "
-                f"--resume {shlex.quote(str(self.out))} goes on from there"
+                f"another process has trained in {self.out} since this run was loaded; "
+                f"its files were left as they are: --resume {shlex.quote(str(self.out))} goes on from there"
             )
 
     def write_config(self):

@@ -48,13 +48,14 @@ def to_contiguous(module):
             parameter.data = contiguous(parameter.data)
 
 
-def keep_compilable(generator):
+def keep_compilable(network):
     """Take the weight of a stock first layer over 1×1 latents back from channels_last to NCHW, so that it compiles.
 
     On a 1×1 grid both layouts look alike, and PyTorch's compiled backward (2.11 at least) expects the weight's gradient
-    in the layout of the weight while cuDNN's gives it in that of the latents (pytorch#171622, #197517).
+    in the layout of the weight while cuDNN's gives it in that of the latents (pytorch#171622, #197517). A first
+    convolution that is transposed is taken for such a layer; of another network nothing changes.
     """
-    for module in generator.modules():
-        if isinstance(module, nn.ConvTranspose2d):
-            module.weight.data = module.weight.data.contiguous()
-            return
+    convolutions = (module for module in network.modules() if isinstance(module, nn.Conv2d | nn.ConvTranspose2d))
+    first = next(convolutions, None)
+    if isinstance(first, nn.ConvTranspose2d):
+        first.weight.data = first.weight.data.contiguous()

@@ -27,7 +27,7 @@ VALUES = [
     (dict(precision="fp16"), "CUDA"),
     (dict(generator=nn.ReLU()), "generator must have parameters to learn; got a ReLU without any"),
     (dict(discriminator=nn.Flatten()), "discriminator must have parameters to learn; got a Flatten without any"),
-    (dict(discriminator=nn.Conv2d(2, 1, 16, device="meta")), "discriminator must have numbers to learn from; its"),
+    (dict(discriminator=nn.Conv2d(2, 1, 16, device="meta")), "discriminator is on the meta device: its"),
 ]
 TYPES = [
     (dict(generator=None), "generator must be an nn.Module; got NoneType"),

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastgan.training import TrainStep
+from fastgan.training.weights import keep_compilable
 from tests.training.small_gan import NZ, real_batches
 
 
@@ -135,6 +136,21 @@ def test_other_errors_are_what_they_are():
     step = step_of(networks(plain_generator, plain_discriminator))
     with pytest.raises(RuntimeError, match="channels"):
         step(real_batches(1)[0][:, :1])
+
+
+@pytest.mark.parametrize(
+    ("layers", "changed"),
+    [
+        ([nn.Linear(4, 4), nn.ConvTranspose2d(4, 6, 4), nn.ConvTranspose2d(6, 6, 4)], [1]),
+        ([nn.Conv2d(4, 6, 4), nn.ConvTranspose2d(6, 4, 4)], []),  # its decoder is over no latents
+        ([nn.Linear(4, 4)], []),
+    ],
+)
+def test_only_a_first_layer_over_latents_is_kept_from_channels_last(layers, changed):
+    network = nn.Sequential(*layers).to(memory_format=torch.channels_last)
+    keep_compilable(network)
+    weights = [(i, layer.weight) for i, layer in enumerate(network) if layer.weight.dim() == 4]
+    assert [i for i, weight in weights if weight.is_contiguous()] == changed
 
 
 def test_weights_that_are_shared_out_keep_theirs(tmp_path):
