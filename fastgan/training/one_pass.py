@@ -1,4 +1,4 @@
-"""Whether a discriminator gives the same numbers on [real; fake] in one pass as on each of them in turn."""
+"""One pass of a discriminator over [real; fake], and whether it gives the same numbers as one over each in turn."""
 
 import copy
 
@@ -10,6 +10,7 @@ from fastgan.batch_groups import batch_groups
 from fastgan.checks import in_short
 from fastgan.fusion import fused_groups
 from fastgan.layer_code import hooks_of
+from fastgan.layout import fastest_format
 from fastgan.random_numbers import random_numbers_kept
 from fastgan.training.weights import wants_default_layout
 
@@ -19,6 +20,16 @@ _SETTINGS = ("momentum", "padding_mode", "padding", "dilation", "groups", "p")
 IMAGES = 7
 TOLERANCE = 1e-6
 _ON_MORE = "which images share a batch, on chance, or on the calls before it (as of a spectral_norm in training)"
+
+
+def stacked(real_images, fake_images):
+    """[real; fake] in channels_last and in the dtype of the fake ones, each read and written once."""
+    size = (len(real_images) + len(fake_images), *fake_images.shape[1:])
+    where = dict(device=fake_images.device, memory_format=fastest_format(fake_images))
+    images = torch.empty(size, dtype=fake_images.dtype, **where)
+    images[: len(real_images)] = real_images
+    images[len(real_images) :] = fake_images
+    return images
 
 
 def seen_of(discriminator, real_images):
@@ -68,6 +79,11 @@ def one_pass_obstacle(discriminator, real_images, fake_images):
         discriminator: module from images to logits; it and the global random generators stay as they are.
         real_images, fake_images: (N, C, H, W) each.
     """
+    return _known_obstacle(discriminator) or _tried_obstacle(discriminator, real_images, fake_images)
+
+
+def _known_obstacle(discriminator):
+    """What a trial is not needed for, or would not show."""
     for name, module in discriminator.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.momentum is None:
             return f"the BatchNorm {name} averages over all batches (momentum=None), and each half would be one"
@@ -77,6 +93,10 @@ def one_pass_obstacle(discriminator, real_images, fake_images):
     for name, parameter in discriminator.named_parameters():
         if _has_grad_hooks(parameter):  # which copies do not have
             return f"{name} has hooks, for the gradient of each pass"
+    return None
+
+
+def _tried_obstacle(discriminator, real_images, fake_images):
     real, fake = (images[:IMAGES].detach().double() for images in (real_images, fake_images))
     try:
         together, apart = (copy.deepcopy(discriminator).double() for _ in range(2))
@@ -87,42 +107,48 @@ def one_pass_obstacle(discriminator, real_images, fake_images):
     try:
         with torch.enable_grad(), random_numbers_kept() as drawn:
             with batch_groups(2):
-                logits = together(torch.cat([real, fake]))
-                if not logits.dim() or len(logits) != len(real) + len(fake):
-                    return f"its logits have shape {tuple(logits.shape)}: the first axis is not the images'"
-                grads = _grads(logits, together)
-            expected, expected_grads = [], []
-            for images in (real, fake):
-                expected.append(apart(images))
-                expected_grads = _grads(expected[-1], apart)
+                logits, grads = _learn(together, torch.cat([real, fake]))
+            if not logits.dim() or len(logits) != len(real) + len(fake):
+                return f"its logits have shape {tuple(logits.shape)}: the first axis is not the images'"
+            of_real, _ = _learn(apart, real)
+            of_fake, expected_grads = _learn(apart, fake)
+            expected = torch.cat([of_real, of_fake])
             if drawn():
                 return "it draws random numbers"
-            logits, expected = logits.detach(), torch.cat(expected).detach()
     except Exception as error:  # it wants a dtype, or a number of images, of its own
         if wants_default_layout(error):
             raise
         return f"it cannot be tried on {len(real)} images of each kind in float64 ({in_short(error)})"
+    difference = _difference((together, logits, grads), (apart, expected, expected_grads))
+    if difference is None:
+        return None
     names = ", ".join(name or type(module).__name__ for name, module in _stock_batch_norms(discriminator))
-    hint = f": BatchNorm runs unfused in {names}" if names else ""
-    if not _close(logits, expected):
-        return f"its logits depend on {_ON_MORE}{hint}"
-    for name, left in together.named_buffers():
-        if not _close(left.double(), apart.get_buffer(name).double()):
-            return f"it leaves another {name}" + hint
-    if not _close(grads, expected_grads):
-        return f"its gradients depend on {_ON_MORE}{hint}"
-    return None
+    return difference + (f": BatchNorm runs unfused in {names}" if names else "")
 
 
-def _grads(logits, model):
-    """The gradients of all parameters for the sum of the logits' squares, added to those that they have, in one tensor.
+def _learn(model, images):
+    """(logits, gradients of all parameters in one tensor: for the sum of the logits' squares, added to those before).
 
     So they are compared beside the largest: a bias before BatchNorm has one of rounding errors only.
     """
+    logits = model(images)
     if logits.requires_grad:
         logits.square().sum().backward()
     grads = [parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]
-    return torch.cat([logits.new_zeros(1), *grads]).detach()
+    return logits.detach(), torch.cat([logits.new_zeros(1), *grads]).detach()
+
+
+def _difference(one_pass, two_passes):
+    """How one pass differs from two, each (model, logits, gradients); None if they agree."""
+    (together, logits, grads), (apart, expected, expected_grads) = one_pass, two_passes
+    if not _close(logits, expected):
+        return f"its logits depend on {_ON_MORE}"
+    for name, left in together.named_buffers():
+        if not _close(left.double(), apart.get_buffer(name).double()):
+            return f"it leaves another {name}"
+    if not _close(grads, expected_grads):
+        return f"its gradients depend on {_ON_MORE}"
+    return None
 
 
 def _close(ours, theirs):

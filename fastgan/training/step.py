@@ -12,7 +12,7 @@ from fastgan.batch_groups import batch_groups
 from fastgan.checks import check_positive
 from fastgan.first_order import first_order
 from fastgan.fusion import fuse, fused_groups
-from fastgan.layout import contiguous, fastest_format
+from fastgan.layout import contiguous
 from fastgan.losses import backward_bce, backward_bce_of_torch
 from fastgan.random_numbers import restore_rng, rng_state
 from fastgan.training.adam import ContiguousAdam, KernelAdam
@@ -27,7 +27,7 @@ from fastgan.training.arguments import (
 )
 from fastgan.training.devices import check_precision
 from fastgan.training.graph import WARMUP_STEPS, StepGraph
-from fastgan.training.one_pass import one_pass_obstacle, seen_of
+from fastgan.training.one_pass import one_pass_obstacle, seen_of, stacked
 from fastgan.training.weights import (
     keep_compilable,
     load_weights,
@@ -37,6 +37,7 @@ from fastgan.training.weights import (
 )
 from fastgan.weight_copies import WeightCopies
 
+_STATEFUL = ("generator", "discriminator", "optimizer_g", "optimizer_d", "scaler")
 _MOST_TRIALS = 8  # of one pass at steps in a row: as many as there are numbers of images to try it with, and one more
 
 
@@ -96,7 +97,7 @@ class TrainStep:
         check_networks(generator, discriminator)
         self.latent_shape, self.source = latent_shape(latent_dim), source
         check_positive("lr", lr)
-        lr, betas = float(lr), checked_betas(betas)
+        betas = checked_betas(betas)
         check_flags(fused=fused, compile=compile, cuda_graph=cuda_graph)
         if one_pass is not None:
             check_flags(one_pass=one_pass)
@@ -106,42 +107,50 @@ class TrainStep:
         check_precision(precision, self.device)
         self.autocast_dtype = None if precision == "fp32" else PRECISIONS[precision]
 
-        if fused:
-            fuse(generator)
-            fuse(discriminator)
+        self.generator, self.discriminator = generator, discriminator
+        self._prepare_networks(fused, compile)
         self._backward_bce = backward_bce if fused else backward_bce_of_torch
+        self._settle_one_pass(one_pass, fused)
+        self._make_optimizers(float(lr), betas, fused)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
+        wants_graph = cuda_graph and self.device.type == "cuda"
+        self._graph = StepGraph(self._step, self.device) if wants_graph else None
 
-        # The layout that convolutions are fastest in, on a CPU too (by 15% on 28×28 images). The first step tries it.
-        for network in (generator, discriminator):
+    def _prepare_networks(self, fused, compile):
+        networks = (self.generator, self.discriminator)
+        for network in networks:
+            if fused:
+                fuse(network)
+            # Convolutions are fastest in this layout, on a CPU too (by 15% on 28×28 images). The first step tries it.
             to_channels_last(network)
         self._layout_tried, self._in_default_layout = False, []
         self._running = self._drawn = None
-        self.generator, self.discriminator = generator, discriminator
-        self._g, self._d = generator, discriminator
-        if compile and not fused:
-            keep_compilable(generator)
+        self._g, self._d = networks  # as they are called
         if compile:
+            if not fused:
+                keep_compilable(self.generator)
             # Apart, because one graph with D(fake.detach()) and D(fake) fails in backward (pytorch#91542).
-            self._g = torch.compile(generator, fullgraph=True, dynamic=False)
-            self._d = torch.compile(discriminator, fullgraph=True, dynamic=False)
+            self._g, self._d = (torch.compile(network, fullgraph=True, dynamic=False) for network in networks)
+        self._copies_g, self._copies_d = map(self._weight_copies, networks)
 
-        on_cuda = self.device.type == "cuda"
-        self._copies_g, self._copies_d = map(self._weight_copies, (generator, discriminator))
+    def _settle_one_pass(self, one_pass, fused):
         self.one_pass, self.one_pass_reason = one_pass, f"one_pass={one_pass}"
         if one_pass is None:
             self.one_pass, self.one_pass_reason = fused, f"fused={fused}: only fused layers take both halves at once"
         self._tried = {}  # number of images → what the discriminator was when one pass was tried with so many
         self._trials = 0  # one after the other, at every step
-        self._lr_tensors = [torch.tensor(lr, dtype=torch.float32, device=self.device) for _ in range(2)]
-        adam = {"lr": lr, "betas": betas, "fused": True, "capturable": on_cuda}
-        optimizer = KernelAdam if fused else ContiguousAdam
-        self.optimizer_g = optimizer(generator.parameters(), **adam)
-        self.optimizer_d = optimizer(discriminator.parameters(), **adam)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
-        self._graph = StepGraph(self._step, self.device) if cuda_graph and on_cuda else None
+
+    def _make_optimizers(self, lr, betas, fused):
+        adam, capturable = KernelAdam if fused else ContiguousAdam, self.device.type == "cuda"
         itself = weakref.ref(self)
-        for optimizer in (self.optimizer_g, self.optimizer_d):  # whose old averages a captured step writes to
+        optimizers = []
+        for network in (self.generator, self.discriminator):
+            optimizer = adam(network.parameters(), lr=lr, betas=betas, fused=True, capturable=capturable)
+            # A captured step writes to its old averages.
             optimizer.register_load_state_dict_post_hook(lambda _: itself() and itself().forget_graph())
+            optimizers.append(optimizer)
+        self.optimizer_g, self.optimizer_d = optimizers
+        self._lr_tensors = [torch.tensor(lr, dtype=torch.float32, device=self.device) for _ in optimizers]
 
     def __call__(self, real_images=None):
         """Update both networks once.
@@ -226,7 +235,7 @@ class TrainStep:
         latent = torch.randn(len(real_images), *self.latent_shape, device=self.device, dtype=self.dtype)
         fake_images = self._generate(latent) if self.one_pass else None
         if self.one_pass and self._takes_both(real_images, fake_images):
-            images = _stacked(real_images, fake_images.detach())
+            images = stacked(real_images, fake_images.detach())
             del real_images  # a batch that was drawn here is not needed any more
             with batch_groups(2):  # backward, too, runs parts of forward again where somebody has asked for that
                 logits = self._judge(images)
@@ -286,8 +295,9 @@ class TrainStep:
         obstacle = one_pass_obstacle(self.discriminator, real_images, fake_images)
         to_be_captured = self._graph is not None and not self._graph.captured
         # A capture cannot try it, and repeats what ran before.
-        if self._trials > (max(1, WARMUP_STEPS - 1) if to_be_captured else _MOST_TRIALS):
-            obstacle = obstacle or "it changes at every step, and to try it each time takes longer"
+        most_trials = max(1, WARMUP_STEPS - 1) if to_be_captured else _MOST_TRIALS
+        if obstacle is None and self._trials > most_trials:
+            obstacle = "its layers or settings change at every step, and trying it each time costs more than it saves"
         self._tried[images] = seen
         if obstacle is not None:
             self.one_pass, self.one_pass_reason = False, obstacle
@@ -335,7 +345,7 @@ class TrainStep:
 
     def state_dict(self):
         """What ``load_state_dict`` needs to go on from here: the state of both networks, both Adams, the scaler."""
-        state = {name: getattr(self, name).state_dict() for name in self._STATEFUL}
+        state = {name: getattr(self, name).state_dict() for name in _STATEFUL}
         for name in ("optimizer_g", "optimizer_d"):
             groups = state[name]["param_groups"]
             state[name]["param_groups"] = [{**group, "lr": float(group["lr"])} for group in groups]
@@ -365,21 +375,9 @@ class TrainStep:
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
 
-    _STATEFUL = ("generator", "discriminator", "optimizer_g", "optimizer_d", "scaler")
-
 
 def _fused_convolutions(network):
     return [group.modules[0] for group in fused_groups(network).values()]
-
-
-def _stacked(real_images, fake_images):
-    """[real; fake] in channels_last and in the dtype of the fake ones, each read and written once."""
-    size = (len(real_images) + len(fake_images), *fake_images.shape[1:])
-    where = dict(device=fake_images.device, memory_format=fastest_format(fake_images))
-    images = torch.empty(size, dtype=fake_images.dtype, **where)
-    images[: len(real_images)] = real_images
-    images[len(real_images) :] = fake_images
-    return images
 
 
 @contextmanager

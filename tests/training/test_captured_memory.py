@@ -135,7 +135,7 @@ def test_a_discriminator_that_changes_at_each_step(monkeypatch, triton_backend):
     generator, discriminator = make_networks(dtype=torch.float32)
     step = TrainStep(generator, nn.Sequential(Counting(), discriminator), latent_dim=NZ)
     step._graph = graph.StepGraph(step._step, torch.device("cpu"))
-    with pytest.warns(UserWarning, match="two passes: it changes at every step"):
+    with pytest.warns(UserWarning, match="two passes: its layers or settings change at every step"):
         for images in real_batches(5, dtype=torch.float32):
             losses = step(images)
     assert step._graph.captured and losses["loss_d"].isfinite()

@@ -340,7 +340,7 @@ def test_it_is_tried_anew_where_a_layer_is_stock_from_then_on():
 
 
 def test_it_is_not_tried_for_ever():
-    with pytest.warns(UserWarning, match="two passes: it changes at every step"):
+    with pytest.warns(UserWarning, match="two passes: its layers or settings change at every step"):
         _followed(_Mixing, lambda model, i: setattr(model, "number", i), steps=10)
 
 
