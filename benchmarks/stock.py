@@ -159,12 +159,6 @@ class GraphedStep:
         return self._replay()
 
 
-def our_step(generator, discriminator, **options):
-    """``fastgan.training.TrainStep`` with these options, in a CUDA graph where there is CUDA."""
-    options["cuda_graph"] = True
-    return TrainStep(generator, discriminator, latent_dim=NZ, lr=LR, betas=BETAS, **options)
-
-
 def _losses(loss_d, loss_g, real_output, fake_output):
     losses = {"loss_d": loss_d, "loss_g": loss_g, "d_real": real_output.mean(), "d_fake": fake_output.mean()}
     return {name: value.detach() for name, value in losses.items()}
@@ -179,7 +173,9 @@ def _stock_step(precision, *, graph=False, **options):
 
 
 def _our_step(precision, **options):
-    return lambda networks, _: our_step(*networks, precision=precision, **options)
+    """``fastgan.training.TrainStep`` with these options, in a CUDA graph where there is CUDA."""
+    options |= {"latent_dim": NZ, "lr": LR, "betas": BETAS, "precision": precision, "cuda_graph": True}
+    return lambda networks, _: TrainStep(*networks, **options)
 
 
 # name → (networks, images) → step

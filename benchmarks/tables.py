@@ -44,11 +44,22 @@ def results(runs, profiles, plots):
 
 def device_section(run, profile, plots):
     parts = [f"## {run.device}", _conditions(run)]
-    parts += _train_steps(run)
+    parts += _section(run, "train step", "Training step", _train_steps)
     parts += _plot(run, plots, "throughput", "Images per second over batch size") + _growth(run)
     parts += _profile(profile) + _plot(run, plots, "profile", "Where the time of a step goes, kernel by kernel")
-    parts += _layers(run) + _models(run) + _losses(run) + _generate(run) + _data(run) + _not_run(run)
-    return parts
+    parts += _section(run, "layers", "Layers", _layers)
+    if run.on_gpu or run.of("models"):
+        parts += _section(run, "models", "Models", _models)
+    parts += _section(run, "losses", "Losses", _losses)
+    parts += _section(run, "generate", "Generating", _generate)
+    parts += _section(run, "data", "Data", _data)
+    return parts + _not_run(run)
+
+
+def _section(run, group, title, parts):
+    """`parts(run, entries)` of the group's entries; where there are none, the title and that nobody has measured it."""
+    entries = run.of(group)
+    return parts(run, entries) if entries else [f"### {title}", "Nobody has measured this here yet."]
 
 
 def _conditions(run):
@@ -65,10 +76,7 @@ def _has(run, dtype):
     return run.ceiling("tflops", dtype) is not None
 
 
-def _train_steps(run):
-    entries = run.of("train step")
-    if not entries:
-        return ["### Training step", "Nobody has measured it here yet."]
+def _train_steps(run, entries):
     parts = []
     for size in sorted({e["image_size"] for e in entries}):
         of_size = [e for e in entries if e["image_size"] == size]
@@ -222,27 +230,23 @@ def _profile(profile):
     return ["### Where the time of a step goes", _table(head, rows), said]
 
 
-def _layers(run):
-    entries, parts = run.of("layers"), []
-    if not entries:
-        return ["### Layers", "Nobody has measured them here yet."]
+def _layers(run, entries):
+    parts = []
     for batch in sorted({e["batch"] for e in entries}):
         rows, ratios = [], {"forward": [], "forward+backward": []}
         of_batch = [e for e in entries if e["batch"] == batch]
+        measured = {(e["layer"], e["direction"], e["variant"]): e for e in of_batch}
         for layer in dict.fromkeys(e["layer"] for e in of_batch):
+            pairs = {d: [measured.get((layer, d, variant)) for variant in ("stock", "fused")] for d in ratios}
             row = [layer]
-            for direction, found in ratios.items():
-                stock, fused = (
-                    next((e for e in of_batch if (e["layer"], e["direction"], e["variant"]) == key), None)
-                    for key in ((layer, direction, "stock"), (layer, direction, "fused"))
-                )
+            for direction, (stock, fused) in pairs.items():
                 times = [_stock_microseconds(stock, fused), fused and fused["microseconds"]]
                 ratio = _speed_up(fused, times[0]) if all(times) else None
-                found += [ratio] if ratio else []
+                ratios[direction] += [ratio] if ratio else []
                 row += [*map(_number, times), _ratio(ratio, 1)]
-            # Of the last direction, forward + backward.
-            row += [_percent(fused and layer_floor(run, fused))]
-            row += [_number(e and e.get("peak_memory_mb")) for e in (stock, fused)]
+            both_ways = pairs["forward+backward"]
+            row += [_percent(both_ways[1] and layer_floor(run, both_ways[1]))]
+            row += [_number(e and e.get("peak_memory_mb")) for e in both_ways]
             rows.append(row)
         means = [_geometric_mean(found) for found in ratios.values()]
         rows.append(["geometric mean", "", "", means[0], "", "", means[1], "", "", ""])
@@ -265,10 +269,7 @@ def layer_floor(run, entry):
     return least * 1e6 / entry["microseconds"]
 
 
-def _models(run):
-    entries = run.of("models")
-    if not entries:
-        return ["### Models", "Nobody has measured them here yet."] if run.on_gpu else []
+def _models(run, entries):
     rows, ratios = [], {"fused": [], "fused-backend": []}
     for network in dict.fromkeys(e["network"] for e in entries):
         found = {e["variant"]: e for e in entries if e["network"] == network}
@@ -291,10 +292,7 @@ def _models(run):
     return [f"### Models, {entries[0]['dtype']}", table, said]
 
 
-def _losses(run):
-    entries = run.of("losses")
-    if not entries:
-        return ["### Losses", "Nobody has measured them here yet."]
+def _losses(run, entries):
     rows = []
     for key in dict.fromkeys((e["loss"], e["batch"], e["launched"]) for e in entries):
         of_key = {e["variant"]: e for e in entries if (e["loss"], e["batch"], e["launched"]) == key}
@@ -307,10 +305,7 @@ def _losses(run):
     return ["### Losses, forward and backward", _table(head, rows)]
 
 
-def _generate(run):
-    entries = run.of("generate")
-    if not entries:
-        return ["### Generating", "Nobody has measured it here yet."]
+def _generate(run, entries):
     rows = []
     for entry in sorted(entries, key=lambda e: e["batch"]):
         together = [e for e in entries if e["batch"] == entry["batch"] and is_stock(e["variant"])]
@@ -321,10 +316,7 @@ def _generate(run):
     return ["### Generating 64×64 pictures", _table(head, rows)]
 
 
-def _data(run):
-    entries = run.of("data")
-    if not entries:
-        return ["### Data", "Nobody has measured it here yet."]
+def _data(run, entries):
     rows = [[e["batch"], e["variant"], _number(e["images_per_sec"])] for e in sorted(entries, key=lambda e: e["batch"])]
     return ["### Batches of 64×64 data, scaled, on the device", _table("batch | images kept | images/s", rows)]
 

@@ -4,7 +4,6 @@ Times are taken by pytest-benchmark with a clock that waits for the GPU, over ro
 figure to quote is the median. Memory is what torch's allocator held at its highest, less what it held before.
 """
 
-import contextlib
 import gc
 import math
 import platform
@@ -213,7 +212,7 @@ class PeakMemory:
         self.before = torch.cuda.memory_allocated() if ON_GPU else 0
         self.captured = 0
 
-    @contextlib.contextmanager
+    @contextmanager
     def watching_captures(self):
         """Within it the peak of each CUDA graph's capture counts."""
         begin, end = torch.cuda.CUDAGraph.capture_begin, torch.cuda.CUDAGraph.capture_end

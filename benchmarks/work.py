@@ -6,7 +6,7 @@ of dense products: those with the zeros of a padding are in it (an eighth of a s
 out, except that Adam reads four and writes three float32 numbers for each, once a step.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -61,8 +61,7 @@ def _layer(conv, x, y):
 
 def _mark_activated(found):
     if found:
-        last = found[-1]
-        found[-1] = Layer(last.conv, last.flops, last.inputs, last.outputs, activated=True)
+        found[-1] = replace(found[-1], activated=True)
 
 
 def step_work(generator, discriminator, latent, images, *, bytes_per_number):
