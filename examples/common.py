@@ -20,8 +20,8 @@ from torch import nn
 
 import fastgan
 from fastgan import data
-from fastgan.checks import check_choice, check_integer
-from fastgan.command_line import require, run_command
+from fastgan.checks import check_choice, check_integer, require
+from fastgan.command_line import run_command
 from fastgan.files import check_writable
 from fastgan.training.config import check_batch_size
 from fastgan.training.devices import pick_device, synchronize

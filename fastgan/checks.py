@@ -1,9 +1,12 @@
 """What is said of bad input: one message with the argument's name, what came and what is allowed."""
 
+import importlib
 import math
 import numbers
 
 import torch
+
+_PACKAGES = {"PIL": "pillow"}  # those of another name than their module
 
 
 def check_integer(name, value, least, most=None):
@@ -48,6 +51,31 @@ def in_short(error, most=200):
     """An exception in a part of a line: its type and the first sentence of what it says, of ``most`` characters."""
     sentence = str(error).strip().partition("\n")[0].partition(". ")[0]
     return f"{type(error).__name__}: {sentence}"[:most]
+
+
+def require(module, user, extra="train"):
+    """Import a module that only some of our work needs; ValueError with the remedy where it is missing.
+
+    Args:
+        user: what needs it, as the message begins: "training".
+        extra: which of our optional dependencies it is among.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(f"{needs_package(user, module, extra)} ({error})") from error
+
+
+def needs_package(user, module, extra="train"):
+    """What is said where the package of a module is missing; the arguments are those of ``require``."""
+    name = module.partition(".")[0]
+    return f'{user} needs the package {_PACKAGES.get(name, name)}: pip install -e ".[{extra}]"'
+
+
+def first_few(things, separator=", "):
+    """The first few of a list in one line, and … where there are more."""
+    said = [str(thing) for thing in things]
+    return separator.join(said[:5] + ["…"] * (len(said) > 5))
 
 
 def pair(name, value):

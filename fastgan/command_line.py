@@ -1,6 +1,5 @@
 """How our command lines speak and end: one line for whatever is wrong, and an exit status."""
 
-import importlib
 import os
 import sys
 import warnings
@@ -8,7 +7,6 @@ import warnings
 from fastgan.checks import is_out_of_memory
 
 _TAKE_MEMORY = ("batch_size", "image_size", "ngf", "ndf", "num")
-_PACKAGES = {"PIL": "pillow"}  # those of another name than their module
 
 
 def run_command(main, options, **renamed):
@@ -42,31 +40,6 @@ def run_command(main, options, **renamed):
 
 def _flag(name):
     return "--" + name.replace("_", "-")
-
-
-def require(module, user, extra="train"):
-    """Import a module that only some of our work needs; ValueError with the remedy where it is missing.
-
-    Args:
-        user: what needs it, as the message begins: "training".
-        extra: which of our optional dependencies it is among.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ValueError(f"{needs_package(user, module, extra)} ({error})") from error
-
-
-def needs_package(user, module, extra="train"):
-    """What is said where the package of a module is missing; the arguments are those of ``require``."""
-    name = module.partition(".")[0]
-    return f'{user} needs the package {_PACKAGES.get(name, name)}: pip install -e ".[{extra}]"'
-
-
-def first_few(things, separator=", ", most=5):
-    """The first few of a list in one line, and … where there are more."""
-    said = [str(thing) for thing in things]
-    return separator.join(said[:most] + ["…"] * (len(said) > most))
 
 
 def say(text, stream="stdout"):

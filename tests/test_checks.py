@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastgan import functional as fused
-from fastgan.checks import check_integer
+from fastgan.checks import check_integer, first_few
 from fastgan.losses import backward_bce, backward_bce_of_torch
 from fastgan.ops.layer_checks import ACTIVATIONS
 
@@ -253,6 +253,11 @@ def test_loss_of_a_training_step(case, means):
 def test_integers(value, least, most, allowed):
     with pytest.raises(ValueError, match=re.escape(f"size must be {allowed}; got {value}")):
         check_integer("size", value, least, most)
+
+
+def test_the_first_few_of_many():
+    assert first_few([]) == "" and first_few([1, 2]) == "1, 2"
+    assert first_few("abcdef", "; ") == "a; b; c; d; e; …"
 
 
 def call_each():

@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 
 from fastgan import backend
-from fastgan.command_line import first_few
 from fastgan.files import alone_in
 from fastgan.training import TrainConfig, new_run
 from fastgan.training.checkpoints import read_checkpoint
@@ -364,11 +363,6 @@ def test_missing_pillow_says_what_to_install(run_folder, capsys, monkeypatch):
     remedy = 'needs the package pillow: pip install -e ".[train]"'
     assert f"drawing {remedy}" in refuse(generate, capsys, "run", "--out", "folder/new.png")
     assert f"training {remedy}" in refuse(train, capsys, *TINY)
-
-
-def test_the_first_few_of_many():
-    assert first_few([]) == "" and first_few([1, 2], most=2) == "1, 2"
-    assert first_few("abcdef", "; ") == "a; b; c; d; e; …"
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step(capsys):

@@ -7,8 +7,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from fastgan.checks import check_integer
-from fastgan.command_line import first_few
+from fastgan.checks import check_integer, first_few
 
 
 def steps_per_epoch(dataset, batch_size):

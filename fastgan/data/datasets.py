@@ -10,8 +10,7 @@ from multiprocessing.pool import ThreadPool
 import torch
 from torch.utils.data import Dataset
 
-from fastgan.checks import check_choice, check_integer
-from fastgan.command_line import first_few
+from fastgan.checks import check_choice, check_integer, first_few
 from fastgan.data import sources
 
 # name → the data set's own image side

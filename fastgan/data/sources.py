@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from fastgan.command_line import first_few, needs_package, require
+from fastgan.checks import first_few, needs_package, require
 from fastgan.data.pictures import read_picture, to_square
 
 PICTURE_EXTENSIONS = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")

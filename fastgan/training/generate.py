@@ -5,8 +5,7 @@ from pathlib import Path
 
 import torch
 
-from fastgan.checks import check_integer
-from fastgan.command_line import require
+from fastgan.checks import check_integer, require
 from fastgan.files import check_writable
 from fastgan.training.checkpoints import load_generator
 from fastgan.training.config import MOST_SEED

@@ -8,7 +8,8 @@ import sys
 import time
 import warnings
 
-from fastgan.command_line import first_few, needs_package, say
+from fastgan.checks import first_few, needs_package
+from fastgan.command_line import say
 from fastgan.files import write_text
 from fastgan.training.devices import peak_memory_mb, synchronize
 from fastgan.training.pictures import grid, sample, save_png
