@@ -320,12 +320,28 @@ def _save_conv(ctx, inputs, output):
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
+class _Constant(torch.autograd.Function):
+    """A gradient that does not depend on the tensor; as stock's it may be differentiated all the same."""
+
+    @staticmethod
+    def forward(ctx, grad, tensor):
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx, _):
+        return None, None
+
+
 def _conv_backward(ctx, dout):
     if ctx.with_batch_norm:
         raise RuntimeError("fastgan::conv with an eval-mode BatchNorm inside has no gradient: use batch_norm_act")
     x, weight, weight_copy, out, *x_normalized = ctx.saved_tensors
     dx, dweight, dz, for_normalized = _backward(ctx, x, weight, weight_copy, out, x_normalized, dout)
-    dbias = dz.sum((0, 2, 3), dtype=ctx.bias_dtype) if ctx.needs_input_grad[3] else None
+    dbias = None
+    if ctx.needs_input_grad[3]:
+        dbias = dz.sum((0, 2, 3), dtype=ctx.bias_dtype)
+        if torch.is_grad_enabled() and not dbias.requires_grad:
+            dbias = _Constant.apply(dbias, weight if weight.requires_grad else x)
     return dx, dweight, None, dbias, *[None] * 11, for_normalized, None, None, None
 
 

@@ -133,6 +133,25 @@ def test_mixed_precision(copied, training, device, triton_backend, poisoned):
         torch.testing.assert_close(grad.double() / scale, reference[name] / scale, rtol=0, atol=0.02)
 
 
+@pytest.mark.parametrize("wanted", ("x", "weight", "bias only"))
+def test_gradient_of_a_bias_that_is_a_constant(wanted, device, triton_backend):
+    """It may be differentiated, and gives nothing, where stock's may."""
+    case = SMALL._replace(batch_norm=False, activation=None)
+    found = []
+    for forward in (ours, stock):
+        x, weight, bias, *rest = leaves(draw(case, 3, device))
+        x.requires_grad_(wanted == "x")
+        weight.requires_grad_(wanted == "weight")
+        out = forward(case, [x, weight, bias, *rest], None)
+        (grad,) = torch.autograd.grad(out.mean(), bias, create_graph=True)
+        assert grad.requires_grad == (wanted != "bias only")
+        if grad.requires_grad:
+            grad.sum().backward()
+        assert x.grad is weight.grad is bias.grad is None
+        found.append(grad.detach())
+    torch.testing.assert_close(*found)
+
+
 def test_gradient_of_a_bias_before_batch_norm(device, triton_backend):
     """It is zero, but it can be differentiated, as stock's can."""
     x, weight, bias, *rest = leaves(draw(SMALL, 3, device))
