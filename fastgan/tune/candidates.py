@@ -21,8 +21,7 @@ def candidates(problem):
     for tile in TILES[itemsize]:
         blocks = (_fit(tile.block_m, rows), _fit(tile.block_n, columns), _fit(tile.block_k, depth))
         tiles.append(MatrixTile(*blocks, tile.num_warps, tile.num_stages))
-    if problem.operation != "weight_grad":
-        tiles += [tile._replace(by_position=True) for tile in tiles if _fits_one_position(tile, problem)]
+    tiles += [tile._replace(by_position=True) for tile in tiles if _gains_by_position(tile, problem)]
     if problem.operation == "down" and down.picks_patches(weight, problem.low[1], problem.high[1]):
         tiles += [tile._replace(block_n=_fit(tile.block_n, columns)) for tile in down.PATCH_TILES[itemsize]]
     if problem.operation == "weight_grad":
@@ -36,10 +35,13 @@ def _one_position(problem):
     return up.is_product_with_all(problem.low, problem.kernel, problem.high, problem.padding)
 
 
-def _fits_one_position(tile, problem):
-    if problem.operation == "up":
+def _gains_by_position(tile, problem):
+    """Whether rows of a tile can be one position of its images, and some taps then left out."""
+    if problem.operation == "up" and not _one_position(problem):
         return up.fits_one_position(tile, problem.batch, problem.high, problem.stride)
-    return down.fits_one_position(tile, problem.batch, problem.b)
+    if problem.operation == "down" and any(problem.padding):
+        return down.fits_one_position(tile, problem.batch, problem.b)
+    return False
 
 
 def _fit(block, size):
