@@ -1,5 +1,8 @@
-"""What explain says of the choice between our kernels and cuDNN, on a GPU that is only pretended."""
+"""What explain says: of layers and calls, and of our kernels or cuDNN on a GPU that is only pretended."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -9,6 +12,8 @@ import fastgan
 from fastgan import backend, explanation
 from fastgan.ops import choice
 from fastgan.ops.tables import Measurement, write_table
+from fastgan.random_numbers import random_numbers_kept
+from tests.pairs import block, make_pair
 
 GPU = "NVIDIA T800"
 INPUT = (8, 16, 4, 4)
@@ -50,6 +55,62 @@ def test_with_inputs(model):
 def test_without_inputs(model):
     for row in fastgan.explain(model):
         assert row.runs_as == "fused, by shape" and "inputs" in row.reason
+
+
+def test_rows(monkeypatch):
+    monkeypatch.setenv("FASTGAN_BACKEND", "reference")
+    model = nn.Module()
+    model.main = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3, groups=2))
+    model.forward = lambda x: model.main(x)
+    rows = fastgan.explain(model)
+    assert [row.reason for row in rows] == ["fastgan.fuse was not called on it", "groups=2"]
+    rows = fastgan.explain(fastgan.fuse(model))
+    assert rows.as_dicts()[0] == dict(
+        path="main.0",
+        pattern="Conv2d + BatchNorm2d + ReLU",
+        shape="",
+        fused=True,
+        implementation="reference",
+        reason="FASTGAN_BACKEND=reference",
+    )
+    assert rows[1].reason == "groups=2" and rows[1].runs_as == "stock" and rows[0].runs_as == "fused, reference"
+    lines = str(rows).splitlines()
+    assert lines[0] == "Module: 1 of 2 convolutions fused"
+    assert lines[1].split() == ["layer", "pattern", "shape", "runs", "as", "why"]
+    assert len(lines) == 4 and "main.0" in lines[2] and "groups=2" in lines[3]
+    assert str(fastgan.explain(nn.Sequential())).startswith("Sequential: 0 of 0 convolutions fused")
+    with_elu = fastgan.fuse(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ELU()))
+    assert "ELU after it stays stock" in fastgan.explain(with_elu)[0].reason
+    assert "by itself" in fastgan.explain(fastgan.fuse(nn.Conv2d(3, 4, 3)))[0].reason
+
+
+class Rolling(nn.Module):
+    """It draws numbers of Python's, of NumPy's and of PyTorch's."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(*block(), nn.Dropout(0.5))
+
+    def forward(self, x):
+        return self.layers(x * random.choice([1, -1]) * np.random.rand())
+
+
+def test_changes_nothing(monkeypatch):
+    monkeypatch.setenv("FASTGAN_BACKEND", "auto")
+    stock, model = make_pair(Rolling)
+    fastgan.fuse(model)
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    with random_numbers_kept() as drawn:
+        rows = fastgan.explain(model, x)
+        assert not drawn()
+    assert [row.shape for row in rows] == ["2×3×8×8 → 2×4×6×6", "2×4×6×6 → 2×2×4×4"]
+    assert "2×3×8×8 → 2×4×6×6" in str(rows)
+    assert rows[0].reason == "the tensors are on 'cpu'"
+    for ours, theirs in zip(model.state_dict().values(), stock.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(not module._forward_hooks for module in model.modules())
+    assert fastgan.explain(model)[0].fused  # still fused
 
 
 def test_layers_called_by_keyword():
