@@ -1,6 +1,7 @@
 """Compile every kernel for a GPU that need not be there: `python tests/kernels/compile_kernels.py 90 80`.
 
-With `--tiles` it is the matrix kernels in every tile that a tuner may choose; `--dtype bfloat16` is for one dtype.
+With `--tiles rows` it is the matrix kernels in every tile that a tuner may choose, with `--tiles positions` those that
+have such of one position; `--dtype bfloat16` is for one dtype.
 
 Runs the operators on small CPU tensors, starting nothing, so what is compiled is what they would start, with the
 argument types and compile-time constants that they would pass. Prints one JSON line a kernel: its name, target, dtype,
@@ -112,10 +113,7 @@ def every_tile(dtype):
     """The matrix kernels at a middle layer's sizes, with statistics, in each tile; and an image's kernel."""
 
     def run():
-        low, high = (torch.empty(512, 256, size, size, dtype=dtype, device="meta") for size in (8, 16))
-        weight = torch.empty(256, 256, 4, 4, dtype=dtype, device="meta")
-        low, high, weight = (tensor.to(memory_format=torch.channels_last) for tensor in (low, high, weight))
-        vectors = [torch.empty(shape, device="meta") for shape in ((2, 256), (2, 256), (256,), (256,))]
+        low, high, weight, vectors = _middle_layer(dtype)
         for tile in TILES[dtype.itemsize]:
             where = dict(stride=(2, 2), padding=(1, 1), precision="tf32", tile=tile)
             up.up(low, weight, (16, 16), statistics=True, **where)
@@ -124,17 +122,11 @@ def every_tile(dtype):
             where.update(activation="leaky_relu", slope=0.2)
             up.up(low, weight, (16, 16), normalized=(high, *vectors), **where)
             down.down(high, weight, (8, 8), normalized=(low, *vectors), **where)
-        for tile in {tile[:4]: tile for tile in TILES[dtype.itemsize]}.values():  # stages take no registers
-            where.update(tile=tile._replace(by_position=True))
-            for after in (dict(statistics=True), dict(normalized=(high, *vectors))):
-                up.up(low, weight, (16, 16), **after, **where)
-            for after in (dict(statistics=True), dict(normalized=(low, *vectors))):
-                down.down(high, weight, (8, 8), **after, **where)
         for tile in narrow.TILES[dtype.itemsize]:
             up.up(low, weight[:, :3], (16, 16), **dict(where, tile=tile, activation="tanh"))
         for tile in single.TILES:
             down.down(high, weight[:1], (8, 8), **dict(where, tile=tile))
-        image = torch.empty(64, 3, 16, 16, dtype=dtype, device="meta").to(memory_format=torch.channels_last)
+        image = torch.empty(512, 3, 16, 16, dtype=dtype, device="meta").to(memory_format=torch.channels_last)
         for tile in weight_grad_narrow.TILES[dtype.itemsize]:
             where = dict(stride=(2, 2), padding=(1, 1), precision="tf32", tile=tile)
             weight_grad.weight_grad(low, image, weight[:, :3], **where)
@@ -144,6 +136,33 @@ def every_tile(dtype):
             down.down(image, weight[:, :3], (8, 8), normalized=(low, *vectors), activation="relu", **where)
 
     return [one for one in record(run) if one.kernel != "sum_rows_kernel"]
+
+
+def every_tile_of_positions(dtype):
+    """`up` and `down` at a middle layer's sizes, in each tile whose rows are one position of many images."""
+
+    def run():
+        low, high, weight, vectors = _middle_layer(dtype)
+        for tile in {tile[:4]: tile for tile in TILES[dtype.itemsize]}.values():  # stages take no registers
+            where = dict(stride=(2, 2), padding=(1, 1), precision="tf32", tile=tile._replace(by_position=True))
+            leaky = dict(activation="leaky_relu", slope=0.2)
+            up.up(low, weight, (16, 16), statistics=True, **where)
+            down.down(high, weight, (8, 8), statistics=True, **where)
+            up.up(low, weight, (16, 16), normalized=(high, *vectors), **leaky, **where)
+            down.down(high, weight, (8, 8), normalized=(low, *vectors), **leaky, **where)
+
+    return record(run)
+
+
+def _middle_layer(dtype):
+    """(low, high, weight, BatchNorm's vectors for either end), of two groups, without data."""
+    low, high = (torch.empty(512, 256, size, size, dtype=dtype, device="meta") for size in (8, 16))
+    weight = torch.empty(256, 256, 4, 4, dtype=dtype, device="meta")
+    vectors = [torch.empty(shape, device="meta") for shape in ((2, 256), (2, 256), (256,), (256,))]
+    return *(tensor.to(memory_format=torch.channels_last) for tensor in (low, high, weight)), vectors
+
+
+_TILED = {"rows": every_tile, "positions": every_tile_of_positions}
 
 
 def report(launch, capability, reads_code):
@@ -189,11 +208,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("capabilities", nargs="+", type=int, metavar="CAPABILITY", help="90 for sm_90")
     parser.add_argument("--dtype", choices=_DTYPES, help="all three of them by default")
-    parser.add_argument("--tiles", action="store_true", help="the matrix kernels in every tile")
+    parser.add_argument("--tiles", choices=_TILED, help="the matrix kernels in every tile")
     options = parser.parse_args()
     for name in [options.dtype] if options.dtype else _DTYPES:
         dtype = getattr(torch, name)
-        for launch in every_tile(dtype) if options.tiles else record(workload(dtype)):
+        for launch in _TILED[options.tiles](dtype) if options.tiles else record(workload(dtype)):
             for capability in options.capabilities:
                 reads_code = name == "bfloat16" and capability == 90 and not options.tiles
                 row = report(launch, capability, reads_code)

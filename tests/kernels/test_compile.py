@@ -56,8 +56,9 @@ def test_compiles(capability, instruction, dtype):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ("bfloat16", "float32"))
-def test_every_tile_fits_hopper(dtype):
-    for row in compiled("90", "--tiles", "--dtype", dtype):
+@pytest.mark.parametrize("rows_are", ("rows", "positions"))
+def test_every_tile_fits_hopper(rows_are, dtype):
+    for row in compiled("90", "--tiles", rows_are, "--dtype", dtype):
         assert row["stack_bytes"] == 0, row  # no spilled registers
         assert row["shared_bytes"] <= 227 * 1024, row
         if row["kernel"] == "down_single_kernel":
