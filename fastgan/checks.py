@@ -48,7 +48,7 @@ def is_out_of_memory(error):
 
 
 def in_short(error, most=200):
-    """An exception in a part of a line: its type and the first sentence of what it says, of ``most`` characters."""
+    """An exception in a part of a line: its type and the first sentence of what it says, cut to ``most`` characters."""
     sentence = str(error).strip().partition("\n")[0].partition(". ")[0]
     return f"{type(error).__name__}: {sentence}"[:most]
 
