@@ -66,21 +66,9 @@ def conv_transpose2d_bn_act(
 
     Source: Ioffe & Szegedy 2015 (arXiv:1502.03167) for BatchNorm; Radford et al. 2015 (arXiv:1511.06434).
     """
-    layer = Layer(
-        transposed=True,
-        stride=pair("stride", stride),
-        padding=pair("padding", padding),
-        output_padding=pair("output_padding", output_padding),
-        activation=activation,
-        slope=negative_slope,
-        batch_norm=_any_of(gamma, beta, running_mean, running_var),
-        activation_first=activation_first,
-        batch_statistics=training,
-        momentum=momentum,
-        eps=eps,
-        groups=batch_groups,
-    )
-    return conv_bn_act(x, weight, bias, gamma, beta, running_mean, running_var, layer=layer)
+    tensors = (x, weight, bias, gamma, beta, running_mean, running_var)
+    of_batch_norm = (training, momentum, eps, activation_first, batch_groups)
+    return _run(True, tensors, stride, padding, output_padding, activation, negative_slope, *of_batch_norm)
 
 
 def conv2d_bn_act(
@@ -117,22 +105,38 @@ def conv2d_bn_act(
 
     Source: as `conv_transpose2d_bn_act`.
     """
+    tensors = (x, weight, bias, gamma, beta, running_mean, running_var)
+    of_batch_norm = (training, momentum, eps, activation_first, batch_groups)
+    return _run(False, tensors, stride, padding, 0, activation, negative_slope, *of_batch_norm)
+
+
+def _run(
+    transposed,
+    tensors,
+    stride,
+    padding,
+    output_padding,
+    activation,
+    negative_slope,
+    training,
+    momentum,
+    eps,
+    activation_first,
+    batch_groups,
+):
+    """Either of the two; tensors: all seven of them."""
     layer = Layer(
-        transposed=False,
+        transposed=transposed,
         stride=pair("stride", stride),
         padding=pair("padding", padding),
-        output_padding=(0, 0),
+        output_padding=pair("output_padding", output_padding),
         activation=activation,
         slope=negative_slope,
-        batch_norm=_any_of(gamma, beta, running_mean, running_var),
+        batch_norm=any([vector is not None for vector in tensors[3:]]),
         activation_first=activation_first,
         batch_statistics=training,
         momentum=momentum,
         eps=eps,
         groups=batch_groups,
     )
-    return conv_bn_act(x, weight, bias, gamma, beta, running_mean, running_var, layer=layer)
-
-
-def _any_of(*vectors):
-    return any(vector is not None for vector in vectors)
+    return conv_bn_act(*tensors, layer=layer)

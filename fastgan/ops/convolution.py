@@ -50,9 +50,7 @@ def plain_conv(x, weight, weight_copy, transposed, stride, padding, output_paddi
 def weight_grad_of(x, dz, weight, transposed, stride, padding, form=as_operator):
     """The weight's gradient of a convolution of x, for the gradient dz of its result."""
     if is_batched(x, dz):
-        extra = (0, 0)
-        if transposed:
-            extra = output_padding_for(dz.shape[2:], x.shape[2:], weight.shape[2:], stride, padding)
+        extra = output_padding_for(dz.shape[2:], x.shape[2:], weight.shape[2:], transposed, stride, padding)
         where = (stride, padding, (1, 1), transposed, extra, 1)
         like = in_dtype_of(x, weight, None)
         grads = torch.ops.aten.convolution_backward(dz, x, like, None, *where, (False, True, False))
@@ -230,7 +228,7 @@ def _weight_grad_backward(ctx, grad):
     if is_wanted(ctx, 0):
         low_grad = plain_conv(high, grad, None, False, stride, padding, [0, 0])
     if is_wanted(ctx, 1):
-        extra = output_padding_for(high.shape[2:], low.shape[2:], grad.shape[2:], stride, padding)
+        extra = output_padding_for(high.shape[2:], low.shape[2:], grad.shape[2:], True, stride, padding)
         high_grad = plain_conv(low, grad, None, True, stride, padding, extra)
     return low_grad, high_grad, None, None, None
 

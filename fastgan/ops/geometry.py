@@ -14,18 +14,18 @@ def conv_transpose_size(size, kernel, stride, padding, output_padding):
     ]
 
 
-def output_padding_for(out_size, size, kernel, stride, padding):
-    """The output_padding with which a transposed convolution of an input of (h, w) gives `out_size`."""
+def output_padding_for(out_size, size, kernel, transposed, stride, padding):
+    """The output_padding with which a transposed convolution makes `out_size` of (h, w); zeros for an ordinary one."""
+    if not transposed:
+        return [0, 0]
     sizes = conv_transpose_size(size, kernel, stride, padding, (0, 0))
     return [wanted - n for wanted, n in zip(out_size, sizes, strict=True)]
 
 
 def backward_where(size, kernel, transposed, stride, padding):
     """(transposed, stride, padding, output_padding) of the convolution that takes a gradient back to that `size`."""
-    extra = [0, 0]
-    if not transposed:
-        extra = output_padding_for(size, conv_size(size, kernel, stride, padding), kernel, stride, padding)
-    return not transposed, stride, padding, extra
+    where = (not transposed, stride, padding)
+    return *where, output_padding_for(size, conv_size(size, kernel, stride, padding), kernel, *where)
 
 
 def size_after(size, kernel, transposed, stride, padding, output_padding):

@@ -161,7 +161,7 @@ def _tile(choice):
 def _cudnn(x, weight, out_size, transposed, stride, padding):
     """aten's convolution without bias, in the strides of a channels_last tensor."""
     x = channels_last(x)
-    extra = output_padding_for(out_size, x.shape[2:], weight.shape[2:], stride, padding) if transposed else [0, 0]
+    extra = output_padding_for(out_size, x.shape[2:], weight.shape[2:], transposed, stride, padding)
     y = torch.ops.aten.convolution(x, weight, None, stride, padding, [1, 1], transposed, extra, 1)
     channels, (h, w) = y.shape[1], y.shape[2:]
     strides = (h * w * channels, 1, w * channels, channels)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from fastgan.checks import is_integer
 from fastgan.files import write_text
 
 _FORMAT = 1
@@ -131,7 +132,7 @@ def _parse(row):
 
 
 def _is_count(value):
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return is_integer(value) and value > 0
 
 
 def _pair(value):

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from fastgan.checks import is_number
+from fastgan.checks import is_integer, is_number
 
 
 def check_networks(generator, discriminator):
@@ -64,6 +64,6 @@ def checked_betas(betas):
 def latent_shape(latent_dim):
     """The shape of one latent."""
     shape = tuple(latent_dim) if isinstance(latent_dim, list | tuple) else (latent_dim,)
-    if not shape or not all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in shape):
+    if not shape or not all(is_integer(size) and size > 0 for size in shape):
         raise ValueError(f"latent_dim must be a positive integer or a shape of such; got {latent_dim!r}")
     return shape

@@ -226,7 +226,7 @@ def reference(problem, tensors):
         return (torch.ops.aten.convolution_backward(low, high, weight, *options)[1],)
     x, weight, *before = tensors
     transposed = problem.operation == "up"
-    extra = output_padding_for(problem.high, problem.low, problem.kernel, *where) if transposed else [0, 0]
+    extra = output_padding_for(problem.high, problem.low, problem.kernel, transposed, *where)
     y = torch.ops.aten.convolution(x, weight, None, *where, (1, 1), transposed, extra, 1)
     if problem.then == "statistics":
         var, mean = torch.var_mean(y, (0, 2, 3), correction=0)

@@ -29,7 +29,7 @@ if not HAS_GPU:  # each shape once, in one dtype and the other by turns
 LEAKY = dict(activation="leaky_relu", slope=0.2)
 
 
-def channels_last(*shape, dtype=torch.float32, device="cpu", seed=0):
+def normal(*shape, dtype=torch.float32, device="cpu", seed=0):
     random = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, generator=random).to(device, dtype).to(memory_format=torch.channels_last)
 
@@ -39,9 +39,9 @@ def ends(shape, dtype, device, images=48, low_channels=32, high_channels=32):
     kernel, stride, padding, size = shape
     high_size = [(n - 1) * stride - 2 * padding + kernel for n in size]
     how = dict(dtype=dtype, device=device)
-    low = channels_last(images, low_channels, *size, **how)
-    high = channels_last(images, high_channels, *high_size, **how)
-    weight = channels_last(low_channels, high_channels, kernel, kernel, seed=1, **how) / (low_channels**0.5 * kernel)
+    low = normal(images, low_channels, *size, **how)
+    high = normal(images, high_channels, *high_size, **how)
+    weight = normal(low_channels, high_channels, kernel, kernel, seed=1, **how) / (low_channels**0.5 * kernel)
     return low, high, weight
 
 
@@ -132,8 +132,8 @@ def test_taps_outside_of_the_image_are_left_out(device):
 )
 def test_what_does_not_fit_is_in_a_row(images, channels, high_size, why, device):
     how = dict(stride=(2, 2), padding=(1, 1), precision="ieee", tile=TILE, statistics=True)
-    low, weight = channels_last(images, 16, 2, 2, device=device), channels_last(16, channels, 4, 4, device=device)
-    high = channels_last(images, channels, *high_size, device=device)
+    low, weight = normal(images, 16, 2, 2, device=device), normal(16, channels, 4, 4, device=device)
+    high = normal(images, channels, *high_size, device=device)
 
     def upwards():
         return up.up(low, weight, high_size, **how)[0]
