@@ -9,6 +9,7 @@ A program hands `run` a function `build(options, channels)` that makes its GAN, 
 
 import argparse
 import copy
+import os
 import time
 from contextlib import closing
 from pathlib import Path
@@ -122,6 +123,7 @@ def _train(options, build):
 
 def _picture_file(out):
     """The file to draw: a new one, or one that an earlier run has drawn."""
+    out = os.path.expanduser(out)
     check_writable("out", out)
     out = Path(out)
     if out.is_dir():

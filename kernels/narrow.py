@@ -20,8 +20,8 @@ TILES = {
     2: (MatrixTile(256, 16, 64, 8, 1), MatrixTile(128, 16, 64, 4, 1), MatrixTile(128, 16, 64, 8, 1)),
     4: (MatrixTile(256, 16, 32, 8, 1), MatrixTile(128, 16, 32, 4, 1), MatrixTile(128, 16, 32, 8, 1)),
 }
-MOST_CHANNELS = 8
-MOST_COLUMNS = 128
+MOST_CHANNELS = 8  # of high
+MOST_COLUMNS = 128  # of the products, and of what a position picks up from them
 
 
 @triton.jit

@@ -12,9 +12,9 @@ import triton.language as tl
 from fastgan.kernels.launch import cdiv, next_power_of_2
 
 ALL = 1  # in a MatrixTile where the block of patches' numbers would stand: a program has all of them
-MOST_CHANNELS = 8
-MOST_COLUMNS = 128
-MOST_WIDTH = 128
+MOST_CHANNELS = 8  # of high
+MOST_COLUMNS = 128  # of a patch: taps × channels, each rounded up to a power of two
+MOST_WIDTH = 128  # of low: a block holds whole rows
 MOST_NUMBERS = 4 * 1536  # of high, that a row of low sees: several times as many have to fit in shared memory
 ALIGNMENT = 8  # numbers of two bytes that a load takes at once
 HALF_OF_BANKS = 64  # bytes of shared memory

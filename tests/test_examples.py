@@ -59,8 +59,10 @@ def test_a_program_explains_trains_and_draws(program, capsys):
     assert np.asarray(drawn).std() > 0
 
 
-def test_without_the_line_nothing_is_fused(capsys):
-    assert run("dcgan", "--no-fused") == 0
+def test_without_the_line_nothing_is_fused(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run("dcgan", "--no-fused", "--out", "~/stock.png") == 0
+    assert (tmp_path / "stock.png").is_file()
     output = capsys.readouterr().out
     assert "DCGAN: 0 of 6 convolutions fused" in output and "fused, " not in output
 

@@ -136,7 +136,7 @@ def _is_count(value):
 
 
 def _pair(value):
-    _check(len(value) == 2 and all(isinstance(n, int) and n >= 0 for n in value), f"no pair of sizes: {value!r}")
+    _check(len(value) == 2 and all(is_integer(n) and n >= 0 for n in value), f"no pair of sizes: {value!r}")
     return tuple(value)
 
 

@@ -82,7 +82,7 @@ def checkpoint_path(path):
             raise ValueError(f"{path} holds no {CHECKPOINT}")
         return path / CHECKPOINT
     if not path.is_file():
-        raise ValueError(f"checkpoint {path} does not exist")
+        raise ValueError(f"checkpoint {path} {'is no file' if path.exists() else 'does not exist'}")
     return path
 
 

@@ -1,6 +1,7 @@
 """The command line of the tuner: `python -m fastgan.tune --help`."""
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
@@ -147,6 +148,7 @@ def _checked(out, gpu):
             )
         check_writable("the user's table", out)
         return out
+    out = os.path.expanduser(out)
     if Path(out).is_dir():
         raise ValueError(f"--out must be a file; {out!r} is a folder")
     if why := why_no_table(out, gpu):

@@ -1,3 +1,4 @@
+import os
 import shutil
 
 import pytest
@@ -79,6 +80,9 @@ def test_options_that_are_not_allowed_in_a_checkpoint_are_refused(finished):
 def test_a_missing_checkpoint_and_a_folder_without_a_run_are_refused(finished, tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         resumed_run(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="is no file"):
+        load_generator(tmp_path / "pipe")
     (tmp_path / "bare").mkdir()
     with pytest.raises(ValueError, match=r"holds no checkpoint\.pt"):
         resumed_run(tmp_path / "bare")

@@ -116,6 +116,12 @@ def test_keeps_what_was_measured_with_the_same_versions(pretended, tmp_path, cap
     assert "measured with torch 1.0" in capsys.readouterr().err
 
 
+def test_out_may_be_in_the_home_folder(pretended, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert command.main([SHAPE, "--batch", "4", "--out", "~/tables/table.json"]) == 0
+    assert read_table(tmp_path / "tables" / "table.json")
+
+
 def test_failures_are_reported(pretended, tmp_path, capsys):
     pretended["up"] = "wrong result: error 1.0 > 0.1"
     assert command.main([SHAPE, "--batch", "4", "--out", str(tmp_path / "table.json")]) == 1
