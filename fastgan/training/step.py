@@ -232,6 +232,8 @@ class TrainStep:
     def _discriminate(self, real_images):
         """Give the discriminator its gradients; returns the fake images, its loss and both mean probabilities."""
         real_images = self._draw() if real_images is None else real_images
+        if real_images.dtype not in (self.dtype, self.autocast_dtype):  # NumPy's float64, say
+            real_images = real_images.to(self.dtype)
         latent = torch.randn(len(real_images), *self.latent_shape, device=self.device, dtype=self.dtype)
         fake_images = self._generate(latent) if self.one_pass else None
         if self.one_pass and self._takes_both(real_images, fake_images):

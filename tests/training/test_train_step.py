@@ -150,6 +150,17 @@ def test_bf16_keeps_parameters_and_losses_in_float32():
     assert all(p.dtype == torch.float32 and p.grad.dtype == torch.float32 for p in generator.parameters())
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("one_pass", [True, False])
+def test_images_of_another_floating_dtype_train_as_those_of_the_networks(one_pass, precision):
+    images, found = real_batches(1, dtype=torch.float32)[0], []
+    for real in (images, images.double()):
+        torch.manual_seed(2)
+        options = dict(latent_dim=NZ, precision=precision, one_pass=one_pass)
+        found.append(TrainStep(*make_networks(dtype=torch.float32), **options)(real))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
 def test_fp16_scales_the_losses_and_not_the_updates(monkeypatch):
     # The CPU computes in float16 too, only too slowly to be offered.
     monkeypatch.setattr("fastgan.training.step.check_precision", lambda precision, device: None)
