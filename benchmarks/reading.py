@@ -30,7 +30,7 @@ def is_cpu(device):
 
 
 @dataclass
-class Run:
+class BenchmarkRun:
     """One run of the benchmarks on one device: ``entries`` are dicts of what each benchmark noted, with ``group``,
     ``fullname`` and ``seconds`` (the median of a call); ``not_run`` has the same without times, and ``reason``;
     ``note`` is what somebody who changed the file by hand says of it."""
@@ -95,7 +95,7 @@ class Profile:
 
 
 def load(path):
-    """The Run or the Profile in a JSON file.
+    """The BenchmarkRun or the Profile in a JSON file.
 
     Raises:
         ValueError: there is no such file, or it is neither.
@@ -131,7 +131,7 @@ def load_folder(folder, new=None):
         if loaded.name in known:
             raise ValueError(f"{known[loaded.name]} and {path} are both from {loaded.device}: remove one of them")
         known[loaded.name] = path
-        if isinstance(loaded, Run):
+        if isinstance(loaded, BenchmarkRun):
             runs.append(loaded)
         else:
             profiles[slug(loaded.device)] = loaded
@@ -167,7 +167,9 @@ def _run(path, content):
         raise ValueError(f"{path} must come from one device; it has {', '.join(devices)}")
     _check(path, "", content)
     first, date = entries[0], str(content.get("datetime", ""))[:10] or "of unknown date"
-    return Run(first["device"], date, first["torch"], first.get("triton"), entries, not_run, content.get("note"))
+    return BenchmarkRun(
+        first["device"], date, first["torch"], first.get("triton"), entries, not_run, content.get("note")
+    )
 
 
 def is_timed(group, about):

@@ -227,7 +227,7 @@ class PeakMemory:
 
         torch.cuda.CUDAGraph.capture_begin, torch.cuda.CUDAGraph.capture_end = capture_begin, capture_end
         try:
-            yield self
+            yield
         finally:
             torch.cuda.CUDAGraph.capture_begin, torch.cuda.CUDAGraph.capture_end = begin, end
 

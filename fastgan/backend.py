@@ -87,8 +87,8 @@ def transformed():
 
 
 @constant_result
-def observed():
-    """Whether a dispatch mode sees every operator and may keep its result, as selective checkpointing does."""
+def has_dispatch_mode():
+    """Whether a TorchDispatchMode sees every operator and may keep its result, as selective checkpointing does."""
     return torch._C._len_torch_dispatch_stack() > 0
 
 

@@ -16,6 +16,6 @@ def batch_groups(groups):
     return _groups.holding(groups)
 
 
-def current_groups():
+def current_batch_groups():
     """What the innermost `batch_groups` says, 1 outside of any."""
     return _groups.current()

@@ -78,12 +78,11 @@ def first_few(things, separator=", "):
     return separator.join(said[:5] + ["…"] * (len(said) > 5))
 
 
-def pair(name, value):
-    """An int or a pair of ints as a pair."""
+def pair(name, value, least=0):
+    """An int or a pair of ints as a pair; ValueError for anything else, and for ints below ``least``."""
     values = value if isinstance(value, list | tuple) else [value, value]
     if len(values) != 2 or not all(map(is_integer, values)):
         raise ValueError(f"{name} must be an int or a pair of ints; got {value!r}")
-    least = 1 if name == "stride" else 0
     if min(values) < least:
         raise ValueError(f"{name} must be at least {least}; got {value!r}")
     return tuple(values)

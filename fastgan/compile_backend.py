@@ -22,10 +22,10 @@ from fastgan.graph_patterns import (
     sole_user,
     stays_stock,
 )
-from fastgan.layout import contiguous, suggests_channels_last
-from fastgan.ops import layer as fused
+from fastgan.layout import default_layout, suggests_channels_last
+from fastgan.ops import fused_layer
 from fastgan.ops.choice import what_follows
-from fastgan.ops.constants import Layer
+from fastgan.ops.layer_spec import LayerSpec
 from fastgan.patterns import WRITTEN_TO
 
 _CONVOLUTIONS = {  # how each is called
@@ -38,6 +38,8 @@ _CONVOLUTIONS |= {F.conv2d: _CONVOLUTIONS[torch.conv2d], F.conv_transpose2d: _CO
 _BATCH_NORM = inspect.signature(
     lambda x, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5: None
 )
+# Modules of the functions by which a graph switches gradients, autocast or transforms on and off.
+_SWITCHES = ("torch._C", "torch.amp.autocast_mode", "torch._C._functorch", "torch._functorch.predispatch")
 
 
 def fastgan(graph_module, example_inputs, *, mode=None, options=None):
@@ -55,7 +57,7 @@ def fastgan(graph_module, example_inputs, *, mode=None, options=None):
 
 
 @dataclass
-class Found:
+class CapturedGroup:
     """A convolution in a captured graph: the nodes that run as one operator, or why it stays as it is."""
 
     nodes: list[fx.Node]
@@ -108,7 +110,7 @@ class Found:
 
 
 def find(graph):
-    """[Found] of all convolutions of a captured graph, in its order."""
+    """[CapturedGroup] of all convolutions of a captured graph, in its order."""
     nodes = [node for node in graph.nodes if node.op == "call_function" and node.target in _CONVOLUTIONS]
     return [_find(node) for node in nodes]
 
@@ -119,14 +121,14 @@ def rewrite(graph_module):
     calls = [_replace(graph, match) for match in find(graph) if match.fused]
     for call in calls:
         if not suggests_channels_last(call.meta["example_value"]):  # which is stock's result
-            restore_layout(call, calls, contiguous)
+            restore_layout(call, calls, default_layout)
     if calls:
         graph.lint()
         graph_module.recompile()
 
 
 def _find(conv):
-    match = Found([conv], _arguments(_CONVOLUTIONS[conv.target], conv))
+    match = CapturedGroup([conv], _arguments(_CONVOLUTIONS[conv.target], conv))
     match.reason = _why_not_conv(match.convolution)
     if match.reason:
         match.fused = False
@@ -159,7 +161,7 @@ def _why_not_conv(arguments):
         return f"dilation={arguments['dilation']}"
     if isinstance(arguments["padding"], str):
         return f"padding={arguments['padding']!r}"
-    if not fused.has_kernels_for(x):
+    if not fused_layer.has_kernels_for(x):
         return f"no kernels for {x.dtype} on {x.device.type!r}"
     return ""
 
@@ -222,16 +224,13 @@ def _counts(node, inputs):
     return isinstance(value, torch.Tensor) and value.dim() == 0 and not value.dtype.is_floating_point
 
 
-_SWITCHES = ("torch._C", "torch.amp.autocast_mode", "torch._C._functorch", "torch._functorch.predispatch")
-
-
 def _replace(graph, match):
     """Returns the call that takes the place of the group."""
     last = match.nodes[-1]
     # As they are now: an operator may have taken the place of the layer before.
     conv = _arguments(_CONVOLUTIONS[match.nodes[0].target], match.nodes[0])
-    where = [_pair(conv.get(name, 0)) for name in ("stride", "padding", "output_padding")]
-    layer = Layer(match.transposed, *where, *match.activation, match.batch_norm is not None, match.activation_first)
+    sizes = [_pair(conv.get(name, 0)) for name in ("stride", "padding", "output_padding")]
+    layer = LayerSpec(match.transposed, *sizes, *match.activation, match.batch_norm is not None, match.activation_first)
     vectors = (None,) * 4
     if match.batch_norm is not None:
         norm = _arguments(_BATCH_NORM, next(node for node in match.nodes if node.target is F.batch_norm))
@@ -248,4 +247,4 @@ def _replace(graph, match):
 
 def _fused_call(x, weight, bias, gamma, beta, running_mean, running_var, layer):
     """A captured group as one operator, on tensors."""
-    return fused.conv_bn_act(x, weight, bias, gamma, beta, running_mean, running_var, layer=layer)
+    return fused_layer.conv_bn_act(x, weight, bias, gamma, beta, running_mean, running_var, layer=layer)

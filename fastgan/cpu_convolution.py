@@ -22,8 +22,8 @@ from fastgan.cpu_products import (
 )
 from fastgan.first_order import only_first_order
 from fastgan.layer_code import has_own_code
-from fastgan.layout import contiguous, suggests_channels_last
-from fastgan.ops.geometry import backward_where, out_size
+from fastgan.layout import default_layout, suggests_channels_last
+from fastgan.ops.geometry import backward_conv_args, out_size
 from fastgan.patterns import unfit_setting
 from fastgan.wanted import is_wanted
 
@@ -35,14 +35,19 @@ _HALF_INSTRUCTIONS = {torch.bfloat16: ("amx_bf16", "avx512_bf16"), torch.float16
 _POSITIONS_A_CHANNEL = 8
 _LEAST_CHANNELS = 16  # a narrow product leaves the CPU's vectors half empty
 # In float32 PyTorch's wait for copies of large weights, from 256×512 channels of 4×4 taps on, where a low side of few
-# positions makes their arithmetic small. How many times as long as products they take, with cold caches as in a step,
-# two threads each: weight gradients 1.2, for 512×1024 channels 2.1 to 2.4 (an AMD EPYC with AVX-512); convolutions from
-# the low side 1.3 to 1.4, to it 1.1 to 1.3, for 512×512 channels down to two positions a side and fewer 2 (an Intel
-# Xeon, where it is the same for weights that are not channels_last; as products they were not measured on the EPYC).
-# Without AVX-512 (another EPYC, batches of 1 to 32, both layouts) and with strides: weight gradients 1.1 to 8, more for
-# one position; convolutions to the low side 1.1 to 2.8, twice that for 512×1024 channels; from it 0.7 to 1.0 for
-# 256×512, 0.7 to 1.9 and mostly above 1 for 512×512 (of one position up to 4.6), 0.9 to 2.9 for 512×1024. Without
-# strides, of 3×3 taps: weight gradients of more than one image 1.0 to 10, the others 0.6 to 1.8.
+# positions makes their arithmetic small. How many times as long as products they take (two threads, cold caches as in a
+# step, stride 2, batches of 1 to 32 on the last CPU; – was not measured):
+#
+#     channels                    EPYC, AVX-512   Xeon          EPYC without AVX-512
+#     weight gradient   256×512   1.2             –             1.1 to 8, for all sizes; more for one position
+#                       512×1024  2.1 to 2.4      –
+#     from the low side 256×512   –               1.3 to 1.4    0.7 to 1.0
+#                       512×512   –               1.3 to 1.4    0.7 to 1.9, mostly above 1; one position up to 4.6
+#                       512×1024  –               1.3 to 1.4    0.9 to 2.9
+#     to the low side             –               1.1 to 1.3    1.1 to 2.8; for 512×1024 twice that
+#
+# 512×512 at two positions a side and fewer: 2 on the Xeon, where weights in the default layout are the same. Without
+# AVX-512 and without strides (3×3 taps): weight gradients of more than one image 1.0 to 10, the others 0.6 to 1.8.
 _WIDE_ELEMENTS, _FEW_POSITIONS = 2**21, 16
 _WIDE_ELEMENTS_UPWARDS = 2**22  # without AVX-512, from the low side
 # PyTorch pads an image's channels to eight. Up to so many of them the product is 1.3 to 5 times as fast in float32, if
@@ -51,20 +56,20 @@ _WIDE_ELEMENTS_UPWARDS = 2**22  # without AVX-512, from the low side
 _IMAGE_CHANNELS, _IMAGE_CHANNELS_IN_HALF, _LEAST_LOW = 3, 1, 2**17
 
 
-def convolve(x, conv, forward, *, has_own_strides=False, may_be_view=True):
+def convolve(x, conv, forward, *, keeps_memory=False, may_be_view=True):
     """The result of `forward`, which is that of the Conv2d or ConvTranspose2d `conv`, for x on any device.
 
     Args:
-        has_own_strides: whether stock hands on the convolution's own tensor, of which no BatchNorm or activation makes
-            another. With one position or one channel it then needs stock's strides, which the next layer goes by.
-        may_be_view: whether nobody but a BatchNorm gets the result. Others may call detach_() of it, which fails on a
-            view, and not on stock's.
+        keeps_memory: whether stock hands on the convolution's own tensor: nothing follows, or an activation in place.
+            Of one channel or one position it then needs stock's strides, which the next layer goes by.
+        may_be_view: whether nobody but a BatchNorm gets the result. Other code may call ``detach_()`` of it, which
+            fails on a view.
     """
     if not isinstance(x, torch.Tensor) or not x.is_cpu or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return forward(x)
     parameters = conv._parameters  # without those of a parametrized layer, which would be computed
     weight = parameters.get("weight")
-    if weight is None or _is_ordinary(x, weight, conv):
+    if weight is None or _surely_gains_nothing(x, weight, conv):
         return forward(x)
     bias = parameters.get("bias")
     if "bias" not in parameters or x.dim() != 4 or unfit_setting(conv) or has_own_code(conv.__dict__):
@@ -72,28 +77,28 @@ def convolve(x, conv, forward, *, has_own_strides=False, may_be_view=True):
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     trains = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     working = torch.float32 if _gains_in_float32(dtype, trains) else dtype
-    compute, where = _one_position(x, weight, conv), ()
+    compute, conv_args = _one_position(x, weight, conv), ()
     if compute is None:
-        by_products = _gains(x, weight, conv, working)
+        by_products = _any_product_gains(x, weight, conv, working)
         if not by_products and working == dtype:
             return forward(x)
         compute = Convolution.apply if by_products else _convolution
-        where = (conv.transposed, conv.stride, conv.padding, conv.output_padding)
+        conv_args = (conv.transposed, conv.stride, conv.padding, conv.output_padding)
     if not (_is_plain(x, weight, bias, conv) and _are_cast(dtype, x, weight, bias) and _multiplies_in(working)):
         return forward(x)
     with backend.without_autocast("cpu"):  # or products of float32 would be of less
         # Autocast's weights are copies, so that the weight may be updated before a backward of this result.
-        y = compute(x.to(working), weight.to(working, copy=trains and weight.dtype != dtype), *where)
+        y = compute(x.to(working), weight.to(working, copy=trains and weight.dtype != dtype), *conv_args)
         y = (y if bias is None else y + bias.to(working)[:, None, None]).to(dtype)
     n, channels, *size = y.shape
     either = (channels == 1) != (size == [1, 1])  # the numbers lie alike in both layouts, strides tell which it is
-    if has_own_strides and either and (suggests_channels_last(weight) or suggests_channels_last(x)):
+    if keeps_memory and either and (suggests_channels_last(weight) or suggests_channels_last(x)):
         y = y.flatten(1).view(n, *size, channels).permute(0, 3, 1, 2)
     return y if may_be_view or not y._is_view() or only_first_order() else y.clone()
 
 
-def _is_ordinary(x, weight, conv):
-    """Whether float32 and a few sizes tell that nothing gains: most layers are such, and every call asks."""
+def _surely_gains_nothing(x, weight, conv):
+    """Whether dtype and a few sizes tell that no product gains: most layers are such, and every call asks."""
     return (
         x.dtype == torch.float32
         and weight.numel() < _WIDE_ELEMENTS
@@ -145,13 +150,13 @@ def lacks_avx512():
     return has.get("architecture") == "x86_64" and not has.get("avx512_f")
 
 
-def _waits_for_more():
-    """Whether convolutions wait for large weights in more than weights' gradients in channels_last."""
+def _is_slow_with_large_weights():
+    """Whether more is slow on this CPU than weight gradients in channels_last."""
     return _is_intel() or lacks_avx512()
 
 
-def _waits(weight, upwards, stride):
-    """Whether a convolution from the low side of so large a weight (`upwards`), or to it, waits for that."""
+def _is_slow_with(weight, upwards, stride):
+    """Whether PyTorch's convolution with so large a weight is slow, from the low side (`upwards`) or to it."""
     if lacks_avx512():
         return max(stride) > 1 and (not upwards or weight.numel() >= _WIDE_ELEMENTS_UPWARDS)
     return _is_intel()
@@ -165,7 +170,7 @@ def _is_plain(x, weight, bias, conv):
         and x.numel() > 0
         and x.shape[1] == in_channels
         and (bias is None or bias.shape == (out_channels,))
-        and not (backend.transformed() or backend.observed())
+        and not (backend.transformed() or backend.has_dispatch_mode())
     )
 
 
@@ -189,12 +194,12 @@ def _one_position(x, weight, conv):
     return from_one_position if conv.transposed else to_one_position
 
 
-def _gains(x, weight, conv, dtype):
+def _any_product_gains(x, weight, conv, dtype):
     """Whether anything of a convolution runs another way as a `Convolution`, forward or backward."""
     learns = torch.is_grad_enabled() and weight.requires_grad
     to_image = _goes_to_image(x, weight, conv)
     if dtype == torch.float32:
-        large = weight.numel() >= _WIDE_ELEMENTS and (learns or _waits_for_more())
+        large = weight.numel() >= _WIDE_ELEMENTS and (learns or _is_slow_with_large_weights())
     else:
         large = learns
     if not (to_image or large):
@@ -214,14 +219,14 @@ def _gains(x, weight, conv, dtype):
 
 
 def _is_wide(low_size, weight, dtype):
-    """Whether a weight's gradient is faster as products, and what else it computes where that `_waits`."""
+    """Whether a weight gradient is faster as products, as are the convolutions that are `_is_slow_with` it."""
     positions = low_size[0] * low_size[1]
     large = dtype == torch.float32 and weight.numel() >= _WIDE_ELEMENTS
     if not large or positions > _FEW_POSITIONS:
         return False
     if suggests_channels_last(weight):
         return weight.is_contiguous(memory_format=torch.channels_last)
-    return weight.is_contiguous() and _waits_for_more()
+    return weight.is_contiguous() and _is_slow_with_large_weights()
 
 
 def _is_to_image(batch, low_size, weight_shape, dtype):
@@ -252,7 +257,7 @@ def _weight_grad_for(batch, low_size, weight, dtype):
 
 
 def _convolution(x, weight, transposed, stride, padding, output_padding):
-    """PyTorch's."""
+    """PyTorch's convolution, without a bias."""
     return torch.convolution(x, weight, None, stride, padding, (1, 1), transposed, output_padding, 1)
 
 
@@ -262,7 +267,7 @@ def _by_products(x, weight, upwards, size, stride, padding, layouts):
     `layouts`: the tensors of which one at least is channels_last where the result is to be.
     """
     low = x.shape[2:] if upwards else size
-    gains = _waits(weight, upwards, stride) and _is_wide(low, weight, x.dtype)
+    gains = _is_slow_with(weight, upwards, stride) and _is_wide(low, weight, x.dtype)
     if not upwards:
         return to_low(x, weight, stride, padding, layouts) if gains else None
     gains = gains or _is_to_image(len(x), low, weight.shape, x.dtype)
@@ -280,16 +285,16 @@ class Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, transposed, stride, padding, output_padding):
         ctx.save_for_backward(x, weight)
-        ctx.where = transposed, stride, padding, output_padding
-        size = out_size(x, weight, *ctx.where)
+        ctx.conv_args = transposed, stride, padding, output_padding
+        size = out_size(x, weight, *ctx.conv_args)
         y = _by_products(x, weight, transposed, size, stride, padding, (x, weight))
-        return _convolution(x, weight, *ctx.where) if y is None else y
+        return _convolution(x, weight, *ctx.conv_args) if y is None else y
 
     @staticmethod
     @backend.without_autocast("cpu")
     def backward(ctx, dout):
         x, weight = ctx.saved_tensors
-        transposed, stride, padding, output_padding = ctx.where
+        transposed, stride, padding, output_padding = ctx.conv_args
         low, high = (x, dout) if transposed else (dout, x)
         wants_x, wants_weight = is_wanted(ctx, 0), is_wanted(ctx, 1)
         dx = weight_grad = None
@@ -297,9 +302,10 @@ class Convolution(torch.autograd.Function):
             pass  # it maps what PyTorch has for both of them
         elif torch.is_grad_enabled():  # create_graph=True: autograd follows what gives the gradients
             if wants_x:
-                dx = Convolution.apply(dout, weight, *backward_where(x.shape[2:], weight.shape[2:], *ctx.where[:3]))
+                back = backward_conv_args(x.shape[2:], weight.shape[2:], transposed, stride, padding)
+                dx = Convolution.apply(dout, weight, *back)
                 if not (suggests_channels_last(x) or suggests_channels_last(weight)):
-                    dx = contiguous(dx)
+                    dx = default_layout(dx)
         else:
             if wants_x:
                 dx = _by_products(dout, weight, not transposed, x.shape[2:], stride, padding, (x, weight))
@@ -308,7 +314,7 @@ class Convolution(torch.autograd.Function):
         dweight = None if weight_grad is None else weight_grad(low, high, weight, stride, padding)
         left = (wants_x and dx is None, wants_weight and dweight is None, False)
         if any(left):
-            where = (stride, padding, (1, 1), transposed, output_padding, 1)
-            found = torch.ops.aten.convolution_backward(dout, x, weight, None, *where, left)
+            options = (stride, padding, (1, 1), transposed, output_padding, 1)
+            found = torch.ops.aten.convolution_backward(dout, x, weight, None, *options, left)
             dx, dweight = (found[0] if left[0] else dx), (found[1] if left[1] else dweight)
         return dx, dweight, None, None, None, None

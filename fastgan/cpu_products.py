@@ -114,7 +114,7 @@ def _by_position(low):
 
 
 def _rows(tensor, weight):
-    """(length of a weight or of a batch, all that each has) in the order of the weight: of that a view."""
+    """(len(tensor), all else), flattened in the memory order of `weight`; of the weight itself it is a view."""
     return (tensor.permute(0, 2, 3, 1) if suggests_channels_last(weight) else tensor).reshape(len(tensor), -1)
 
 
@@ -135,13 +135,17 @@ def _patches(high, weight, stride, padding):
 
 
 def weight_grad_of_all_taps(low, high, weight, stride, padding):
+    """The weight gradient as one product over all positions of the low side."""
     patches = _patches(high, weight, stride, padding).reshape(-1, weight[0].numel())
     return _of_rows(torch.mm(_by_position(low).t(), patches), weight)
 
 
 def weight_grad_tap_by_tap(low, high, weight, stride, padding):
-    """For a channels_last weight: each tap of those positions only that have one there, of a 4×4 kernel on a side of
-    4×4 of 9 to 16 of them."""
+    """The weight gradient by one product for each tap of the kernel, for a channels_last weight.
+
+    Each takes only the positions whose tap lies inside the image: of a 4×4 low side (kernel 4, stride 2, padding 1)
+    9 to 16 of the 16.
+    """
     low_channels, high_channels, *kernel_size = weight.shape
     dweight = low.new_empty(low_channels, *kernel_size, high_channels)
     low, high = low.permute(2, 3, 0, 1), high.permute(2, 3, 0, 1)  # (height, width, N, channels)

@@ -13,7 +13,7 @@ from fastgan.fusion import all_groups, check_module, groups_of, plans_of, runnin
 from fastgan.graph_forward import GraphForward
 from fastgan.group_calls import is_distributed
 from fastgan.ops.choice import choose, conv_problem
-from fastgan.ops.layer import compute_dtype
+from fastgan.ops.fused_layer import compute_dtype
 from fastgan.patterns import is_sequential
 from fastgan.random_numbers import random_numbers_kept
 
@@ -132,11 +132,11 @@ def _implementation(group, sizes):
     conv = group.modules[0]
     parameter = next(conv.parameters())  # to look at a parametrized weight would compute it
     channels = (conv.in_channels, conv.out_channels) if conv.transposed else (conv.out_channels, conv.in_channels)
-    where = (conv.transposed, conv.stride, conv.padding)
-    return _choice(parameter, sizes, (*channels, *conv.kernel_size), where, group.then)
+    geometry = (conv.transposed, conv.stride, conv.padding)
+    return _choice(parameter, sizes, (*channels, *conv.kernel_size), geometry, group.then)
 
 
-def _choice(like, sizes, weight_shape, where, then):
+def _choice(like, sizes, weight_shape, geometry, then):
     """(implementation, reason) of a convolution of tensors like `like`."""
     device, dtype = like.device, compute_dtype(like)
     implementation, reason = backend.select(device, dtype)
@@ -145,7 +145,7 @@ def _choice(like, sizes, weight_shape, where, then):
     if not sizes:
         return "by shape", "Triton or cuDNN, as measured for each shape: explain(model, inputs) says which"
     x, weight = (torch.empty(shape, dtype=dtype, device="meta") for shape in (sizes[0], weight_shape))
-    choice = choose(conv_problem(x, weight, *where, sizes[1][2:], then=then), device)
+    choice = choose(conv_problem(x, weight, *geometry, sizes[1][2:], then=then), device)
     return choice.implementation, choice.why
 
 

@@ -14,6 +14,7 @@ from fastgan.forward_code import TORCH, Untraceable, of_torch
 from fastgan.watching import MISSING, freeze
 
 _CONTAINER_FILE = sys.modules[nn.Sequential.__module__].__file__
+# What is looked up in these files, of ours and beside this one, is the tracer's own and none of the forward's.
 _FILES = ("forward_reads.py", "forward_code.py", "layer_code.py", "watching.py", "tracing.py", "patterns.py")
 _OURS = tuple(str(Path(__file__).with_name(name)) for name in _FILES)
 

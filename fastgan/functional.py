@@ -1,13 +1,14 @@
 """The fused operators: convolution + BatchNorm + activation, and the GAN losses on logits.
 
-Each runs our Triton kernels on CUDA and the plain-torch reference that stands beside it elsewhere; the environment
-variable FASTGAN_BACKEND (auto, triton or reference) forces one. See `fastgan.backend.select`.
+On CUDA a convolution runs as our Triton kernel, or as cuDNN with our passes around it, whichever was measured to be the
+faster (`fastgan.ops.choice`), and a loss as our kernel; elsewhere each is the plain torch of its reference. The
+environment variable FASTGAN_BACKEND (auto, triton or reference) forces one: see `fastgan.backend.select`.
 """
 
 from fastgan.checks import pair
 from fastgan.losses import discriminator_bce, generator_bce
-from fastgan.ops.constants import Layer
-from fastgan.ops.layer import conv_bn_act
+from fastgan.ops.fused_layer import conv_bn_act
+from fastgan.ops.layer_spec import LayerSpec
 
 __all__ = ["conv2d_bn_act", "conv_transpose2d_bn_act", "discriminator_bce", "generator_bce"]
 
@@ -125,9 +126,9 @@ def _run(
     batch_groups,
 ):
     """Either of the two; tensors: all seven of them."""
-    layer = Layer(
+    layer = LayerSpec(
         transposed=transposed,
-        stride=pair("stride", stride),
+        stride=pair("stride", stride, least=1),
         padding=pair("padding", padding),
         output_padding=pair("output_padding", output_padding),
         activation=activation,
@@ -137,6 +138,6 @@ def _run(
         batch_statistics=training,
         momentum=momentum,
         eps=eps,
-        groups=batch_groups,
+        batch_groups=batch_groups,
     )
     return conv_bn_act(*tensors, layer=layer)

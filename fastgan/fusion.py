@@ -14,11 +14,11 @@ import torch
 from torch import fx, nn
 
 from fastgan import backend
-from fastgan.batch_groups import current_groups
-from fastgan.graph_forward import GraphForward, Plan, is_graph_forward, look_like_own
+from fastgan.batch_groups import current_batch_groups
+from fastgan.graph_forward import CallPlan, GraphForward, is_graph_forward, look_like_own
 from fastgan.group_calls import run_layers, run_parts
 from fastgan.layout import in_stock_layout
-from fastgan.ops import layer as fused
+from fastgan.ops import fused_layer
 from fastgan.patterns import in_order, is_sequential, match, passes_through
 from fastgan.watching import Watch
 
@@ -111,15 +111,15 @@ def groups_of(container, kinds=()):
 
 
 def plans_of(container, kinds=()):
-    """The Plans of a container with a forward of its own for these kinds of calls: see `groups_of`."""
+    """The CallPlans of a container with a forward of its own for these kinds of calls: see `groups_of`."""
     if is_graph_forward(container):
         return [container.forward.plan(kind) for kind in kinds or (None,)]
     if "forward" in container.__dict__:
-        return [Plan("its forward was replaced")]
+        return [CallPlan("its forward was replaced")]
     if not any(isinstance(module, nn.modules.conv._ConvNd) for module in container.modules()):
-        return [Plan("it has no convolutions")]
+        return [CallPlan("it has no convolutions")]
     if not isinstance(type(container).forward, types.FunctionType):
-        return [Plan(f"its forward is a {type(type(container).forward).__name__}")]
+        return [CallPlan(f"its forward is a {type(type(container).forward).__name__}")]
     return [GraphForward(container).plan()]
 
 
@@ -156,7 +156,7 @@ class SequentialForward:
     """Takes the place of an nn.Sequential's forward: its layers in their order, groups of them as one operator."""
 
     def __init__(self, container):
-        self.container, self._kept = container, None
+        self.container, self._matched = container, None
         look_like_own(self, container)
 
     def __getstate__(self):
@@ -172,7 +172,7 @@ class SequentialForward:
         # A trace shows the layers, hooks on all modules want them called, and within torch.func's transforms nothing
         # may be done in place; but only our groups take a batch in parts.
         if isinstance(input, fx.Proxy) or (
-            (any(backend.HOOKS_OF_ALL) or backend.transformed()) and current_groups() == 1
+            (any(backend.HOOKS_OF_ALL) or backend.transformed()) and current_batch_groups() == 1
         ):
             return type(container).forward(container, input)
         x, groups, i = input, self._groups(), 0
@@ -184,12 +184,12 @@ class SequentialForward:
             while end < len(groups) and groups[end].fused:
                 end += 1
             # Asked once for groups in a row: none moves x to another device, or to a dtype without kernels.
-            if fused.has_kernels_for(x):
+            if fused_layer.has_kernels_for(x):
                 x = _run_operators(groups[i:end], x)
             else:
-                observed = backend.observed()
+                seen = backend.has_dispatch_mode()
                 for group in groups[i:end]:
-                    forwards = group.own_forwards if observed else group.forwards
+                    forwards = group.own_forwards if seen else group.forwards
                     x = run_layers(x, group.modules[0], forwards, group.batch_norm, group.keeps_memory)
             i = end
         return x
@@ -199,12 +199,12 @@ class SequentialForward:
         container = self.container
         if torch.compiler.is_compiling():
             return groups_of(container)
-        if self._kept is None or not self._kept.holds():
-            self._kept = _Kept(container)
-        return self._kept.groups
+        if self._matched is None or not self._matched.holds():
+            self._matched = _MatchedGroups(container)
+        return self._matched.groups
 
 
-class _Kept:
+class _MatchedGroups:
     """The Groups of the modules that a container calls in a row, with what they depend on."""
 
     def __init__(self, container):

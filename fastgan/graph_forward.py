@@ -12,11 +12,11 @@ from torch import fx, nn
 from torch.fx.experimental.symbolic_shapes import guard_scalar
 
 from fastgan import backend
-from fastgan.batch_groups import batch_groups, current_groups
+from fastgan.batch_groups import batch_groups, current_batch_groups
 from fastgan.graph_patterns import changes_in_place, find_groups, restore_layout
 from fastgan.group_calls import run_parts, run_stock
 from fastgan.layout import in_stock_layout
-from fastgan.ops import layer as fused
+from fastgan.ops import fused_layer
 from fastgan.patterns import Part
 from fastgan.tracing import TENSOR, Untraceable, trace
 from fastgan.watching import Watch, freeze
@@ -72,28 +72,28 @@ class GraphForward:
                 # All is as it was, or the plan would be another; but only here torch.compile sees what it depends on.
                 if not compiling or (guarded is not None and _as_it_was(guarded, parents)):
                     return run(container, *tensors)
-        forward, groups = functools.partial(type(container).forward, container), current_groups()
-        if groups > 1 and any([isinstance(m, nn.modules.batchnorm._BatchNorm) for m in container.modules()]):
-            return _in_parts(forward, groups, args, kwargs)
+        forward, parts = functools.partial(type(container).forward, container), current_batch_groups()
+        if parts > 1 and any([isinstance(m, nn.modules.batchnorm._BatchNorm) for m in container.modules()]):
+            return _in_parts(forward, parts, args, kwargs)
         return forward(*args, **kwargs)
 
     def _wants_graph(self, given, tensors):
         """Whether there are kernels where any of the arguments is, and nobody else traces it to see the layers."""
         if any([isinstance(value, fx.Proxy) for value in given.values()]):
             return False
-        return current_groups() > 1 or any([fused.may_have_kernels(tensor) for tensor in tensors])
+        return current_batch_groups() > 1 or any([fused_layer.may_have_kernels(tensor) for tensor in tensors])
 
     def kind_of(self, args, kwargs):
-        """What is known of a call in advance, by which its Plan is found; None of one that does not fit the forward."""
+        """What is known of a call in advance, by which its CallPlan is found; None of one that does not fit."""
         given, fits = self._bind(args, kwargs)
         return self._kind(given) if fits else None
 
     def plan(self, kind=None):
-        """The Plan of a kind of calls; if none is given, of those with tensors for all that has no default."""
+        """The CallPlan of a kind of calls; if none is given, of those with tensors for all that has no default."""
         if type(self.container).forward is not self._forward:
             self._prepare()
         if not self._names:
-            return Plan("it takes any number of arguments")
+            return CallPlan("it takes any number of arguments")
         needed = [p.name for p in self._parameters if p.default is p.empty]
         return self._plan_for(kind or (self.container.training, tuple(needed), ()))
 
@@ -118,7 +118,7 @@ class GraphForward:
         if constants:
             key = freeze(key)
             if key is None:
-                return Plan("it is called with a constant that can change")
+                return CallPlan("it is called with a constant that can change")
         plans = self._plans.get(key, ())
         for i, plan in enumerate(plans):
             if plan.watch.holds():
@@ -167,24 +167,24 @@ class GraphForward:
             given = ", ".join([*names, *(f"{name}={value!r}" for name, value in constants)])
             text = f"{type(self.container).__name__}.forward({given}) and most other new calls run stock: {why}"
             warnings.warn(text, RuntimeWarning, stacklevel=2)
-        return Plan(why)
+        return CallPlan(why)
 
 
-def _in_parts(forward, groups, args, kwargs):
-    """forward(*args, **kwargs) for each of the parts that a batch has: layers that run by themselves know of none."""
+def _in_parts(forward, parts, args, kwargs):
+    """forward(*args, **kwargs) of each of the batch's equal parts: layers that run by themselves know of none."""
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
-    if len({tensor.shape[:1] for tensor in tensors}) != 1 or not tensors[0].dim() or len(tensors[0]) % groups:
+    if len({tensor.shape[:1] for tensor in tensors}) != 1 or not tensors[0].dim() or len(tensors[0]) % parts:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
-        raise RuntimeError(f"cannot cut the batch into {groups} equal parts: the forward got tensors of {shapes}")
+        raise RuntimeError(f"cannot cut the batch into {parts} equal parts: the forward got tensors of {shapes}")
     results = []
-    for i in range(groups):
-        parts = [value.chunk(groups)[i] if isinstance(value, torch.Tensor) else value for value in args]
-        named = {n: v.chunk(groups)[i] if isinstance(v, torch.Tensor) else v for n, v in kwargs.items()}
+    for i in range(parts):
+        own = [value.chunk(parts)[i] if isinstance(value, torch.Tensor) else value for value in args]
+        named = {n: v.chunk(parts)[i] if isinstance(v, torch.Tensor) else v for n, v in kwargs.items()}
         with batch_groups(1):
-            results.append(forward(*parts, **named))
+            results.append(forward(*own, **named))
     if not isinstance(results[0], torch.Tensor):
         raise RuntimeError(
-            f"no batch to put together of {groups} parts: the forward returned {type(results[0]).__name__}"
+            f"no batch to put together of {parts} parts: the forward returned {type(results[0]).__name__}"
         )
     return torch.cat(results)
 
@@ -228,7 +228,7 @@ def _children(module):
 
 
 @dataclass(eq=False)
-class Plan:
+class CallPlan:
     """How one kind of call runs: `run(container, *tensors)`, or None and `reason`, why only stock will do."""
 
     reason: str = ""
@@ -240,8 +240,8 @@ class Plan:
 
 
 def plan_call(container, arguments):
-    """The Plan for calls with `arguments` (see `fastgan.tracing.trace`) in the container's present mode."""
-    plan = Plan()
+    """The CallPlan for calls with `arguments` (see `fastgan.tracing.trace`) in the container's present mode."""
+    plan = CallPlan()
     try:
         graph = trace(container, arguments, plan.watch)
     except Untraceable as error:
@@ -339,7 +339,7 @@ def _keeps_memory(graph, run):
 def run_row(x, *parts):
     """Groups in a row, each as the fields of a Part: by operators where those have kernels, else by their layers."""
     parts = [Part(*part) for part in parts]
-    if fused.has_kernels_for(x):
+    if fused_layer.has_kernels_for(x):
         return run_parts(x, parts)
     for part in parts:
         x = run_stock(x, part)

@@ -52,7 +52,7 @@ _LEAKY_RELU = inspect.signature(lambda input, negative_slope=0.01, inplace=False
 
 
 @dataclass
-class Run:
+class GraphGroup:
     """A fused group in a graph: its nodes, the convolution's first, and what they compute."""
 
     nodes: list[fx.Node]
@@ -193,7 +193,7 @@ def _only_reads(node, container):
 
 
 def find_groups(graph, container):
-    """The groups of a graph of `fastgan.tracing.trace`: a Run for each convolution among its nodes, fused or not."""
+    """A GraphGroup for each convolution among the nodes of a graph of `fastgan.tracing.trace`, fused or not."""
     return [
         _follow(node, container)
         for node in graph.nodes
@@ -202,10 +202,10 @@ def find_groups(graph, container):
 
 
 def _follow(node, container):
-    """The Run that begins at a convolution."""
+    """The GraphGroup that begins at a convolution."""
     nodes, modules, why, in_between = [node], [container.get_submodule(node.target)], "", ""
     if len(node.args) != 1 or node.kwargs:
-        return Run(nodes, Group([node.target], modules, reason="it is called with more than its input"))
+        return GraphGroup(nodes, Group([node.target], modules, reason="it is called with more than its input"))
     while len(nodes) < 4:  # one more than a pattern has: what follows it counts too
         user, why = sole_user(nodes[-1])
         module = None if user is None else _as_module(user, container)
@@ -225,7 +225,7 @@ def _follow(node, container):
         if is_written_to(nodes[1], container):
             group = match_first(group.names[:1], modules[:1])
             group.reason = WRITTEN_TO
-    return Run(nodes[: len(group.modules)], group)
+    return GraphGroup(nodes[: len(group.modules)], group)
 
 
 def _why_not_earlier(norm, conv, container):

@@ -7,15 +7,15 @@ import torch.distributed as dist
 from torch import nn
 
 from fastgan import backend
-from fastgan.batch_groups import current_groups
+from fastgan.batch_groups import current_batch_groups
 from fastgan.cpu_convolution import convolve
 from fastgan.first_order import only_first_order
 from fastgan.layer_code import hooks_compute_weight
-from fastgan.layout import contiguous, with_stock_gradient
-from fastgan.ops import layer as fused
+from fastgan.layout import default_layout, with_stock_gradient
+from fastgan.ops import fused_layer
 from fastgan.ops.chain import run_chain
-from fastgan.ops.constants import Layer
-from fastgan.ops.operators import is_watched
+from fastgan.ops.layer_spec import LayerSpec
+from fastgan.ops.operators import is_traced
 from fastgan.ops.reference import activate_
 from fastgan.patterns import unfit_number, unfit_setting
 from fastgan.weight_copies import weight_copy
@@ -24,19 +24,20 @@ _VECTORS = {"weight", "bias"}  # of a BatchNorm
 
 
 def run_layers(x, conv, forwards, batch_norm, keeps_memory):
-    """The group without kernels, by the forwards of its own layers.
+    """The result of a group without kernels, by the forwards of its own layers.
 
-    Among `forwards` the module `batch_norm`, if any, stands for its own. `keeps_memory`: see `patterns.Group`.
+    Where the module `batch_norm` itself stands among `forwards` it is called once for each part of the batch (see
+    `fastgan.batch_groups`). `keeps_memory`: see `patterns.Group`.
     """
-    x = convolve(x, conv, forwards[0], has_own_strides=keeps_memory, may_be_view=batch_norm is not None)
+    x = convolve(x, conv, forwards[0], keeps_memory=keeps_memory, may_be_view=batch_norm is not None)
     if not keeps_memory and isinstance(x, torch.Tensor) and not torch.jit.is_tracing():
         if conv.out_channels == 1 or x.shape[-2:] == (1, 1):
-            x = contiguous(x)  # stock's next layer gives it so; ours may write to it instead
+            x = default_layout(x)  # stock's next layer gives it so; ours may write to it instead
     for forward in forwards[1:]:
         if forward is not batch_norm:
             x = forward(x)
-        elif batch_norm.training and (groups := current_groups()) > 1:
-            x = torch.cat([batch_norm.forward(part) for part in x.chunk(groups)])
+        elif batch_norm.training and (parts := current_batch_groups()) > 1:
+            x = torch.cat([batch_norm.forward(part) for part in x.chunk(parts)])
         else:
             x = batch_norm.forward(x)
     return x
@@ -73,7 +74,7 @@ def _run_operator(x, part, **links):
     """(result, its Link or None) of the group as one operator.
 
     If a layer's setting was changed after matching to one that no operator supports, the layers run by themselves.
-    `links`: x_link and gives_link of `fastgan.ops.layer.linked_conv_bn_act`.
+    `links`: x_link and gives_link of `fastgan.ops.fused_layer.linked_conv_bn_act`.
     """
     if _why_not_operator(part):
         return run_stock(x, part), None
@@ -84,19 +85,19 @@ def _run_operator(x, part, **links):
     vectors, batches, settings = (None,) * 4, None, {}
     if batch_norm is not None:
         vectors, batches, settings = _batch_norm_arguments(batch_norm)
-    layer = Layer(*_constants(part), name=part.name, **settings)
+    layer = LayerSpec(*_constants(part), name=part.name, **settings)
     if links["x_link"] is None:
         x = with_stock_gradient(x, conv)
     weight = conv.weight  # once: a parametrized one is computed each time
     more = dict(weight_copy=weight_copy(conv), num_batches_tracked=batches, **links)
-    return fused.linked_conv_bn_act(x, weight, conv.bias, *vectors, layer=layer, **more)
+    return fused_layer.linked_conv_bn_act(x, weight, conv.bias, *vectors, layer=layer, **more)
 
 
 def _constants(part):
-    """Those fields of the Layer of a group that have no defaults, and whether it activates first."""
+    """Those fields of the LayerSpec of a group that have no defaults, and whether it activates first."""
     conv = part.conv
-    where = (conv.transposed, conv.stride, conv.padding, conv.output_padding)
-    return (*where, part.activation, part.negative_slope, part.batch_norm is not None, part.activation_first)
+    conv_args = (conv.transposed, conv.stride, conv.padding, conv.output_padding)
+    return (*conv_args, part.activation, part.negative_slope, part.batch_norm is not None, part.activation_first)
 
 
 def run_as_chain(x, parts):
@@ -107,7 +108,7 @@ def run_as_chain(x, parts):
     """
     if x.numel() == 0 or torch.compiler.is_compiling():
         return None
-    tensors, layers, batch_groups, dtype = [], [], current_groups(), fused.compute_dtype(x)
+    tensors, layers, batch_groups, dtype = [], [], current_batch_groups(), fused_layer.compute_dtype(x)
     casts = torch.is_autocast_enabled(x.device.type)
     for part in parts:
         found = _tensors_and_layer(part, dtype, casts, batch_groups)
@@ -116,7 +117,7 @@ def run_as_chain(x, parts):
         tensors += found[0]
         layers.append(found[1])
     given = [tensor for tensor in tensors if tensor is not None]
-    if is_watched([x, *given]):
+    if is_traced([x, *given]):
         return None
     pairs = zip(parts, layers, strict=True)
     known = any([part.batch_norm is not None and not layer.batch_statistics for part, layer in pairs])
@@ -127,7 +128,7 @@ def run_as_chain(x, parts):
 
 
 def _tensors_and_layer(part, dtype, casts, batch_groups):
-    """(the tensors of `run_chain`, the Layer) of a group as it is now, None where it is none of a chain.
+    """(the tensors of `run_chain`, the LayerSpec) of a group as it is now, None where it is none of a chain.
 
     Args:
         dtype: that is computed in.
@@ -146,7 +147,7 @@ def _tensors_and_layer(part, dtype, casts, batch_groups):
     learned = (weight, bias)
     copy = copy if copy is not None and copy.dtype == dtype else None
     if bn is None:
-        return (*learned, None, None, copy, None, None, None), Layer(*_constants(part), name=part.name)
+        return (*learned, None, None, copy, None, None, None), LayerSpec(*_constants(part), name=part.name)
     own = bn._parameters
     running_mean, running_var, batches, batch_statistics = _statistics_of(bn)
     updates = bn.training and running_mean is not None
@@ -158,12 +159,12 @@ def _tensors_and_layer(part, dtype, casts, batch_groups):
     for vector in (gamma, beta, running_mean, running_var):
         if vector is not None and not vector.is_contiguous():
             return None
-    layer = Layer(
+    layer = LayerSpec(
         *_constants(part),
         batch_statistics=batch_statistics,
         momentum=float(bn.momentum) if updates else 0.0,
         eps=bn.eps,
-        groups=batch_groups if batch_statistics else 1,
+        batch_groups=batch_groups if batch_statistics else 1,
         name=part.name,
     )
     return (*learned, gamma, beta, copy, running_mean, running_var, batches), layer
@@ -178,7 +179,7 @@ def _statistics_of(bn):
 
 
 def _batch_norm_arguments(bn):
-    """A BatchNorm's (gamma, beta, running_mean, running_var), what counts its batches, and fields of its Layer.
+    """A BatchNorm's (gamma, beta, running_mean, running_var), what counts its batches, and fields of its LayerSpec.
 
     As stock does: count the batch first, update only statistics that are tracked, and take the batch's own where
     there are none to use.
@@ -186,7 +187,7 @@ def _batch_norm_arguments(bn):
     running_mean, running_var, batches, batch_statistics = _statistics_of(bn)
     momentum = bn.momentum
     if batches is not None and momentum is None:
-        batches.add_(current_groups())
+        batches.add_(current_batch_groups())
         # On a GPU a tensor: reading it would wait. In float64, as stock divides.
         momentum = 1.0 / (batches.double() if batches.is_cuda else float(batches))
         batches = None
@@ -194,7 +195,7 @@ def _batch_norm_arguments(bn):
         batch_statistics=batch_statistics,
         momentum=0.0 if momentum is None else momentum,
         eps=bn.eps,
-        groups=current_groups() if batch_statistics else 1,
+        batch_groups=current_batch_groups() if batch_statistics else 1,
         process_group=_processes(bn),
     )
     return (bn.weight, bn.bias, running_mean, running_var), batches, settings

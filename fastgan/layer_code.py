@@ -70,5 +70,5 @@ def has_weight_norm(conv):
 
 
 def type_of(module):
-    """Its type; of a parametrized one that which it had before."""
+    """The module's type; of a parametrized one the type that it had before."""
     return parametrize.type_before_parametrizations(module)

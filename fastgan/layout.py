@@ -26,7 +26,7 @@ def suggests_channels_last(tensor):
     return True
 
 
-def in_stock_layout(y, x, convolutions, kept):
+def in_stock_layout(y, x, convolutions, keep_memory):
     """The result `y` of a run of fused layers in the layout in which stock would give it.
 
     A stock convolution's result is channels_last where its input or its weight is. What makes another tensor of it
@@ -35,12 +35,13 @@ def in_stock_layout(y, x, convolutions, kept):
     Args:
         x: the input of the first.
         convolutions: the modules of the run.
-        kept: for each of them, whether stock leaves its result where it is: nothing follows, or an activation in place.
+        keep_memory: for each of them, whether stock leaves its result where it is: nothing follows, or an activation in
+            place.
     """
-    return y if _stock_gives_channels_last(y, x, convolutions, kept) else contiguous(y)
+    return y if _stock_gives_channels_last(y, x, convolutions, keep_memory) else default_layout(y)
 
 
-def _stock_gives_channels_last(y, x, convolutions, kept):
+def _stock_gives_channels_last(y, x, convolutions, keep_memory):
     last = len(convolutions) - 1
     # From which one on it is so, whatever was before: most often the last, and then nothing else is asked.
     since = next((i for i in range(last, -1, -1) if _has_channels_last_weight(convolutions[i])), None)
@@ -48,7 +49,7 @@ def _stock_gives_channels_last(y, x, convolutions, kept):
         if not suggests_channels_last(x):
             return False
         since = 0
-    anew = [i for i in range(since, last + 1) if not kept[i]]
+    anew = [i for i in range(since, last + 1) if not keep_memory[i]]
     if any([convolutions[i].out_channels == 1 for i in anew]):
         return False
     sizes = {} if anew in ([], [last]) else _sizes(x, convolutions)
@@ -62,8 +63,8 @@ def _sizes(x, convolutions):
     for i, conv in enumerate(convolutions):
         if unfit_setting(conv):
             break
-        where = (conv.transposed, conv.stride, conv.padding, conv.output_padding)
-        sizes[i] = size = size_after(size, conv.kernel_size, *where)
+        conv_args = (conv.transposed, conv.stride, conv.padding, conv.output_padding)
+        sizes[i] = size = size_after(size, conv.kernel_size, *conv_args)
     return sizes
 
 
@@ -86,7 +87,7 @@ class _GradientInDefaultLayout(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return grad if is_batched(grad) else contiguous(grad)
+        return grad if is_batched(grad) else default_layout(grad)
 
 
 def _has_channels_last_weight(conv):
@@ -103,8 +104,11 @@ def fastest_format(images):
     return torch.channels_last if images.dim() == 4 else torch.contiguous_format
 
 
-def contiguous(y):
-    """y in the default layout, and with its strides: where sizes of one make a tensor contiguous as it is, too."""
+def default_layout(y):
+    """y in the default (NCHW) layout, with strides that ATen does not take for channels_last; never a view.
+
+    ``y.contiguous()`` gives a tensor of one channel, or of one position, as it is: with channels_last strides it would
+    make the next stock layer's result channels_last.
+    """
     y = y.contiguous()
-    # Left as they are they would make the next stock layer's result channels_last. No view, as stock's result is none.
     return y.clone(memory_format=torch.contiguous_format) if suggests_channels_last(y) else y

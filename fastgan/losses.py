@@ -50,6 +50,8 @@ def generator_bce(fake_logits):
 
     Raises:
         ValueError, TypeError: an empty or non-floating set of logits.
+
+    Source: Goodfellow et al. 2014 (arXiv:1406.2661), section 3.
     """
     check_loss(dict(fake_logits=fake_logits), {})
     implementation, _ = backend.select(fake_logits.device, fake_logits.dtype)

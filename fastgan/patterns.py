@@ -19,6 +19,7 @@ from fastgan.ops.choice import what_follows
 _CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 _BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 ACTIVATIONS = {nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid"}
+_WRITING = {nn.ReLU: torch.relu_, nn.Tanh: torch.tanh_, nn.Sigmoid: torch.sigmoid_}
 _SEQUENTIAL_FORWARD, _SEQUENTIAL_ITER = nn.Sequential.forward, nn.Sequential.__iter__  # somebody may patch them
 # Our backward of convolution + LeakyReLU reads the activated result, stock's the input: it must not be overwritten.
 WRITTEN_TO = "what follows LeakyReLU changes its result in place"
@@ -218,9 +219,6 @@ def passes_on(module):
     if type(module).__module__.startswith("torch.nn."):
         return isinstance(module, _PASSING_ON)
     return next(module.parameters(), None) is None
-
-
-_WRITING = {nn.ReLU: torch.relu_, nn.Tanh: torch.tanh_, nn.Sigmoid: torch.sigmoid_}
 
 
 def _forward(layer):

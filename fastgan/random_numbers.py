@@ -25,7 +25,7 @@ def restore_rng(state, device):
 
 @contextmanager
 def random_numbers_kept():
-    """They stay as they are; gives a function that tells whether one of them has been drawn from within."""
+    """A context after which the generators are as before it; gives a function that tells whether one was drawn from."""
     # None of a GPU's during a capture, which has no state to ask for.
     usable = torch.cuda.is_initialized() and not torch.cuda.is_current_stream_capturing()
     on_gpus = list(torch.cuda.default_generators) if usable else []

@@ -24,14 +24,14 @@ from fastgan.forward_code import RANDOM, CodeCheck, Untraceable, returns_somethi
 from fastgan.forward_reads import Reads
 from fastgan.patterns import passes_through
 from fastgan.random_numbers import random_numbers_kept
-from fastgan.watching import Watch, freeze
+from fastgan.watching import freeze
 
 TENSOR = object()  # stands for one among the arguments of a trace
 # Of a tensor, and None for some of them: a stand-in never is.
 _MAYBE_NONE = frozenset(["grad", "grad_fn", "_grad", "_grad_fn", "_base", "_backward_hooks"])
 
 
-def trace(container, arguments, watch=None):
+def trace(container, arguments, watch):
     """The graph of ``container.forward(**arguments)`` in its present mode.
 
     Args:
@@ -42,7 +42,6 @@ def trace(container, arguments, watch=None):
     Raises:
         Untraceable: the graph would not stand for every such call.
     """
-    watch = Watch() if watch is None else watch
     code = CodeCheck(watch)
     cls = type(container)
     watch.attribute(cls, "forward")

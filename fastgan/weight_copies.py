@@ -31,7 +31,7 @@ class WeightCopies:
     def refresh(self):
         """Cast all weights, in one launch where they have kept the layout that they had."""
         weights = [module.weight.detach() for module in self._modules]
-        if self._cast is not None and self._cast.can(weights, self._copies):
+        if self._cast is not None and self._cast.supports(weights, self._copies):
             self._cast(weights, self._copies)
         elif weights:
             torch._foreach_copy_(self._copies, weights)

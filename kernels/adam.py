@@ -104,8 +104,11 @@ class AdamUpdate:
         self._tables = Tables(BLOCK)
 
     @staticmethod
-    def can(*lists):
-        """Whether it takes these five lists of tensors; of a subclass of torch's it would not know the address."""
+    def supports(*lists):
+        """Whether it takes these five lists: plain float32 tensors, contiguous, on one device, aligned (but the steps).
+
+        A tensor subclass need not have its numbers at its `data_ptr()`.
+        """
         device = lists[0][0].device
         return all(
             type(tensor) in (torch.Tensor, torch.nn.Parameter)

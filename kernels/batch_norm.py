@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from fastgan.kernels.launch import (
+    MOST_PARTS,
     cdiv,
     empty_nhwc,
     launch,
@@ -20,7 +21,7 @@ from fastgan.kernels.launch import (
 )
 from fastgan.kernels.pieces import (
     activate,
-    activation_grad,
+    activation_derivative,
     channel_vector,
     column_sums,
     normalize,
@@ -31,7 +32,8 @@ from fastgan.kernels.pieces import (
 from fastgan.kernels.statistics import sum_rows
 from fastgan.kernels.way_back import normalized_and_grad
 
-MOST_PROGRAMS = 512  # enough to fill a GPU, and no more than are summed up in one launch
+MOST_PROGRAMS = MOST_PARTS  # enough to fill a GPU, and no more than are summed up in one launch
+BLOCK = 2048  # numbers of a program that sees no channels
 
 
 @triton.jit
@@ -285,7 +287,7 @@ def activation_input_grad_kernel(
     ok = i < elements
     grad = tl.load(grad_ptr + i, mask=ok, other=0.0).to(tl.float32)
     out = tl.load(out_ptr + i, mask=ok, other=0.0).to(tl.float32)
-    tl.store(dz_ptr + i, (grad * activation_grad(out, ACTIVATION, SLOPE)).to(dz_ptr.dtype.element_ty), mask=ok)
+    tl.store(dz_ptr + i, (grad * activation_derivative(out, ACTIVATION, SLOPE)).to(dz_ptr.dtype.element_ty), mask=ok)
 
 
 def activation_input_grad(grad, out, *, activation, slope):
@@ -293,12 +295,12 @@ def activation_input_grad(grad, out, *, activation, slope):
     dz = empty_nhwc(out.shape, out)
     launch(
         activation_input_grad_kernel,
-        (cdiv(out.numel(), 2048),),
+        (cdiv(out.numel(), BLOCK),),
         *(grad, out, dz, out.numel()),
         device=out.device,
         ACTIVATION=activation,
         SLOPE=slope,
         INT64=needs_int64(out),
-        BLOCK=2048,
+        BLOCK=BLOCK,
     )
     return dz

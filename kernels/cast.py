@@ -41,7 +41,7 @@ class Cast:
         self._tables = Tables(BLOCK)
 
     @staticmethod
-    def can(sources, targets):
+    def supports(sources, targets):
         """Whether every pair is dense, of one layout, aligned, and the dtypes, of up to 32 bits, those of all pairs."""
         dtypes = {(source.dtype, target.dtype) for source, target in zip(sources, targets, strict=True)}
         if len(dtypes) != 1 or not set(dtypes.pop()) <= _ELEMENT.keys():

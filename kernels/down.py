@@ -13,15 +13,15 @@ from fastgan.kernels.launch import (
     blocks_together,
     cdiv,
     channels_last,
+    clamped_power_of_2,
     empty_nhwc,
     geometry,
     launch,
     matrix_tile,
     needs_int64,
     next_power_of_2,
-    power_of_two,
 )
-from fastgan.kernels.patches import ALL, NO_BLOCK, block_constants, fits_patches, patch_sources, seen_numbers
+from fastgan.kernels.patches import NO_BLOCK, WHOLE_PATCH, block_constants, fits_patches, patch_sources, seen_numbers
 from fastgan.kernels.pieces import (
     NOWHERE,
     conv_epilogue,
@@ -40,12 +40,12 @@ from fastgan.kernels.way_back import backward_epilogue, store_grad_and_sums
 # What a tuner may try beside `launch.TILES` where high is an image of few channels.
 PATCH_TILES = {
     2: (
-        MatrixTile(128, 64, ALL, 4, 1),
-        MatrixTile(64, 64, ALL, 4, 1),
-        MatrixTile(128, 64, ALL, 8, 1),
-        MatrixTile(128, 128, ALL, 8, 1),
+        MatrixTile(128, 64, WHOLE_PATCH, 4, 1),
+        MatrixTile(64, 64, WHOLE_PATCH, 4, 1),
+        MatrixTile(128, 64, WHOLE_PATCH, 8, 1),
+        MatrixTile(128, 128, WHOLE_PATCH, 8, 1),
     ),
-    4: (MatrixTile(64, 64, ALL, 4, 1), MatrixTile(128, 64, ALL, 8, 1)),
+    4: (MatrixTile(64, 64, WHOLE_PATCH, 4, 1), MatrixTile(128, 64, WHOLE_PATCH, 8, 1)),
 }
 
 
@@ -270,8 +270,8 @@ def down(
         normalized: None, or (y, mean, invstd, gamma, beta) where act(z) with z = gamma·(y − mean)·invstd + beta has the
             shape of the result, which then is the convolution times act'(z); mean and invstd are (groups, A), and
             also returned are parts of the sums that this BatchNorm's backward needs.
-        statistics: also return the TileStatistics of the result,
-        groups: with those of so many equal parts of the batch apart.
+        statistics: whether also to return the TileStatistics of the result.
+        groups: into how many equal parts the batch is cut for statistics.
         tile: a MatrixTile, or None for an untuned one.
 
     Returns:
@@ -291,15 +291,15 @@ def down(
         batch_norm, groups = (mean, None, gamma, beta), len(mean)
     rows = n // groups * out_size[0] * out_size[1]
     patches_fit = picks_patches(weight, out_size[1], high.shape[3])
-    if tile is not None and tile.block_k == ALL and not patches_fit:
+    if tile is not None and tile.block_k == WHOLE_PATCH and not patches_fit:
         tile = None  # a tile of patches, which means nothing here
     if tile is None and patches_fit:
-        tile = PATCH_TILES[high.dtype.itemsize][0]._replace(block_n=power_of_two(a, 16, 64))
+        tile = PATCH_TILES[high.dtype.itemsize][0]._replace(block_n=clamped_power_of_2(a, 16, 64))
     if tile is None:
         tile = matrix_tile(rows, a, kh * kw * b, high.dtype, groups)
         tile = tile if y is None else tile.with_room()
     patches = NO_BLOCK
-    if tile.block_k == ALL:
+    if tile.block_k == WHOLE_PATCH:
         patches = block_constants(tile.block_m, out_size, weight, high, stride, padding)
         tile = tile._replace(block_m=patches["ROWS"] * patches["WIDTH"])
     together = 0

@@ -10,11 +10,10 @@ from fastgan import backend
 
 INT32_ELEMENTS = 2**31  # tensors of more elements need 64-bit offsets
 FEWEST_READERS = 1024  # programs that only read: a few for each multiprocessor of a large GPU
+MOST_PARTS = 512  # partial results that one launch puts together
 
-
-watched = threading.local()  # .started: what a thread tells of each launch, if anybody wants to know
+thread = threading.local()  # .on_launch: what this thread calls at each launch, if anybody wants to know
 stood_in = False  # whether all kernels are started by something else: see `offline.started_by`
-
 
 DEFAULTS = dict(num_warps=4, num_stages=2)  # of what is compiled and started without saying so
 
@@ -28,7 +27,7 @@ def launch(kernel, grid, *args, device, **options):
     options = {**DEFAULTS, **compiler_options(_capability(device)), **options}
     with on(device):
         compiled = kernel[grid](*args, **options)
-    tell(kernel, compiled, grid, args, options)
+    report(kernel, compiled, grid, args, options)
 
 
 def compiler_options(capability):
@@ -46,10 +45,10 @@ def _capability(device):
     return backend.capability(device.index) if device.type == "cuda" else 0
 
 
-def tell(*launched):
+def report(*launched):
     """Say that a kernel was started: (kernel, compiled or None where Triton interprets, grid, args, options)."""
-    if started := getattr(watched, "started", None):
-        started(*launched)
+    if on_launch := getattr(thread, "on_launch", None):
+        on_launch(*launched)
 
 
 def on(device):
@@ -66,7 +65,8 @@ class MatrixTile(NamedTuple):
     block_k: int
     num_warps: int
     num_stages: int
-    # Of a weight's gradient, which is cut into parts: how many times 128×128 outputs a multiprocessor gets.
+    # Of a weight gradient only: its sum over positions is cut into parts until each multiprocessor has programs for
+    # `share` times 128×128 outputs.
     share: int = 2
     # Of `up` and `down`: whether its rows are one position of block_m images, where these divide a batch, and not
     # positions in a row. Taps that lie outside of the image are then left out.
@@ -148,9 +148,9 @@ def matrix_tile(rows, columns, depth, dtype, copies):
         copies: how many such products run side by side.
     """
     half = dtype.itemsize == 2
-    block_m = power_of_two(rows, 16, 128)
-    block_n = power_of_two(columns, 16, 128)
-    block_k = power_of_two(depth, 16, 64 if half else 32)
+    block_m = clamped_power_of_2(rows, 16, 128)
+    block_n = clamped_power_of_2(columns, 16, 128)
+    block_k = clamped_power_of_2(depth, 16, 64 if half else 32)
     # Hopper's matrix units take 64 rows at least; a handful of columns is bound by memory, not by them.
     fewest_rows = 64 if block_n >= 64 else 16
     wanted = FEWEST_PROGRAMS / (copies * cdiv(columns, block_n))
@@ -161,7 +161,7 @@ def matrix_tile(rows, columns, depth, dtype, copies):
 
 
 def geometry(low, weight, high, stride, padding):
-    """The compile-time constants that all three matrix kernels take: with the sizes among them, the many divisions
+    """The compile-time constants that every convolution kernel takes: with the sizes among them, the many divisions
     that find an image and a position from a row are multiplications, and shifts where sizes are powers of two."""
     a, b, kh, kw = weight.shape
     sizes = dict(H=low.shape[2], W=low.shape[3], HO=high.shape[2], WO=high.shape[3])
@@ -180,13 +180,13 @@ def blocks_together(block_m, images, row_bytes):
 
 def rows_tile(rows, columns):
     """(block_rows, block_columns) for passes over a (rows, columns) matrix: some 4,096 elements a program."""
-    block_columns = power_of_two(columns, 1, 128)
-    return power_of_two(rows, 1, 4096 // block_columns), block_columns
+    block_columns = clamped_power_of_2(columns, 1, 128)
+    return clamped_power_of_2(rows, 1, 4096 // block_columns), block_columns
 
 
 def reduction_tile(rows, columns):
     """(block_rows, block_columns) for sums over many rows of activations: small, so that many loads are in flight."""
-    return power_of_two(rows, 1, 32), power_of_two(columns, 1, 64)
+    return clamped_power_of_2(rows, 1, 32), clamped_power_of_2(columns, 1, 64)
 
 
 def warps_for(block_rows, block_columns):
@@ -194,16 +194,16 @@ def warps_for(block_rows, block_columns):
 
     More would do again what others do, and might read what those have already changed.
     """
-    return power_of_two(block_rows * block_columns // 32, 1, 4)
+    return clamped_power_of_2(block_rows * block_columns // 32, 1, 4)
 
 
 def merge_tile(parts, columns):
     """(block_parts, block_columns) for putting (parts, columns) partial results together.
 
-    Up to 512 parts at once, by narrow programs: that takes less than a second launch.
+    Up to MOST_PARTS at once, by narrow programs: that takes less than a second launch.
     """
-    block_parts = power_of_two(parts, 1, 512) if parts <= 512 else 64
-    return block_parts, power_of_two(columns, 1, max(16, 4096 // block_parts))
+    block_parts = next_power_of_2(parts) if parts <= MOST_PARTS else 64
+    return block_parts, clamped_power_of_2(columns, 1, max(16, 4096 // block_parts))
 
 
 def statistics_tile(rows, columns, groups):
@@ -212,8 +212,8 @@ def statistics_tile(rows, columns, groups):
     8,192 elements at a time, 128 bytes and more of a row: that keeps enough loads in flight. Small matrices are cut
     finer, so that every multiprocessor has work; of large ones a program takes several blocks, to leave few tiles.
     """
-    block_columns = power_of_two(columns, 1, 64)
-    block_rows = power_of_two(rows, 1, 8192 // block_columns)
+    block_columns = clamped_power_of_2(columns, 1, 64)
+    block_rows = clamped_power_of_2(rows, 1, 8192 // block_columns)
     across = groups * cdiv(columns, block_columns)
     while block_rows > 16 and across * cdiv(rows, block_rows) < FEWEST_READERS:
         block_rows //= 2
@@ -239,8 +239,8 @@ def next_power_of_2(n):
     return 1 << max(n - 1, 0).bit_length()
 
 
-def power_of_two(n, least, most):
-    """The power of two at or above n, within bounds."""
+def clamped_power_of_2(n, least, most):
+    """The power of two at or above n, within these bounds, powers of two themselves."""
     return min(max(next_power_of_2(n), least), most)
 
 

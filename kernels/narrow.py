@@ -11,7 +11,7 @@ import math
 import triton
 import triton.language as tl
 
-from fastgan.kernels.launch import MatrixTile, cdiv, geometry, launch, needs_int64, next_power_of_2, power_of_two
+from fastgan.kernels.launch import MatrixTile, cdiv, clamped_power_of_2, geometry, launch, needs_int64, next_power_of_2
 from fastgan.kernels.pieces import conv_epilogue, load_block, multiply_add, wait_for_previous
 from fastgan.kernels.way_back import backward_epilogue
 
@@ -145,7 +145,7 @@ def up_narrow(
     low, weight, high, *, stride, padding, precision, bias, batch_norm, eps, activation, slope, activated, tile=None
 ):
     """up() into `high`, for layers that are narrow; of `tile`, block_m, block_k, warps and stages count."""
-    tile = tile or MatrixTile(256, 0, power_of_two(low.shape[1], 16, 64 if low.dtype.itemsize == 2 else 32), 8, 1)
+    tile = tile or MatrixTile(256, 0, clamped_power_of_2(low.shape[1], 16, 64 if low.dtype.itemsize == 2 else 32), 8, 1)
     patch, programs = _patch(tile.block_m, low.shape, high.shape, weight.shape[2:], stride, padding)
     launch(
         up_narrow_kernel,

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from fastgan.kernels.launch import cdiv, next_power_of_2
 
-ALL = 1  # in a MatrixTile where the block of patches' numbers would stand: a program has all of them
+WHOLE_PATCH = 1  # in a MatrixTile as block_k (`down`) or block_n (weight gradients): a program has all of a patch
 MOST_CHANNELS = 8  # of high
 MOST_COLUMNS = 128  # of a patch: taps × channels, each rounded up to a power of two
 MOST_WIDTH = 128  # of low: a block holds whole rows

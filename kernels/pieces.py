@@ -121,7 +121,7 @@ def activate(z, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
 
 
 @triton.jit
-def activation_grad(out, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
+def activation_derivative(out, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
     """act'(z) from out = act(z): all four activations can tell it from their output (for SLOPE ≥ 0)."""
     grad = tl.full(out.shape, 1.0, tl.float32)
     if ACTIVATION == "relu":

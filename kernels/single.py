@@ -7,16 +7,18 @@ multiprocessors only. Here a program multiplies and adds the long vectors of a r
 import triton
 import triton.language as tl
 
-from fastgan.kernels.launch import FEWEST_READERS, MatrixTile, cdiv, geometry, launch, needs_int64, power_of_two
+from fastgan.kernels.launch import FEWEST_READERS, MatrixTile, cdiv, clamped_power_of_2, geometry, launch, needs_int64
 from fastgan.kernels.pieces import conv_epilogue, wait_for_previous
+
+ONE_COLUMN = 1  # as block_n: a tile of this kernel's
 
 # What a tuner may try, as `launch.TILES`, for operands of any size.
 TILES = (
-    MatrixTile(1, 1, 1024, 4, 3),
-    MatrixTile(1, 1, 2048, 8, 3),
-    MatrixTile(2, 1, 1024, 4, 3),
-    MatrixTile(4, 1, 1024, 8, 3),
-    MatrixTile(8, 1, 512, 8, 3),
+    MatrixTile(1, ONE_COLUMN, 1024, 4, 3),
+    MatrixTile(1, ONE_COLUMN, 2048, 8, 3),
+    MatrixTile(2, ONE_COLUMN, 1024, 4, 3),
+    MatrixTile(4, ONE_COLUMN, 1024, 8, 3),
+    MatrixTile(8, ONE_COLUMN, 512, 8, 3),
 )
 
 
@@ -89,9 +91,10 @@ def down_single_kernel(
 def down_single(high, weight, low, *, stride, padding, bias, batch_norm, eps, activation, slope, tile=None):
     """down() into `low` of one channel; `tile`: one of this kernel's, or of down's own, which means nothing here."""
     rows, depth = low.numel(), weight.numel()
-    if tile is None or tile.block_n != 1:
-        block_k = power_of_two(depth, 16, 2048)
-        tile = MatrixTile(power_of_two(rows // FEWEST_READERS, 1, 4), 1, block_k, 8 if block_k > 1024 else 4, 3)
+    if tile is None or tile.block_n != ONE_COLUMN:
+        block_k = clamped_power_of_2(depth, 16, 2048)
+        block_m = clamped_power_of_2(rows // FEWEST_READERS, 1, 4)
+        tile = MatrixTile(block_m, ONE_COLUMN, block_k, 8 if block_k > 1024 else 4, 3)
     launch(
         down_single_kernel,
         (cdiv(rows, tile.block_m),),

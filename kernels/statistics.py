@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastgan.kernels.launch import cdiv, launch, merge_tile, needs_int64, power_of_two, statistics_tile, warps_for
+from fastgan.kernels.launch import cdiv, clamped_power_of_2, launch, merge_tile, needs_int64, statistics_tile, warps_for
 from fastgan.kernels.pieces import activate, channel_vector, column_sums, mean_and_m2, wait_for_previous
 
 WIDE = 64  # columns of a block from which `column_sums` is quicker than `sum`
@@ -245,6 +245,6 @@ def _sum_tile(parts, columns):
     sums go through shared memory, which takes longer than the parts do to arrive.
     """
     if parts <= FEW_PARTS and columns >= MANY_COLUMNS:
-        block_parts = power_of_two(parts, 1, 16)
+        block_parts = clamped_power_of_2(parts, 1, 16)
         return cdiv(parts, block_parts), block_parts, WARP_TILE // block_parts, 1
     return 1, *merge_tile(parts, columns), 8

@@ -252,8 +252,8 @@ def up(
         normalized: None, or (y, mean, invstd, gamma, beta) where act(z) with z = gamma·(y − mean)·invstd + beta has the
             shape of the result, which then is the convolution times act'(z); mean and invstd are (groups, B), and
             also returned are parts of the sums that this BatchNorm's backward needs.
-        statistics: also return the TileStatistics of the result,
-        groups: with those of so many equal parts of the batch apart.
+        statistics: whether also to return the TileStatistics of the result.
+        groups: into how many equal parts the batch is cut for statistics.
         tile: a MatrixTile, or None for an untuned one.
 
     Returns:

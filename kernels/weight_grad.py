@@ -9,12 +9,13 @@ import triton
 import triton.language as tl
 
 from fastgan.kernels.launch import FEWEST_PROGRAMS, cdiv, geometry, launch, matrix_tile, needs_int64
-from fastgan.kernels.patches import ALL, block_constants, fits_patches
+from fastgan.kernels.patches import WHOLE_PATCH, block_constants, fits_patches
 from fastgan.kernels.pieces import NOWHERE, load_block, multiply_add, wait_for_previous
 from fastgan.kernels.statistics import sum_rows
 from fastgan.kernels.weight_grad_narrow import narrow_tile, weight_grad_narrow_kernel
 
-# A program of 128×128 on each multiprocessor of a large GPU. Two run there at once, and their sums fit the L2 cache.
+# 128×128 for each of an H100's 132 multiprocessors, times a tile's `share`: two such programs run there at once, and
+# their sums fit the L2 cache.
 WANTED_OUTPUTS = 132 * 128 * 128
 FEWEST_STEPS = 4  # a program with fewer steps than this costs more in partial sums than it gains
 
@@ -121,14 +122,14 @@ def weight_grad(low, high, weight, *, stride, padding, precision, tile=None):
     (n, a, h, w), (_, b, kh, kw) = low.shape, weight.shape
     grad = torch.empty_like(weight)
     patches_fit = fits_patches(weight, w, high.shape[3])
-    if tile is not None and tile.block_n == ALL and not patches_fit:
+    if tile is not None and tile.block_n == WHOLE_PATCH and not patches_fit:
         tile = None  # a tile of patches, which have no room here
     if tile is None and patches_fit:
         tile = narrow_tile(low)
     # With so many copies the tile's rows are not cut to have more programs: the sum is split for that, below.
     tile = tile or matrix_tile(a, kh * kw * b, n * h * w, low.dtype, copies=FEWEST_PROGRAMS)
     tiles = cdiv(a, tile.block_m)
-    if tile.block_n == ALL:
+    if tile.block_n == WHOLE_PATCH:
         constants = block_constants(tile.block_k, (h, w), weight, high, stride, padding)
         constants["DENSE"] = grad.stride() == (kh * kw * b, 1, kw * b, b)
         kernel, blocks = weight_grad_narrow_kernel, n * cdiv(h, constants["ROWS"])

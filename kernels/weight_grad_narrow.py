@@ -3,19 +3,23 @@
 import triton
 import triton.language as tl
 
-from fastgan.kernels.launch import MatrixTile, power_of_two
-from fastgan.kernels.patches import ALL, patch_sources, seen_numbers
+from fastgan.kernels.launch import MatrixTile, clamped_power_of_2
+from fastgan.kernels.patches import WHOLE_PATCH, patch_sources, seen_numbers
 from fastgan.kernels.pieces import multiply_add, wait_for_previous
 
 # What a tuner may try beside `launch.TILES`.
 TILES = {
     2: (
-        MatrixTile(64, ALL, 64, 4, 3),
-        MatrixTile(64, ALL, 64, 8, 4),
-        MatrixTile(64, ALL, 128, 4, 3),
-        MatrixTile(64, ALL, 128, 8, 3),
+        MatrixTile(64, WHOLE_PATCH, 64, 4, 3),
+        MatrixTile(64, WHOLE_PATCH, 64, 8, 4),
+        MatrixTile(64, WHOLE_PATCH, 128, 4, 3),
+        MatrixTile(64, WHOLE_PATCH, 128, 8, 3),
     ),
-    4: (MatrixTile(64, ALL, 32, 4, 3), MatrixTile(64, ALL, 64, 4, 3), MatrixTile(64, ALL, 64, 8, 3)),
+    4: (
+        MatrixTile(64, WHOLE_PATCH, 32, 4, 3),
+        MatrixTile(64, WHOLE_PATCH, 64, 4, 3),
+        MatrixTile(64, WHOLE_PATCH, 64, 8, 3),
+    ),
 }
 
 
@@ -100,5 +104,5 @@ def weight_grad_narrow_kernel(
 
 
 def narrow_tile(low):
-    """An untuned tile."""
-    return MatrixTile(power_of_two(low.shape[1], 16, 64), ALL, 128 // low.dtype.itemsize, 4, 3)
+    """The MatrixTile for a narrow weight gradient that nobody has tuned."""
+    return MatrixTile(clamped_power_of_2(low.shape[1], 16, 64), WHOLE_PATCH, 128 // low.dtype.itemsize, 4, 3)

@@ -134,7 +134,7 @@ def folder_with(files, loaded, results):
     new = {results / f"{content.name}.json": (file, content) for file, content in zip(files, loaded, strict=True)}
     runs, profiles, others = reading.load_folder(results, new)
     for target, (file, content) in new.items():
-        if isinstance(content, reading.Run):
+        if isinstance(content, reading.BenchmarkRun):
             lost = content.lacks(reading.load(target)) if target.exists() else []
             if lost:
                 raise ValueError(

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastgan import group_calls
 from fastgan.kernels import launch as launching
 from fastgan.kernels.offline import started_by
-from fastgan.ops import chain, layer, operators
+from fastgan.ops import chain, fused_layer, operators
 from fastgan.ops.replay import ALLOCATIONS
 from fastgan.training.graph import StepGraph
 
@@ -163,5 +163,5 @@ def simulate_graphs(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, lambda device=None: None)
     monkeypatch.setattr(StepGraph, "_aside", lambda graph, images: graph._step(images))
     # A capture sees what operators do, and not the operators.
-    for module in (operators, chain, layer, group_calls):
-        monkeypatch.setattr(module, "is_watched", lambda tensors: False)
+    for module in (operators, chain, fused_layer, group_calls):
+        monkeypatch.setattr(module, "is_traced", lambda tensors: False)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from fastgan import group_calls
-from fastgan.ops import layer as fused
+from fastgan.ops import fused_layer
 
 
 def make_pair(make):
@@ -51,14 +51,14 @@ def assert_same(ours, theirs, size=8):
 
 def suppose_kernels(monkeypatch):
     """Have fused modules take the operators on a CPU too, which compute by plain torch there."""
-    monkeypatch.setattr(fused, "may_have_kernels", lambda x: True)
-    monkeypatch.setattr(fused, "has_kernels_for", lambda x: True)
+    monkeypatch.setattr(fused_layer, "may_have_kernels", lambda x: True)
+    monkeypatch.setattr(fused_layer, "has_kernels_for", lambda x: True)
 
 
 def count_operator_calls(monkeypatch):
-    """A list that gets the Layer of every call of a fused operator, which runs in place of the layers on a CPU too."""
+    """A list that gets the LayerSpec of each call of a fused operator, which runs in place of layers on a CPU too."""
     calls = []
-    operator = fused.linked_conv_bn_act
+    operator = fused_layer.linked_conv_bn_act
 
     def counted(*tensors, layer, **more):
         calls.append(layer)
@@ -68,7 +68,7 @@ def count_operator_calls(monkeypatch):
 
     suppose_kernels(monkeypatch)
     monkeypatch.setattr(group_calls, "run_as_chain", lambda x, parts: None)  # layer by layer
-    monkeypatch.setattr(fused, "linked_conv_bn_act", counted)
+    monkeypatch.setattr(fused_layer, "linked_conv_bn_act", counted)
     return calls
 
 

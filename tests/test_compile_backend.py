@@ -24,7 +24,7 @@ def _reference(monkeypatch):
 
 @pytest.fixture
 def rewritten(monkeypatch):
-    """A backend like ours without inductor after it, for tensors without kernels too; its list of [Found]."""
+    """A backend like ours without inductor after it, for tensors without kernels too; its list of [CapturedGroup]."""
     suppose_kernels(monkeypatch)
 
     def backend(graph_module, example_inputs):

@@ -13,7 +13,7 @@ from torch import nn
 
 import fastgan
 from fastgan.models import Discriminator, Generator
-from fastgan.ops import layer as fused
+from fastgan.ops import fused_layer
 from tests.accuracy import assert_as_accurate_as_stock
 from tests.pairs import assert_close, assert_same, block, count_operator_calls, make_pair, one_step, suppose_kernels
 from tests.stacks import MODELS, STAYS_STOCK, InOrder, Nested, SharedActivation
@@ -50,7 +50,7 @@ def test_without_kernels_equals_stock_to_the_last_bit(name, backend, monkeypatch
 def test_kernels_are_chosen_again_after_a_stock_layer(monkeypatch):
     model = fastgan.fuse(nn.Sequential(*block(), nn.Flatten(0, 1), nn.Unflatten(0, (1, -1)), nn.Conv2d(4, 2, 3)))
     asked = []
-    monkeypatch.setattr(fused, "has_kernels_for", lambda x: asked.append(x.shape[1]) or False)
+    monkeypatch.setattr(fused_layer, "has_kernels_for", lambda x: asked.append(x.shape[1]) or False)
     model(torch.randn(2, 3, 8, 8))
     assert asked == [3, 4]
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.modules import module as modules
 
 import fastgan
-from fastgan.batch_groups import batch_groups, current_groups
+from fastgan.batch_groups import batch_groups, current_batch_groups
 from fastgan.first_order import first_order, only_first_order
 
 pytestmark = pytest.mark.usefixtures("each_backend")
@@ -306,13 +306,13 @@ def test_scopes_are_of_a_thread(device):
     found = []
 
     def elsewhere():
-        found.extend([current_groups(), only_first_order(), model(x)])
+        found.extend([current_batch_groups(), only_first_order(), model(x)])
 
     with batch_groups(2), first_order():
         thread = threading.Thread(target=elsewhere)
         thread.start()
         thread.join()
-        assert (current_groups(), only_first_order()) == (2, True)
+        assert (current_batch_groups(), only_first_order()) == (2, True)
     assert found[:2] == [1, False]
     torch.testing.assert_close(found[2], stock(x), rtol=1e-3, atol=1e-4)
 
@@ -335,11 +335,11 @@ def test_scopes_that_overlap_leave_nothing():
     threads[0].join()
     left.set()
     threads[1].join()
-    assert (current_groups(), only_first_order()) == (1, False)
+    assert (current_batch_groups(), only_first_order()) == (1, False)
 
 
 def test_compiled_code_knows_of_a_scope():
-    compiled = torch.compile(lambda x: x * current_groups() + only_first_order(), backend="eager", fullgraph=True)
+    compiled = torch.compile(lambda x: x * current_batch_groups() + only_first_order(), backend="eager", fullgraph=True)
     x = torch.ones(2)
     for groups in (1, 2, 3, 2):
         with batch_groups(groups), first_order():

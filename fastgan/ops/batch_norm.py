@@ -140,7 +140,7 @@ def differentiable_grad(dout, y, mean, invstd, gamma, beta, batch_statistics, ac
     x_hat = (wide - mean) * invstd
     scale = 1.0 if gamma is None else of_channel(gamma)
     z = x_hat * scale if beta is None else x_hat * scale + of_channel(beta)
-    dz = in_groups(dout) * _derivative(z, activation, slope)
+    dz = in_groups(dout) * _activation_derivative(z, activation, slope)
     dx_hat = dz
     if batch_statistics:
         dx_hat = dz - dz.mean(**over_batch) - x_hat * (dz * x_hat).mean(**over_batch)
@@ -148,7 +148,7 @@ def differentiable_grad(dout, y, mean, invstd, gamma, beta, batch_statistics, ac
     return dy, torch.stack([dz.sum((1, 3, 4)), (dz * x_hat).sum((1, 3, 4))], 1)
 
 
-def _derivative(z, activation, slope):
+def _activation_derivative(z, activation, slope):
     """act'(z), differentiable."""
     if activation == "relu":
         return (~(z <= 0)).to(z.dtype)  # NaN passes its gradient on, as in ATen

@@ -12,9 +12,9 @@ import torch
 from fastgan.backend import is_batched
 from fastgan.ops.batch_norm import batch_norm_act, batch_norm_act_grad, batch_norm_grad_of_sums, vector_grads
 from fastgan.ops.convolution import ALONE, activation_grad, conv, conv_statistics, plain_conv, weight_grad_of
-from fastgan.ops.geometry import backward_where
+from fastgan.ops.geometry import backward_conv_args
 from fastgan.ops.implementations import channels_last
-from fastgan.ops.operators import as_function, as_operator, is_watched
+from fastgan.ops.operators import as_function, as_operator, is_traced
 from fastgan.ops.reference import conv_bn_act_reference
 from fastgan.ops.replay import Replayed
 from fastgan.ops.running import update_running
@@ -38,10 +38,10 @@ def run_chain(x, tensors, layers):
     """
     wanted = [each is not None and each.requires_grad for each in (x, *tensors)]
     if not (torch.is_grad_enabled() and any(wanted)):
-        return _forward(x, *tensors, layers, False)
+        return _forward(x, list(tensors), layers, False)
     frozen = 0 if wanted[0] else (wanted.index(True) - 1) // TENSORS  # layers that backward never comes to
     if frozen:
-        x = _forward(x, *tensors[: frozen * TENSORS], layers[:frozen], False)
+        x = _forward(x, list(tensors[: frozen * TENSORS]), layers[:frozen], False)
     return _Chain.apply(x, *tensors[frozen * TENSORS :], layers[frozen:])
 
 
@@ -51,7 +51,7 @@ class _Chain(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, *tensors_and_layers):
         *tensors, layers = tensors_and_layers
-        result, *kept = _forward(x, *tensors, layers, True)
+        result, *kept = _forward(x, tensors, layers, True)
         learned = [each for i in range(0, len(tensors), TENSORS) for each in tensors[i : i + LEARNED]]
         ctx.layers, ctx.given = layers, [each is not None for each in tensors]
         if layers[-1].batch_statistics or not layers[-1].activation:
@@ -70,7 +70,7 @@ class _Chain(torch.autograd.Function):
         wanted = tuple(wanted)
         if torch.is_grad_enabled() or is_batched(dout):  # create_graph=True, or many gradients at once
             grads = _differentiable_grads(dout, saved, wanted, layers)
-        elif is_watched([dout]):  # compiled autograd, for one
+        elif is_traced([dout]):  # compiled autograd, for one
             grads = _grads(as_operator, dout, saved, wanted, layers)
         else:
             grads = _backward(dout, saved, wanted, layers)
@@ -81,9 +81,8 @@ class _Chain(torch.autograd.Function):
 
 
 @Replayed
-def _forward(x, *rest):
-    """The result, or where backward will come (rest[-1]) that and, for each layer, what backward needs."""
-    *tensors, layers, keeps = rest
+def _forward(x, tensors, layers, keeps):
+    """The result; with `keeps` also what backward needs: of each layer the KEPT tensors, one layer after the other."""
     kept = []
     for i, layer in enumerate(layers):
         own = tensors[TENSORS * i : TENSORS * (i + 1)]
@@ -95,7 +94,7 @@ def _forward(x, *rest):
         if var is not None and running_mean is not None:
             update_running.function(running_mean, running_var, mean, var, batches, layer.momentum)
         elif batches is not None:
-            batches.add_(layer.groups)
+            batches.add_(layer.batch_groups)
         if keeps:
             kept += copy, y, mean, invstd, x
     return (x, *kept) if keeps else x
@@ -116,10 +115,10 @@ def _layer(form, x, weight, bias, gamma, beta, weight_copy, running_mean, runnin
     if not layer.batch_statistics:
         known = (running_mean, running_var, gamma, beta, layer.eps)
         act = (layer.activation, layer.slope)
-        result = form(conv)(x, weight, weight_copy, bias, *known, *layer.where(), *act, *ALONE, False)
+        result = form(conv)(x, weight, weight_copy, bias, *known, *layer.conv_args(), *act, *ALONE, False)
         return result, None, None, None, None
     y, mean, invstd, var = form(conv_statistics)(
-        x, weight, weight_copy, bias, layer.eps, *layer.where(), *layer.before(), layer.groups, *ALONE
+        x, weight, weight_copy, bias, layer.eps, *layer.conv_args(), *layer.before(), layer.batch_groups, *ALONE
     )
     result = form(batch_norm_act)(y, mean, invstd, gamma, beta, True, *layer.after())
     return result, y, mean, invstd, var
@@ -156,15 +155,15 @@ def _grads(form, dout, saved, wanted, layers):
         elif layer.activation and not of_z:
             grad = form(activation_grad)(grad, result, layer.activation, layer.slope)
         came = kept[-1][-1]
-        where = (layer.transposed, layer.stride, layer.padding)
+        geometry = (layer.transposed, layer.stride, layer.padding)
         if wants_weight:  # first, so that the input's need not wait in memory, or outside of the cache
-            grads[at] = weight_grad_of(came, grad, weight, *where, form)
+            grads[at] = weight_grad_of(came, grad, weight, *geometry, form)
         if wants_bias:  # right before BatchNorm it has no part in the result
             alone = layer.batch_statistics and not layer.activation_first
             grads[at + 1] = torch.zeros_like(bias) if alone else grad.sum((0, 2, 3), dtype=bias.dtype)
         if not any(wanted[:at]):
             break
-        back = (weight, weight_copy), backward_where(came.shape[2:], weight.shape[2:], *where)
+        back = (weight, weight_copy), backward_conv_args(came.shape[2:], weight.shape[2:], *geometry)
         if i == 0:
             grads[0] = _through(form, grad, *back)[0]
         else:
@@ -175,7 +174,7 @@ def _grads(form, dout, saved, wanted, layers):
 _backward = Replayed(functools.partial(_grads, as_function), consumes=True)
 
 
-def _through(form, grad, weights, where, layer=None, learned=None, kept=None):
+def _through(form, grad, weights, conv_args, layer=None, learned=None, kept=None):
     """(gradient, sums, of_z) on the way back through a convolution and, as far as one kernel goes, the layer before.
 
     of_z: whether it is the gradient for that layer's z, with the sums of its BatchNorm, and not for its result.
@@ -184,11 +183,11 @@ def _through(form, grad, weights, where, layer=None, learned=None, kept=None):
         *_, gamma, beta = learned
         if (gamma is None) == (beta is None):
             normalized = [*kept[1:4], *([] if gamma is None else [gamma, beta])]
-            return *form(conv_batch_norm_grad)(grad, *weights, normalized, *where, *layer.after()), True
+            return *form(conv_batch_norm_grad)(grad, *weights, normalized, *conv_args, *layer.after()), True
     elif layer is not None and layer.activation:
         act = (layer.activation, layer.slope)
-        return form(conv_activation_grad)(grad, *weights, kept[-1], *where, *act), None, True
-    return plain_conv(grad, *weights, *where, form), None, False
+        return form(conv_activation_grad)(grad, *weights, kept[-1], *conv_args, *act), None, True
+    return plain_conv(grad, *weights, *conv_args, form), None, False
 
 
 def _differentiable_grads(dout, saved, wanted, layers):

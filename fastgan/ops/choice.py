@@ -60,8 +60,8 @@ def weight_grad_problem(low, high, weight, stride, padding):
 
 def _problem(kind, x, weight, low, high, stride, padding):
     a, b, *kernel = weight.shape
-    where = (tuple(kernel), tuple(stride), tuple(padding))
-    return Problem(kind, dtype_name(x.dtype), x.shape[0], tuple(low), tuple(high), a, b, *where)
+    sizes = (tuple(kernel), tuple(stride), tuple(padding))
+    return Problem(kind, dtype_name(x.dtype), x.shape[0], tuple(low), tuple(high), a, b, *sizes)
 
 
 def choose(problem, device):
@@ -108,7 +108,7 @@ def _choose(problem, index, forced):
 
 
 def _nearest(problem, index):
-    """(Found or None, the relative where it was measured or "") of what decides `problem` on GPU number `index`."""
+    """(Evidence or None, the relative where it was measured or "") of what decides `problem` on GPU number `index`."""
     found = [(nearest(_tables(torch.cuda.get_device_name(index)), problem), "")]
     for relative in relatives(index):
         one = nearest(_tables(relative), problem)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastgan.backend import is_batched
 from fastgan.ops.choice import choose, conv_problem, weight_grad_problem, what_follows
-from fastgan.ops.geometry import backward_where, out_size, output_padding_for
+from fastgan.ops.geometry import backward_conv_args, out_size, output_padding_for
 from fastgan.ops.implementations import (
     channels_last,
     empty_result,
@@ -43,17 +43,17 @@ def plain_conv(x, weight, weight_copy, transposed, stride, padding, output_paddi
     if is_batched(x, weight):
         weight = in_dtype_of(x, weight, weight_copy)
         return torch.convolution(x, weight, None, stride, padding, (1, 1), transposed, output_padding, 1)
-    where = (transposed, stride, padding, output_padding)
-    return form(conv)(x, weight, weight_copy, None, *NO_BATCH_NORM, *where, None, 0.0, *ALONE, False)
+    conv_args = (transposed, stride, padding, output_padding)
+    return form(conv)(x, weight, weight_copy, None, *NO_BATCH_NORM, *conv_args, None, 0.0, *ALONE, False)
 
 
 def weight_grad_of(x, dz, weight, transposed, stride, padding, form=as_operator):
     """The weight's gradient of a convolution of x, for the gradient dz of its result."""
     if is_batched(x, dz):
         extra = output_padding_for(dz.shape[2:], x.shape[2:], weight.shape[2:], transposed, stride, padding)
-        where = (stride, padding, (1, 1), transposed, extra, 1)
+        options = (stride, padding, (1, 1), transposed, extra, 1)
         like = in_dtype_of(x, weight, None)
-        grads = torch.ops.aten.convolution_backward(dz, x, like, None, *where, (False, True, False))
+        grads = torch.ops.aten.convolution_backward(dz, x, like, None, *options, (False, True, False))
         return grads[1].to(weight.dtype)
     low, high = (x, dz) if transposed else (dz, x)
     return form(conv_weight_grad)(low, high, weight, stride, padding)
@@ -295,15 +295,15 @@ def _backward(ctx, x, weight, weight_copy, out, x_normalized, dout):
     if is_wanted(ctx, 1):  # first, so that dx need not wait in memory, or outside of the cache
         dweight = weight_grad_of(x, dz, weight, transposed, stride, padding)
     if is_wanted(ctx, 0):
-        where = backward_where(x.shape[2:], weight.shape[2:], transposed, stride, padding)
+        conv_args = backward_conv_args(x.shape[2:], weight.shape[2:], transposed, stride, padding)
         if x_normalized:
             y, mean, invstd, _, *vectors = x_normalized
             act = (ctx.x_activation, ctx.x_slope)
-            dx, sums = conv_batch_norm_grad(dz, weight, weight_copy, [y, mean, invstd, *vectors], *where, *act)
+            dx, sums = conv_batch_norm_grad(dz, weight, weight_copy, [y, mean, invstd, *vectors], *conv_args, *act)
         elif ctx.x_activation:
-            dx = conv_activation_grad(dz, weight, weight_copy, x, *where, ctx.x_activation, ctx.x_slope)
+            dx = conv_activation_grad(dz, weight, weight_copy, x, *conv_args, ctx.x_activation, ctx.x_slope)
         else:
-            dx = plain_conv(dz, weight, weight_copy, *where)
+            dx = plain_conv(dz, weight, weight_copy, *conv_args)
     return dx, dweight, dz, [None, None, None, sums, None, None][: len(x_normalized)]
 
 
@@ -316,6 +316,12 @@ def _save_conv(ctx, inputs, output):
     # A linear result is not needed again; every activation's derivative can be told from its output.
     ctx.save_for_backward(x, weight, weight_copy, output if activation and not ctx.gets_dz else None, *x_normalized)
     ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _in_order(operator, **grads):
+    """Gradients in the order of the operator's arguments: None for those that are not named."""
+    code = operator.function.__code__
+    return tuple([grads.get(name) for name in code.co_varnames[: code.co_argcount]])
 
 
 class _Constant(torch.autograd.Function):
@@ -340,7 +346,7 @@ def _conv_backward(ctx, dout):
         dbias = dz.sum((0, 2, 3), dtype=ctx.bias_dtype)
         if torch.is_grad_enabled() and not dbias.requires_grad:
             dbias = _Constant.apply(dbias, weight if weight.requires_grad else x)
-    return dx, dweight, None, dbias, *[None] * 11, for_normalized, None, None, None
+    return _in_order(conv, x=dx, weight=dweight, bias=dbias, x_normalized=for_normalized)
 
 
 conv.register_autograd(_conv_backward, setup_context=_save_conv)
@@ -364,7 +370,7 @@ def _conv_statistics_backward(ctx, dy, *_):
     if ctx.needs_input_grad[3]:
         zero = not ctx.activation and not torch.is_grad_enabled()  # with create_graph=True it is to have a gradient
         dbias = torch.zeros_like(bias) if zero else dz.sum((0, 2, 3), dtype=bias.dtype)
-    return dx, dweight, None, dbias, *[None] * 8, for_normalized, None, None
+    return _in_order(conv_statistics, x=dx, weight=dweight, bias=dbias, x_normalized=for_normalized)
 
 
 conv_statistics.register_autograd(_conv_statistics_backward, setup_context=_save_conv_statistics)

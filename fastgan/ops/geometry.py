@@ -22,10 +22,10 @@ def output_padding_for(out_size, size, kernel, transposed, stride, padding):
     return [wanted - n for wanted, n in zip(out_size, sizes, strict=True)]
 
 
-def backward_where(size, kernel, transposed, stride, padding):
-    """(transposed, stride, padding, output_padding) of the convolution that takes a gradient back to that `size`."""
-    where = (not transposed, stride, padding)
-    return *where, output_padding_for(size, conv_size(size, kernel, stride, padding), kernel, *where)
+def backward_conv_args(size, kernel, transposed, stride, padding):
+    """The `LayerSpec.conv_args` of the convolution that takes a gradient back to an input of this (h, w)."""
+    other_way = (not transposed, stride, padding)
+    return *other_way, output_padding_for(size, conv_size(size, kernel, stride, padding), kernel, *other_way)
 
 
 def size_after(size, kernel, transposed, stride, padding, output_padding):
@@ -35,6 +35,6 @@ def size_after(size, kernel, transposed, stride, padding, output_padding):
     return conv_size(size, kernel, stride, padding)
 
 
-def out_size(x, weight, *where):
-    """The (h, w) of conv(x, weight); `where` is (transposed, stride, padding, output_padding)."""
-    return size_after(x.shape[2:], weight.shape[2:], *where)
+def out_size(x, weight, *conv_args):
+    """The (h, w) of conv(x, weight); `conv_args` are (transposed, stride, padding, output_padding)."""
+    return size_after(x.shape[2:], weight.shape[2:], *conv_args)

@@ -1,6 +1,6 @@
 """The two ways to compute a convolution, forward and backward: our matrix kernels, or cuDNN with our passes around it.
 
-Every function takes the Choice between them first. Activations come and go in channels_last memory. Kernels are
+Every `run_` function takes the Choice between them first. Activations come and go in channels_last memory. Kernels are
 imported where they run, because the package must import where Triton is not installed.
 
 cuDNN's weight gradient, and its transposed convolution, may add in an order that changes from run to run unless
@@ -111,18 +111,18 @@ def run_conv_batch_norm_grad(
     """
     y, *vectors = normalized
     normalized, act = (channels_last(y), *vectors), dict(activation=activation, slope=slope)
-    where = (transposed, stride, padding)
+    geometry = (transposed, stride, padding)
     if choice.implementation == "triton":
         from fastgan.kernels.statistics import sum_rows
 
-        dz, parts = _matrix_kernel(choice, dz, weight, out_size, *where, normalized=normalized, **act)
+        dz, parts = _matrix_kernel(choice, dz, weight, out_size, *geometry, normalized=normalized, **act)
         groups, _, tiles, channels = parts.shape
         sums = parts.new_empty((groups, 2, channels))
         sum_rows(parts.view(groups * 2, tiles, channels), out=sums)
         return dz, sums
     from fastgan.kernels.batch_norm import batch_norm_grad_sums
 
-    grad = _cudnn(dz, weight, out_size, *where)
+    grad = _cudnn(dz, weight, out_size, *geometry)
     return grad, batch_norm_grad_sums(grad, *normalized, **act, dz=None if activation is None else grad)
 
 
@@ -132,8 +132,8 @@ def run_weight_grad(choice, low, high, weight, *, stride, padding):
     if choice.implementation == "triton":
         from fastgan.kernels.weight_grad import weight_grad
 
-        where = dict(stride=stride, padding=padding, precision=matmul_precision(low.dtype))
-        return weight_grad(low, high, weight, tile=_tile(choice), **where)
+        options = dict(stride=stride, padding=padding, precision=matmul_precision(low.dtype))
+        return weight_grad(low, high, weight, tile=_tile(choice), **options)
     # That of a transposed convolution is the same with the ends exchanged, as ours is.
     # Of the weight it reads the shape, and wants the dtype of the others.
     like = weight if weight.dtype == low.dtype else torch.empty_like(weight, dtype=low.dtype)
@@ -150,8 +150,8 @@ def _matrix_kernel(choice, x, weight, out_size, transposed, stride, padding, **e
         from fastgan.kernels.up import up as kernel
     else:
         from fastgan.kernels.down import down as kernel
-    where = dict(stride=stride, padding=padding, precision=matmul_precision(x.dtype), tile=_tile(choice))
-    return kernel(channels_last(x), weight, out_size, **where, **epilogue)
+    options = dict(stride=stride, padding=padding, precision=matmul_precision(x.dtype), tile=_tile(choice))
+    return kernel(channels_last(x), weight, out_size, **options, **epilogue)
 
 
 def _tile(choice):

@@ -18,7 +18,7 @@ def check_conv_bn_act(
     running_var,
     layer,
 ):
-    """Raise ValueError or TypeError for what the operators of a `fastgan.ops.constants.Layer` cannot take."""
+    """Raise ValueError or TypeError for what the operators of a `fastgan.ops.layer_spec.LayerSpec` cannot take."""
     check_tensors(x=x, weight=weight)
     for name, tensor in (("x", x), ("weight", weight)):
         if tensor.dim() != 4:
@@ -87,7 +87,7 @@ def _check_numbers(layer):
 
 def _check_batch(x, layer, result):
     """Look at the number of images; result: (C, h, w) of what the layer makes of one."""
-    images, groups = x.shape[0], layer.groups
+    images, groups = x.shape[0], layer.batch_groups
     if not is_integer(groups) or groups < 1 or images % groups:
         raise ValueError(f"batch_groups must divide the batch of {images} images; got {groups!r}")
     shared = layer.process_group is not None
@@ -103,7 +103,7 @@ def _check_batch(x, layer, result):
 
 def _check_sizes(x, weight, layer):
     """The (h, w) of the layer's output."""
-    transposed, stride, padding, output_padding = layer.where()
+    transposed, stride, padding, output_padding = layer.conv_args()
     for extra, step in zip(output_padding, stride, strict=True):
         if extra and extra >= step:
             raise ValueError(f"output_padding must be less than stride {tuple(stride)}; got {tuple(output_padding)}")

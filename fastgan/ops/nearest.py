@@ -23,7 +23,7 @@ MOST_DIFFERENCES = 3
 _HALF = {"float16", "bfloat16"}
 
 
-class Found(NamedTuple):
+class Evidence(NamedTuple):
     """A measurement, what it was measured of, and in how many ways that differs from what was asked for."""
 
     measurement: Measurement
@@ -40,16 +40,17 @@ class Found(NamedTuple):
 
 
 def nearest(table, problem):
-    """The Found of {layer: {batch: Measurement}} that decides `problem`, or None: of the same layer, or of one like it.
+    """The Evidence in {layer: {batch: Measurement}} that decides `problem`, or None.
 
-    Like it is a convolution of the same channels, kernel, stride and padding, at sides of half or twice the length, or
-    in the other half precision. It differs by one for each of both, and for each factor of two between the numbers of
-    positions but the first.
+    It is of the same layer, or of one like it: a convolution of the same channels, kernel, stride and padding, at sides
+    of half or twice the length, or in the other half precision. `differences` counts 1 for other sides, 1 for the other
+    precision, and 1 for each factor of two beyond the first between the numbers of low positions (batch × height ×
+    width).
     """
     if measured := find(table, problem):
-        return Found(measured, problem._replace(batch=measured.batch))
+        return Evidence(measured, problem._replace(batch=measured.batch))
     found = [
-        Found(measured, like, differences)
+        Evidence(measured, like, differences)
         for measured, like in _alike(table, problem)
         if (differences := _differences(like, problem)) <= MOST_DIFFERENCES
     ]
@@ -59,9 +60,9 @@ def nearest(table, problem):
 def find(table, problem):
     """The Measurement of the same layer that decides `problem`, or None.
 
-    That at the same batch; else at the nearest one, by their quotient and up to FARTHEST_BATCH (of two as near the
-    larger). With something that follows, and was not measured with it, that without, but for LEADS; a weight gradient
-    that was measured in float32 only, that.
+    That at the same batch, else at the nearest one within a factor of FARTHEST_BATCH (of two as near, the larger). If
+    the convolution was measured only without what follows it here: that, with ours chosen where it takes at most
+    LEADS[problem.then] times as long as cuDNN. If a weight gradient was measured only with a float32 result: that.
     """
     batches = table.get(problem.layer)
     if batches is None and problem.kind == "weight_grad":
@@ -114,6 +115,6 @@ def _differences(like, problem):
 
 
 def _factor(like, problem):
-    """By which the numbers of positions of both differ."""
+    """By which the numbers of low positions of both differ."""
     here, there = (one.batch * math.prod(one.low) for one in (like, problem))
     return max(here, there) / min(here, there)

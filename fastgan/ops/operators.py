@@ -10,6 +10,7 @@ import functools
 import torch
 from torch import Tensor, nn
 
+from fastgan import backend
 from fastgan.ops.replay import Replayed
 
 _PLAIN = (Tensor, nn.Parameter)
@@ -49,7 +50,7 @@ class Operator:
 
     def __call__(self, *arguments):
         tensors, listed = _tensors(arguments)
-        if is_watched(tensors):
+        if is_traced(tensors):
             return self.registered(*arguments)
         if torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors]):
             if self._differentiable is None:
@@ -68,9 +69,9 @@ def as_function(operator):
     return operator.function
 
 
-def is_watched(tensors):
-    """Whether somebody looks for operators: torch.compile, a trace, a dispatch mode, a tensor's own class."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack():
+def is_traced(tensors):
+    """Whether torch.compile, a trace, a dispatch mode or a tensor's own class is to see our operators."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or backend.has_dispatch_mode():
         return True
     return any([type(tensor) not in _PLAIN for tensor in tensors])
 

@@ -8,7 +8,7 @@ from fastgan.ops.running import lerp_running
 
 
 def conv_bn_act_reference(x, weight, bias, gamma, beta, running_mean, running_var, layer):
-    """What the operators of a `fastgan.ops.constants.Layer` compute."""
+    """What the operators of a `fastgan.ops.layer_spec.LayerSpec` compute."""
     if layer.transposed:
         y = F.conv_transpose2d(x, weight, bias, layer.stride, layer.padding, layer.output_padding)
     else:
@@ -19,11 +19,12 @@ def conv_bn_act_reference(x, weight, bias, gamma, beta, running_mean, running_va
         if training and layer.process_group is not None:
             from fastgan.ops import synchronised  # imports Dynamo, which takes as long as torch itself
 
-            y, mean, var = synchronised.batch_norm_reference(y, gamma, beta, eps, layer.groups, layer.process_group)
+            shared = (layer.batch_groups, layer.process_group)
+            y, mean, var = synchronised.batch_norm_reference(y, gamma, beta, eps, *shared)
             if running_mean is not None:
                 lerp_running(running_mean, running_var, mean, var, momentum)
             return activate_(y, *layer.after())
-        parts = y.chunk(layer.groups) if training else (y,)
+        parts = y.chunk(layer.batch_groups) if training else (y,)
         # In order, because each part updates the running statistics.
         parts = [F.batch_norm(p, running_mean, running_var, gamma, beta, training, float(momentum), eps) for p in parts]
         y = parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -41,5 +42,5 @@ def activate_(y, activation, negative_slope):
         return F.leaky_relu(y, negative_slope)
     if activation is None:
         return y
-    in_place = "" if backend.transformed() or backend.observed() else "_"
+    in_place = "" if backend.transformed() or backend.has_dispatch_mode() else "_"
     return getattr(torch, activation + in_place)(y)

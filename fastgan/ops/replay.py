@@ -2,7 +2,7 @@
 
 What such a function does (choices, tiles, memory to allocate, kernels to start) depends on what its arguments look like
 and not on their numbers, but finding it out takes longer in Python than small kernels run. The second call with
-arguments of one kind is recorded: PyTorch's operators as a dispatch mode sees them, kernels as `launch` tells of them.
+arguments of one kind is recorded: PyTorch's operators as a dispatch mode sees them, kernels as `launch` reports them.
 Later ones allocate and start the same, on their own tensors, past Triton's look at each argument.
 
 It is for code on a GPU that is not captured in a CUDA graph.
@@ -132,12 +132,12 @@ class Recorder(TorchDispatchMode):
 
     def record(self, function):
         """function(*arguments), observed."""
-        before, launching.watched.started = getattr(launching.watched, "started", None), self._start
+        before, launching.thread.on_launch = getattr(launching.thread, "on_launch", None), self._start
         try:
             with self:
                 return function(*self._arguments)
         finally:
-            launching.watched.started = before
+            launching.thread.on_launch = before
 
     def plan(self, result):
         """The Plan of what was recorded, or None where it cannot be done again."""

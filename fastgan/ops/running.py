@@ -27,7 +27,7 @@ def _(running_mean, running_var, mean, var, batches, momentum):
 
 @torch.no_grad()
 def lerp_running(running_mean, running_var, mean, var, momentum):
-    """The same in plain torch, for any momentum and any strides."""
+    """`update_running` in plain torch: for a momentum that is a tensor, and statistics that are not contiguous."""
     for statistic, batch in ((running_mean, mean), (running_var, var)):
         for part in batch.to(statistic.dtype):  # lerp_ takes no other
             weight = momentum.to(statistic.dtype) if isinstance(momentum, torch.Tensor) else momentum

@@ -9,8 +9,7 @@ Source: torch.nn.SyncBatchNorm; Chan, Golub & LeVeque 1979 for putting statistic
 import torch
 import torch.distributed as dist
 
-from fastgan.ops.batch_norm import batch_norm_act as normalize_activate
-from fastgan.ops.batch_norm import vector_grads
+from fastgan.ops import batch_norm
 from fastgan.ops.implementations import channels_last
 from fastgan.wanted import refuse_second_order
 
@@ -62,7 +61,7 @@ class _BatchNormAct(torch.autograd.Function):
     def forward(ctx, y, mean, invstd, gamma, beta, count, activation, slope, process_group):
         ctx.act, ctx.process_group = dict(activation=activation, slope=slope), process_group
         ctx.save_for_backward(y, mean, invstd, gamma, beta, count)
-        return normalize_activate(y, mean, invstd, gamma, beta, True, activation, slope)
+        return batch_norm.batch_norm_act(y, mean, invstd, gamma, beta, True, activation, slope)
 
     @staticmethod
     def backward(ctx, dout):
@@ -77,7 +76,7 @@ class _BatchNormAct(torch.autograd.Function):
             of_all = sums.clone()
             dist.all_reduce(of_all, group=ctx.process_group)
             dy = batch_norm_input_grad(*tensors, of_all, count, **ctx.act)
-        return dy, None, None, *vector_grads(sums, gamma, beta, *ctx.needs_input_grad[3:5]), *[None] * 4
+        return dy, None, None, *batch_norm.vector_grads(sums, gamma, beta, *ctx.needs_input_grad[3:5]), *[None] * 4
 
 
 @_eager

@@ -154,7 +154,7 @@ class KernelAdam(ContiguousAdam):
         if params and self._is_for_kernel(group, params[0]):
             from fastgan.kernels.adam import AdamUpdate
 
-            if AdamUpdate.can(params, *averages, steps):
+            if AdamUpdate.supports(params, *averages, steps):
                 self._update = self._update or AdamUpdate()
                 self._update(params, *averages, steps, lr=group["lr"], betas=group["betas"], eps=group["eps"])
                 for done in lists:

@@ -17,7 +17,7 @@ from fastgan.training.weights import wants_default_layout
 # What PyTorch's layers decide by that may be set later: whether they are fused, mix images or draw random numbers.
 _SETTINGS = ("momentum", "padding_mode", "padding", "dilation", "groups", "p")
 # Of each kind, to try it on. Pieces of 2, 4 or 8 images, with statistics of their own, then hold both kinds.
-IMAGES = 7
+TRIAL_IMAGES = 7
 TOLERANCE = 1e-6
 _ON_MORE = "which images share a batch, on chance, or on the calls before it (as of a spectral_norm in training)"
 
@@ -25,18 +25,16 @@ _ON_MORE = "which images share a batch, on chance, or on the calls before it (as
 def stacked(real_images, fake_images):
     """[real; fake] in channels_last and in the dtype of the fake ones, each read and written once."""
     size = (len(real_images) + len(fake_images), *fake_images.shape[1:])
-    where = dict(device=fake_images.device, memory_format=fastest_format(fake_images))
-    images = torch.empty(size, dtype=fake_images.dtype, **where)
+    options = dict(device=fake_images.device, memory_format=fastest_format(fake_images))
+    images = torch.empty(size, dtype=fake_images.dtype, **options)
     images[: len(real_images)] = real_images
     images[len(real_images) :] = fake_images
     return images
 
 
-def seen_of(discriminator, real_images):
-    """What an answer of `one_pass_obstacle` holds for, as far as one can see without a trial: equal while it does.
-
-    (the number of images to try it with, what the modules are).
-    """
+def trial_key(discriminator, real_images):
+    """(number of images to try with, what the discriminator's modules are): as long as this is equal, so far as one can
+    see without a trial, an answer of `one_pass_obstacle` holds."""
     seen, modules = [], [discriminator]
     for module in modules:  # and, as they come, what they hold: it is asked at each step, so by the shortest way
         modules += [each for each in module._modules.values() if each is not None]
@@ -50,7 +48,7 @@ def seen_of(discriminator, real_images):
         if any([_has_grad_hooks(parameter) for parameter in own["_parameters"].values()]):
             settings.append("hooks of gradients")
         seen.append((module, code, module.training, hooks, settings))
-    return min(len(real_images), IMAGES), seen
+    return min(len(real_images), TRIAL_IMAGES), seen
 
 
 def _has_grad_hooks(parameter):
@@ -97,7 +95,7 @@ def _known_obstacle(discriminator):
 
 
 def _tried_obstacle(discriminator, real_images, fake_images):
-    real, fake = (images[:IMAGES].detach().double() for images in (real_images, fake_images))
+    real, fake = (images[:TRIAL_IMAGES].detach().double() for images in (real_images, fake_images))
     try:
         together, apart = (copy.deepcopy(discriminator).double() for _ in range(2))
         for model in (together, apart):

@@ -12,7 +12,7 @@ from fastgan.batch_groups import batch_groups
 from fastgan.checks import check_positive
 from fastgan.first_order import first_order
 from fastgan.fusion import fuse, fused_groups
-from fastgan.layout import contiguous
+from fastgan.layout import default_layout
 from fastgan.losses import backward_bce, backward_bce_of_torch
 from fastgan.random_numbers import restore_rng, rng_state
 from fastgan.training.adam import ContiguousAdam, KernelAdam
@@ -27,7 +27,7 @@ from fastgan.training.arguments import (
 )
 from fastgan.training.devices import check_precision
 from fastgan.training.graph import WARMUP_STEPS, StepGraph
-from fastgan.training.one_pass import one_pass_obstacle, seen_of, stacked
+from fastgan.training.one_pass import TRIAL_IMAGES, one_pass_obstacle, stacked, trial_key
 from fastgan.training.weights import (
     keep_compilable,
     load_weights,
@@ -38,7 +38,7 @@ from fastgan.training.weights import (
 from fastgan.weight_copies import WeightCopies
 
 _STATEFUL = ("generator", "discriminator", "optimizer_g", "optimizer_d", "scaler")
-_MOST_TRIALS = 8  # of one pass at steps in a row: as many as there are numbers of images to try it with, and one more
+_MOST_TRIALS = TRIAL_IMAGES + 1  # of one pass at steps in a row: it is tried for each number of images up to these
 
 
 class TrainStep:
@@ -236,7 +236,7 @@ class TrainStep:
             real_images = real_images.to(self.dtype)
         latent = torch.randn(len(real_images), *self.latent_shape, device=self.device, dtype=self.dtype)
         fake_images = self._generate(latent) if self.one_pass else None
-        if self.one_pass and self._takes_both(real_images, fake_images):
+        if self.one_pass and self._can_take_one_pass(real_images, fake_images):
             images = stacked(real_images, fake_images.detach())
             del real_images  # a batch that was drawn here is not needed any more
             with batch_groups(2):  # backward, too, runs parts of forward again where somebody has asked for that
@@ -269,7 +269,7 @@ class TrainStep:
     def _judge(self, images):
         self._running = self.discriminator
         with self._autocast():
-            return self._d(contiguous(images) if self.discriminator in self._in_default_layout else images)
+            return self._d(default_layout(images) if self.discriminator in self._in_default_layout else images)
 
     def _learn_half(self, images, target):
         if images.dim() == 4:
@@ -280,11 +280,11 @@ class TrainStep:
         wanted = self.device.type == "cuda" and self.autocast_dtype is not None
         return WeightCopies(_fused_convolutions(network) if wanted else (), self.autocast_dtype)
 
-    def _takes_both(self, real_images, fake_images):
+    def _can_take_one_pass(self, real_images, fake_images):
         """Whether one pass does for these images; tries it, if that is not known."""
         if real_images.shape != fake_images.shape:
             return False
-        images, seen = seen_of(self.discriminator, real_images)
+        images, seen = trial_key(self.discriminator, real_images)
         if self._tried.get(images) == seen:
             self._trials = 0
             return True
@@ -293,7 +293,7 @@ class TrainStep:
         self._trials += 1
         self._running = self.discriminator
         if self.discriminator in self._in_default_layout:
-            real_images, fake_images = contiguous(real_images), contiguous(fake_images)
+            real_images, fake_images = default_layout(real_images), default_layout(fake_images)
         obstacle = one_pass_obstacle(self.discriminator, real_images, fake_images)
         to_be_captured = self._graph is not None and not self._graph.captured
         # A capture cannot try it, and repeats what ran before.

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastgan.layout import contiguous
+from fastgan.layout import default_layout
 
 
 def load_weights(module, state):
@@ -45,7 +45,7 @@ def to_contiguous(module):
     """The default layout for all weights, in place; for those that are shared out as for `to_channels_last`."""
     for parameter in () if _are_shared_out(module) else module.parameters():
         if parameter.dim() == 4:
-            parameter.data = contiguous(parameter.data)
+            parameter.data = default_layout(parameter.data)
 
 
 def keep_compilable(network):

@@ -37,17 +37,19 @@ class Result(NamedTuple):
     failure: str = ""
 
 
-def measure(problem, tiles, device, clock, failed=lambda tile: None):
+def measure(problem, tiles, device, clock, compile_error=lambda tile: None):
     """The Result of a Problem on a GPU.
 
     A candidate must be as accurate as cuDNN is (twice its error, and a little, against float32) before it is timed.
 
     Args:
         tiles: the MatrixTiles to try.
-        failed: tile → why it could not be compiled, or None; waits for the compiler.
+        device: of the GPU.
+        clock: a Clock.
+        compile_error: tile → why it could not be compiled, or None; waits for the compiler.
     """
     try:
-        return _measure(problem, tiles, device, clock, failed)
+        return _measure(problem, tiles, device, clock, compile_error)
     except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
         return Result(None, [], "out of memory")
@@ -57,7 +59,7 @@ def measure(problem, tiles, device, clock, failed=lambda tile: None):
         return Result(None, [], in_short(error))
 
 
-def _measure(problem, tiles, device, clock, failed):
+def _measure(problem, tiles, device, clock, compile_error):
     tensors = operands(problem, device)
     with _without_tf32():
         exact = reference(problem, tensors)
@@ -68,7 +70,7 @@ def _measure(problem, tiles, device, clock, failed):
     allowed = [2 * error + more for error, more in zip(errors(cudnn, exact), slack, strict=True)]
     if not all(map(math.isfinite, allowed)):
         return Result(None, [], "cuDNN's result is not finite")
-    right = [_check(problem, tile, tensors, exact, allowed, failed(tile)) for tile in tiles]
+    checked = [_check(problem, tile, tensors, exact, allowed, compile_error(tile)) for tile in tiles]
     shapes = [tensor.shape for tensor in exact]
     del exact, cudnn
 
@@ -79,7 +81,7 @@ def _measure(problem, tiles, device, clock, failed):
     sets = [tensors, *(operands(problem, device, seed=seed) for seed in range(1, buffers))]
 
     best, timed = math.inf, []
-    for tile, failure in right:
+    for tile, failure in checked:
         if not failure:
             choice = Choice("triton", tile._asdict())
             us = clock.time(lambda i, choice=choice: run(problem, choice, sets[i]), buffers, hopeless=1.3 * best)

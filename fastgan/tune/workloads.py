@@ -15,6 +15,7 @@ from fastgan.ops.choice import conv_problem, weight_grad_problem
 from fastgan.ops.geometry import conv_size, conv_transpose_size, output_padding_for
 
 LATENT = 100
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "tf32": torch.float32}
 _SHAPE = re.compile(
     r"(?P<type>convt|conv):(?P<cin>\d+)-(?P<cout>\d+):k(?P<k>\d+)s(?P<s>\d+)p(?P<p>\d+)(?:o(?P<o>\d+))?"
     r":(?P<h>\d+)x(?P<w>\d+)(?P<then>\+bn|\+act)?"
@@ -105,7 +106,7 @@ def problems_of_model(model, shapes, dtype, *, input_grad=True):
     problems, before = [], None
     for group, x, y in calls:
         conv = group.modules[0]
-        where = (conv.weight, isinstance(conv, nn.ConvTranspose2d), conv.stride, conv.padding)
+        weight_and_geometry = (conv.weight, isinstance(conv, nn.ConvTranspose2d), conv.stride, conv.padding)
         is_given = any(x is each or x._base is each for each in given)
         wanted = [""] if input_grad or not is_given else []
         if before is not None and before[2].shape == x.shape:
@@ -114,7 +115,7 @@ def problems_of_model(model, shapes, dtype, *, input_grad=True):
                 wanted.append("activated")
             elif before[0].then == "statistics":
                 wanted.append("normalized")
-        problems += _problems_of_conv(x, y, *where, then=group.then, input_grads=wanted)
+        problems += _problems_of_conv(x, y, *weight_and_geometry, then=group.then, input_grads=wanted)
         before = group, x, y
     return problems
 
@@ -130,15 +131,15 @@ def _problems_of_shape(match, batch, dtype):
     cin, cout, k, s, p, o, h, w = (int(match[name] or 0) for name in ("cin", "cout", "k", "s", "p", "o", "h", "w"))
     if min(cin, cout, k, s, h, w) < 1:
         raise ValueError(f"{match[0]!r}: channels, kernel, stride and size must be at least 1")
-    transposed, where = match["type"] == "convt", ((k, k), (s, s), (p, p))
-    size = conv_transpose_size((h, w), *where, (o, o)) if transposed else conv_size((h, w), *where)
+    transposed, sizes = match["type"] == "convt", ((k, k), (s, s), (p, p))
+    size = conv_transpose_size((h, w), *sizes, (o, o)) if transposed else conv_size((h, w), *sizes)
     if min(size) < 1:
         raise ValueError(f"{match[0]!r}: the output would have no pixels")
     x = torch.empty((batch, cin, h, w), dtype=dtype, device="meta")
     y = torch.empty((batch, cout, *size), dtype=dtype, device="meta")
     weight = torch.empty((cin, cout, k, k) if transposed else (cout, cin, k, k), dtype=dtype, device="meta")
     then = {"+bn": "statistics", "+act": "epilogue", None: ""}[match["then"]]
-    return _problems_of_conv(x, y, weight, transposed, *where[1:], then=then, input_grads=[""])
+    return _problems_of_conv(x, y, weight, transposed, *sizes[1:], then=then, input_grads=[""])
 
 
 def _problems_of_conv(x, y, weight, transposed, stride, padding, *, then, input_grads):
@@ -150,9 +151,6 @@ def _problems_of_conv(x, y, weight, transposed, stride, padding, *, then, input_
     ]
     backward = (y, weight, not transposed, stride, padding, x.shape[2:])
     return problems + [conv_problem(*backward, then=then) for then in input_grads]
-
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "tf32": torch.float32}
 
 
 def operands(problem, device, *, seed=0):
@@ -194,19 +192,19 @@ def operands(problem, device, *, seed=0):
 
 def run(problem, choice, tensors):
     """Compute a Problem by `choice`: the tuple of results, with statistics where they are wanted."""
-    where = dict(stride=problem.stride, padding=problem.padding)
+    options = dict(stride=problem.stride, padding=problem.padding)
     if problem.operation == "weight_grad":
-        return (implementations.run_weight_grad(choice, *tensors, **where),)
+        return (implementations.run_weight_grad(choice, *tensors, **options),)
     transposed = problem.operation == "up"
-    where.update(transposed=transposed)
+    options.update(transposed=transposed)
     size = problem.high if transposed else problem.low
     if problem.then == "statistics":
-        return implementations.run_conv_statistics(choice, *tensors, size, **where, eps=1e-5)
+        return implementations.run_conv_statistics(choice, *tensors, size, **options, eps=1e-5)
     x, weight, *before = tensors
-    where.update(activation=_activation(problem), slope=0.2)
+    options.update(activation=_activation(problem), slope=0.2)
     if problem.then == "normalized":
-        return implementations.run_conv_batch_norm_grad(choice, x, weight, size, before, **where)
-    return (implementations.run_conv(choice, x, weight, size, **where, activated=before[0] if before else None),)
+        return implementations.run_conv_batch_norm_grad(choice, x, weight, size, before, **options)
+    return (implementations.run_conv(choice, x, weight, size, **options, activated=before[0] if before else None),)
 
 
 def _activation(problem):
@@ -219,15 +217,15 @@ def _activation(problem):
 def reference(problem, tensors):
     """The same results in float32 by plain torch."""
     tensors = [tensor.float() for tensor in tensors]
-    where = (problem.stride, problem.padding)
+    stride_padding = (problem.stride, problem.padding)
     if problem.operation == "weight_grad":
         low, high, weight = tensors
-        options = (None, *where, (1, 1), False, (0, 0), 1, (False, True, False))
+        options = (None, *stride_padding, (1, 1), False, (0, 0), 1, (False, True, False))
         return (torch.ops.aten.convolution_backward(low, high, weight, *options)[1],)
     x, weight, *before = tensors
     transposed = problem.operation == "up"
-    extra = output_padding_for(problem.high, problem.low, problem.kernel, transposed, *where)
-    y = torch.ops.aten.convolution(x, weight, None, *where, (1, 1), transposed, extra, 1)
+    extra = output_padding_for(problem.high, problem.low, problem.kernel, transposed, *stride_padding)
+    y = torch.ops.aten.convolution(x, weight, None, *stride_padding, (1, 1), transposed, extra, 1)
     if problem.then == "statistics":
         var, mean = torch.var_mean(y, (0, 2, 3), correction=0)
         count = y.numel() // y.shape[1]

@@ -39,7 +39,7 @@ def launch(kernel, grid, *args, device, **options):
     program, passed, shared_bytes = compiled_program(kernel, args, options)
     run(program, grid, passed, reachable(args), shared_bytes)
     launches[kernel.__name__] += 1
-    launching.tell(kernel, _Compiled(kernel, len(args), device, options), grid, args, options)
+    launching.report(kernel, _Compiled(kernel, len(args), device, options), grid, args, options)
 
 
 class _Compiled:

@@ -100,10 +100,10 @@ def test_what_the_kernel_cannot_reach_is_left_to_torch():
         return [params, grads, *([torch.ones_like(grad) for grad in grads] for _ in range(2)), [torch.ones(())]]
 
     plain = torch.ones(8)
-    assert AdamUpdate.can(*lists([plain], [plain]))
+    assert AdamUpdate.supports(*lists([plain], [plain]))
     others = [plain.as_subclass(Elsewhere), plain.double(), plain.to("meta"), plain[::2], torch.ones(9)[1:]]
-    assert not any(AdamUpdate.can(*lists([plain], [other])) for other in others)
-    assert not any(AdamUpdate.can(*lists([other], [plain])) for other in others)
+    assert not any(AdamUpdate.supports(*lists([plain], [other])) for other in others)
+    assert not any(AdamUpdate.supports(*lists([other], [plain])) for other in others)
 
 
 def test_scaled_gradients_are_left_to_torch(device, updates):

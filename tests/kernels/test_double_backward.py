@@ -10,8 +10,8 @@ import fastgan
 from fastgan import functional as fused
 from fastgan.ops import batch_norm, convolution
 from fastgan.ops.choice import Choice
-from fastgan.ops.constants import Layer
-from fastgan.ops.layer import linked_conv_bn_act
+from fastgan.ops.fused_layer import linked_conv_bn_act
+from fastgan.ops.layer_spec import LayerSpec
 from tests.accuracy import assert_as_accurate_as_stock, error
 from tests.kernels.comparison import PLAIN, draw, gradient_of_norms, leaves, ours, stock, stock_convolution
 
@@ -119,7 +119,7 @@ def test_mixed_precision(copied, training, device, triton_backend, poisoned):
     reference = penalty_grads(stock, case, tensors, torch.float64)
     x, *rest = leaves(tensors)
     kept = rest[0].detach().half() if copied else None
-    constants = Layer(
+    constants = LayerSpec(
         True, (2, 2), (1, 1), (0, 0), "tanh", 0.0, True, batch_statistics=training, momentum=0.3, eps=1e-3
     )
     with torch.autocast(device.type, torch.float16):

@@ -77,7 +77,7 @@ def test_weight_gradients_of_image_layers(case, dtype, device):
     few_columns = b * kernel * kernel >= 10
     assert patches.fits_patches(weight, size[1], grad.shape[3]) == few_columns
     # The second is a tile of patches, which gives way where they do not fit.
-    tiles = (None, MatrixTile(16, patches.ALL, 16, 4, 2), MatrixTile(32, 16, 16, 4, 2))
+    tiles = (None, MatrixTile(16, patches.WHOLE_PATCH, 16, 4, 2), MatrixTile(32, 16, 16, 4, 2))
     own = weight_grad_narrow.TILES[dtype.itemsize] if few_columns and HAS_GPU else ()
     layouts = (torch.channels_last, torch.contiguous_format)
     for tile, layout in zip((*tiles, *own), cycle(layouts), strict=False):

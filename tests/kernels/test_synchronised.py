@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
-from fastgan.ops import layer as fused
-from fastgan.ops.constants import Layer
+from fastgan.ops import fused_layer
+from fastgan.ops.layer_spec import LayerSpec
 from tests.interpreter import use_interpreter
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this PyTorch has no torch.distributed")
@@ -29,8 +29,10 @@ class Case(NamedTuple):
 
     def constants(self, process_group):
         where = [(value, value) for value in (*self.convolution().values(), 0)]
-        more = dict(batch_statistics=True, momentum=0.3, eps=1e-3, groups=self.groups, process_group=process_group)
-        return Layer(self.transposed, *where, self.activation, 0.2, True, self.activation_first, **more)
+        more = dict(
+            batch_statistics=True, momentum=0.3, eps=1e-3, batch_groups=self.groups, process_group=process_group
+        )
+        return LayerSpec(self.transposed, *where, self.activation, 0.2, True, self.activation_first, **more)
 
 
 LAYERS = {
@@ -91,9 +93,9 @@ def _in_this_process(layer, rank, device):
     running, batches = [t.to(device) for t in running], torch.tensor(0, device=device)
     constants = layer.constants(dist.group.WORLD)
     if layer == LAYERS["conv"]:
-        compiled = torch.compile(fused.conv_bn_act, backend="aot_eager")
+        compiled = torch.compile(fused_layer.conv_bn_act, backend="aot_eager")
         compiled = compiled(x, *parameters, *(t.clone() for t in running), layer=constants).detach()
-    out, _ = fused.linked_conv_bn_act(x, *parameters, *running, layer=constants, num_batches_tracked=batches)
+    out, _ = fused_layer.linked_conv_bn_act(x, *parameters, *running, layer=constants, num_batches_tracked=batches)
     assert layer != LAYERS["conv"] or torch.equal(out, compiled)
     assert batches == layer.groups
     with pytest.raises(RuntimeError, match="no backward with create_graph=True"):
@@ -150,4 +152,4 @@ def test_an_empty_batch_is_refused():
     layer = LAYERS["conv"]
     x, parameters = draw(layer)[0][0], draw(layer)[1]
     with pytest.raises(ValueError, match="x must not be empty"):
-        fused.conv_bn_act(x[:0], *parameters, None, None, layer=layer.constants(object()))
+        fused_layer.conv_bn_act(x[:0], *parameters, None, None, layer=layer.constants(object()))

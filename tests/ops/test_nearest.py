@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from fastgan.ops.choice import shipped_tables
-from fastgan.ops.nearest import Found, find, nearest
+from fastgan.ops.nearest import Evidence, find, nearest
 from fastgan.ops.tables import Measurement, Problem, read_table
 
 PROBLEM = Problem("up+statistics", "bfloat16", 128, (4, 4), (8, 8), 512, 256, (4, 4), (2, 2), (1, 1))
@@ -71,9 +71,9 @@ def test_a_weight_gradient_follows_the_one_that_was_measured():
 
 def test_the_same_layer_counts_as_measured():
     table = table_of({PROBLEM: measured(), PROBLEM._replace(batch=256): measured("cudnn")})
-    assert nearest(table, PROBLEM) == Found(measured(), PROBLEM)
+    assert nearest(table, PROBLEM) == Evidence(measured(), PROBLEM)
     at_100 = nearest(table, PROBLEM._replace(batch=100))
-    assert at_100 == Found(measured(), PROBLEM) and at_100.implementation == "triton"
+    assert at_100 == Evidence(measured(), PROBLEM) and at_100.implementation == "triton"
 
 
 @pytest.mark.parametrize(
@@ -113,12 +113,12 @@ def test_likeness(change, differences):
 
 def test_each_difference_asks_for_a_larger_lead():
     for differences, least in ((0, 10.0), (1, 12.5), (2, 15.625), (3, 19.53125)):
-        assert Found(measured(cudnn_us=least + 0.01), PROBLEM, differences).implementation == "triton"
+        assert Evidence(measured(cudnn_us=least + 0.01), PROBLEM, differences).implementation == "triton"
         # Of the layer itself the table has the last word, whatever the times are.
-        few = Found(measured(cudnn_us=least - 0.01), PROBLEM, differences)
+        few = Evidence(measured(cudnn_us=least - 0.01), PROBLEM, differences)
         assert few.implementation == ("cudnn" if differences else "triton")
-        assert Found(measured("cudnn", None, 5.0), PROBLEM, differences).implementation == "cudnn"
-        assert Found(measured("cudnn", 10.0, 9.0), PROBLEM, differences).implementation == "cudnn"
+        assert Evidence(measured("cudnn", None, 5.0), PROBLEM, differences).implementation == "cudnn"
+        assert Evidence(measured("cudnn", 10.0, 9.0), PROBLEM, differences).implementation == "cudnn"
 
 
 def test_the_nearest_of_those_alike():
@@ -130,7 +130,7 @@ def test_the_nearest_of_those_alike():
     # One step away both: four times as many positions at another size, or as many in another dtype.
     rows[wanted._replace(dtype="float16")] = measured()
     assert nearest(table_of(rows), wanted).problem.batch in (128, 512)
-    assert nearest(table_of({**rows, larger: measured()}), wanted) == Found(measured(batch=64), larger)
+    assert nearest(table_of({**rows, larger: measured()}), wanted) == Evidence(measured(batch=64), larger)
 
 
 def test_what_follows_is_looked_for_as_in_the_layer_itself():

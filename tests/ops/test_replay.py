@@ -194,7 +194,7 @@ def test_an_error_while_recording_leaves_everything_as_it_was():
     fails.append(True)
     with pytest.raises(ValueError, match="no"):
         replayed.replay(*second)
-    assert getattr(launching.watched, "started", None) is None and not torch._C._len_torch_dispatch_stack()
+    assert getattr(launching.thread, "on_launch", None) is None and not torch._C._len_torch_dispatch_stack()
     fails.clear()
     replayed.replay(*third)
     torch.testing.assert_close(replayed.replay(*fourth), tanh_grad(*fourth), rtol=0, atol=0)

@@ -81,7 +81,7 @@ def test_on_a_cpu_lines_are_of_what_ran_in_turn():
         step("fused-fp32", speed, batch=batch, eager_images_per_sec=50.0) for batch, speed in ((4, 90.0), (2, 80.0))
     ]
     rows = [{**row["extra_info"], "group": row["group"]} for row in (step("eager-fp32", 100.0, batch=4), *beside)]
-    on_cpu, on_gpu = (reading.Run(device, "", "", None, rows) for device in ("CPU, 4 threads", DEVICE))
+    on_cpu, on_gpu = (reading.BenchmarkRun(device, "", "", None, rows) for device in ("CPU, 4 threads", DEVICE))
     assert dict(plots.lines(on_cpu, 64)) == {
         "fused-fp32": [(2, 80.0), (4, 90.0)],
         "eager, in turn with fused-fp32": [(2, 50.0), (4, 50.0)],

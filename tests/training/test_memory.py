@@ -88,7 +88,7 @@ def step_peak(monkeypatch, batch, *, fused, **options):
         images = torch.empty(batch, setting.channels, 64, 64)
         if fused:
             step = TrainStep(*networks, latent_dim=NZ, precision="bf16", **options)
-            step._takes_both = lambda real, fake: True  # the trial computes with real numbers
+            step._can_take_one_pass = lambda real, fake: True  # the trial computes with real numbers
             weights = [parameter for network in networks for parameter in network.parameters()]
             copies = [torch.empty_like(weight, dtype=torch.bfloat16) for weight in weights]  # a GPU's WeightCopies
             assert len(copies) == 24

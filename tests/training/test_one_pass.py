@@ -99,7 +99,7 @@ def test_two_passes_where_one_would_not_be_exact(layers, reason):
     step = TrainStep(generator, discriminator, latent_dim=NZ, one_pass=True)
     before = copy.deepcopy(discriminator.state_dict()), torch.get_rng_state()
     with pytest.warns(UserWarning, match=f"two passes.*({reason})") as warned:
-        step._takes_both(*(torch.cat(real_batches(2, seed=seed)) for seed in (1, 2)))
+        step._can_take_one_pass(*(torch.cat(real_batches(2, seed=seed)) for seed in (1, 2)))
     assert not step.one_pass and str(warned[0].message).endswith(step.one_pass_reason)
     assert set(before[0]) == set(discriminator.state_dict())
     step(real_batches(1)[0])
@@ -111,7 +111,7 @@ def test_two_passes_where_float64_does_not_do():
     step = TrainStep(make_networks(dtype=torch.float32)[0], discriminator, latent_dim=NZ)
     before = random.getstate()
     with pytest.warns(UserWarning, match="cannot be tried on 4 images of each kind in float64"):
-        step._takes_both(*real_batches(2, dtype=torch.float32))
+        step._can_take_one_pass(*real_batches(2, dtype=torch.float32))
     assert random.getstate() == before and not step.one_pass
     step(real_batches(1, dtype=torch.float32)[0])
 
@@ -158,7 +158,7 @@ def test_one_pass_is_tried_on_copies():
     step = TrainStep(*make_networks(), latent_dim=NZ, one_pass=True)
     before, rng = copy.deepcopy(step.discriminator.state_dict()), torch.get_rng_state()
     real, fake = real_batches(2)
-    step._takes_both(real, fake)
+    step._can_take_one_pass(real, fake)
     assert step.one_pass and torch.equal(rng, torch.get_rng_state())
     torch.testing.assert_close(before, step.discriminator.state_dict(), rtol=0, atol=0)
 

@@ -10,7 +10,7 @@ import torch
 from fastgan import backend
 from fastgan.ops import batch_norm, convolution, running
 from fastgan.ops.chain import run_chain
-from fastgan.ops.operators import is_watched
+from fastgan.ops.operators import is_traced
 from fastgan.ops.reference import conv_bn_act_reference
 
 
@@ -28,7 +28,7 @@ def conv_bn_act(x, weight, *vectors, layer):
 
     Args:
         vectors: bias, gamma, beta, running_mean and running_var, each (C,) or None.
-        layer: a `fastgan.ops.constants.Layer`.
+        layer: a `fastgan.ops.layer_spec.LayerSpec`.
     """
     return linked_conv_bn_act(x, weight, *vectors, layer=layer)[0]
 
@@ -57,7 +57,7 @@ def linked_conv_bn_act(
     # An empty batch has nothing to launch; stock knows what to say of it, and of a weight that autocast leaves alone.
     if implementation == "reference" or x.numel() == 0 or weight.dtype not in backend.KERNEL_DTYPES:
         if num_batches_tracked is not None:
-            num_batches_tracked.add_(layer.groups)
+            num_batches_tracked.add_(layer.batch_groups)
         return conv_bn_act_reference(x, weight, *vectors, layer), None
     return _by_kernels(x, weight, weight_copy, vectors, num_batches_tracked, layer, x_link, gives_link)
 
@@ -113,7 +113,7 @@ def _without_batch_norm(x, weight, weight_copy, bias, layer, of_x, gives_link):
     gets_dz = gives_link and layer.activation is not None
     act = (layer.activation, layer.slope)
     out = convolution.conv(
-        x, weight, weight_copy, bias, *convolution.NO_BATCH_NORM, *layer.where(), *act, *of_x, gets_dz
+        x, weight, weight_copy, bias, *convolution.NO_BATCH_NORM, *layer.conv_args(), *act, *of_x, gets_dz
     )
     return out, Link(*act) if gets_dz else None
 
@@ -127,12 +127,14 @@ def _with_known_statistics(x, weight, weight_copy, bias, gamma, beta, running_me
     )
     if needs_grad or layer.activation_first:
         # γ's gradient needs what BatchNorm is of, so it is kept; and the epilogue activates last.
-        y = convolution.conv(*to_convolve, *convolution.NO_BATCH_NORM, *layer.where(), *layer.before(), *of_x, False)
+        y = convolution.conv(
+            *to_convolve, *convolution.NO_BATCH_NORM, *layer.conv_args(), *layer.before(), *of_x, False
+        )
         # A copy: until backward the running statistics may move on.
         mean, invstd = running_mean.to(torch.float32, copy=True), (running_var.float() + layer.eps).rsqrt()
         return batch_norm.batch_norm_act(y, mean, invstd, gamma, beta, False, *layer.after())
     known, act = (running_mean, running_var, gamma, beta, layer.eps), (layer.activation, layer.slope)
-    return convolution.conv(*to_convolve, *known, *layer.where(), *act, *of_x, False)
+    return convolution.conv(*to_convolve, *known, *layer.conv_args(), *act, *of_x, False)
 
 
 def _with_batch_statistics(
@@ -154,22 +156,22 @@ def _with_batch_statistics(
     tensors = (weight, bias, gamma, beta, weight_copy, running_mean, running_var, batches)
     linked = gives_link or any(of_x)
     alone = not linked and process_group is None and not _updated_by_torch(running_mean, running_var, momentum)
-    if alone and not is_watched([tensor for tensor in (x, *tensors) if tensor is not None]):
+    if alone and not is_traced([tensor for tensor in (x, *tensors) if tensor is not None]):
         # Without its name: calls of layers that differ in nothing else are replayed as one.
         layer = layer._replace(momentum=float(momentum), name=None, checked=True)
         return run_chain(x, tensors, (layer,)), None
     y, mean, invstd, var = convolution.conv_statistics(
-        *(x, weight, weight_copy, bias, layer.eps, *layer.where(), *layer.before(), layer.groups, *of_x)
+        *(x, weight, weight_copy, bias, layer.eps, *layer.conv_args(), *layer.before(), layer.batch_groups, *of_x)
     )
     if process_group is not None:
         from fastgan.ops import synchronised  # imports Dynamo, which takes as long as torch itself
 
-        rows = y.numel() // (layer.groups * y.shape[1])
+        rows = y.numel() // (layer.batch_groups * y.shape[1])
         mean, invstd, var, count = synchronised.share_statistics(mean, var, rows, layer.eps, process_group)
     if running_mean is not None:
         _update_running(running_mean, running_var, mean, var, momentum, batches)
     elif batches is not None:
-        batches.add_(layer.groups)
+        batches.add_(layer.batch_groups)
     after = layer.after()
     if process_group is not None:
         return synchronised.batch_norm_act(y, mean, invstd, gamma, beta, count, *after, process_group), None

@@ -1,12 +1,12 @@
-"""What a layer, convolution + BatchNorm + activation, is besides its tensors."""
+"""What defines a layer, convolution + BatchNorm + activation, besides its tensors."""
 
 from typing import NamedTuple
 
 from fastgan.ops.layer_checks import check_conv_bn_act
 
 
-class Layer(NamedTuple):
-    """All of a layer that is no tensor: what the operators, their reference and the checks take."""
+class LayerSpec(NamedTuple):
+    """All that defines a fused layer but its tensors: what the operators, their reference and the checks take."""
 
     transposed: bool
     stride: tuple[int, int]
@@ -19,12 +19,13 @@ class Layer(NamedTuple):
     batch_statistics: bool = False  # whether its BatchNorm takes the batch's own
     momentum: object = 0.0  # a number, or a 0-dim tensor
     eps: float = 0.0
-    groups: int = 1  # equal parts of the batch with statistics of their own
+    batch_groups: int = 1  # equal parts of the batch with statistics of their own
     process_group: object = None  # of torch.distributed, whose processes share statistics
     name: str | None = None  # in what is said of bad input
     checked: bool = False  # whether `check` has passed for the tensors that it is given with
 
-    def where(self):
+    def conv_args(self):
+        """(transposed, stride, padding, output_padding): the order in which the operators take them."""
         return self.transposed, self.stride, self.padding, self.output_padding
 
     def before(self):
