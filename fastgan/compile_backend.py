@@ -13,7 +13,7 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
-from fastgan.graph_patterns import (
+from fastgan.fusing.graph_patterns import (
     activation_of,
     changes_in_place,
     is_written_to,
@@ -22,11 +22,11 @@ from fastgan.graph_patterns import (
     sole_user,
     stays_stock,
 )
-from fastgan.layout import default_layout, suggests_channels_last
+from fastgan.fusing.layout import default_layout, suggests_channels_last
+from fastgan.fusing.patterns import WRITTEN_TO
 from fastgan.ops import fused_layer
 from fastgan.ops.choice import what_follows
 from fastgan.ops.layer_spec import LayerSpec
-from fastgan.patterns import WRITTEN_TO
 
 _CONVOLUTIONS = {  # how each is called
     torch.conv2d: inspect.signature(lambda x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1: None),
@@ -92,7 +92,7 @@ class CapturedGroup:
 
     @property
     def then(self):
-        """What the operator does after the convolution: see `fastgan.patterns.Group.then`."""
+        """What the operator does after the convolution: see `fastgan.fusing.patterns.Group.then`."""
         statistics = self.batch_norm is not None and self.batch_norm["training"]
         return what_follows(statistics, self.convolution["bias"], self.batch_norm, self.activation[0])
 

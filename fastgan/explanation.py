@@ -9,12 +9,12 @@ from torch.nn.parameter import is_lazy
 
 from fastgan import backend
 from fastgan.compile_backend import find
+from fastgan.fusing.graph_forward import GraphForward
+from fastgan.fusing.group_calls import is_distributed
+from fastgan.fusing.patterns import is_sequential
 from fastgan.fusion import all_groups, check_module, groups_of, plans_of, running_stock
-from fastgan.graph_forward import GraphForward
-from fastgan.group_calls import is_distributed
 from fastgan.ops.choice import choose, conv_problem
 from fastgan.ops.fused_layer import compute_dtype
-from fastgan.patterns import is_sequential
 from fastgan.random_numbers import random_numbers_kept
 
 

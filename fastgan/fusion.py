@@ -3,8 +3,8 @@
 `fuse` changes neither modules nor parameters. It gives each container whose forward calls convolutions an instance
 attribute `forward` that runs them in fused groups; `unfuse` deletes it. An nn.Sequential is a chain as it stands, with
 the layers of those inside of it (`SequentialForward`); what other forwards do with their children is traced
-(`fastgan.graph_forward`). Groups are matched again as soon as a layer is replaced or gets a hook, so such changes take
-effect, and train() and eval() do at every call.
+(`fastgan.fusing.graph_forward`). Groups are matched again as soon as a layer is replaced or gets a hook, so such
+changes take effect, and train() and eval() do at every call.
 """
 
 import types
@@ -15,12 +15,12 @@ from torch import fx, nn
 
 from fastgan import backend
 from fastgan.batch_groups import current_batch_groups
-from fastgan.graph_forward import CallPlan, GraphForward, is_graph_forward, look_like_own
-from fastgan.group_calls import run_layers, run_parts
-from fastgan.layout import in_stock_layout
+from fastgan.fusing.graph_forward import CallPlan, GraphForward, is_graph_forward, look_like_own
+from fastgan.fusing.group_calls import run_layers, run_parts
+from fastgan.fusing.layout import in_stock_layout
+from fastgan.fusing.patterns import in_order, is_sequential, match, passes_through
+from fastgan.fusing.tracing.watching import Watch
 from fastgan.ops import fused_layer
-from fastgan.patterns import in_order, is_sequential, match, passes_through
-from fastgan.watching import Watch
 
 
 def fuse(model):

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastgan import group_calls
+from fastgan.fusing import group_calls
 from fastgan.kernels import launch as launching
 from fastgan.kernels.offline import started_by
 from fastgan.ops import chain, fused_layer, operators

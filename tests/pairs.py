@@ -5,7 +5,7 @@ import copy
 import torch
 from torch import nn
 
-from fastgan import group_calls
+from fastgan.fusing import group_calls
 from fastgan.ops import fused_layer
 
 

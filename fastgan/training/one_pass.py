@@ -8,9 +8,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastgan.batch_groups import batch_groups
 from fastgan.checks import in_short
+from fastgan.fusing.layer_code import hooks_of
+from fastgan.fusing.layout import fastest_format
 from fastgan.fusion import fused_groups
-from fastgan.layer_code import hooks_of
-from fastgan.layout import fastest_format
 from fastgan.random_numbers import random_numbers_kept
 from fastgan.training.weights import wants_default_layout
 

@@ -11,8 +11,8 @@ from fastgan.backend import PRECISIONS, without_autocast
 from fastgan.batch_groups import batch_groups
 from fastgan.checks import check_positive
 from fastgan.first_order import first_order
+from fastgan.fusing.layout import default_layout
 from fastgan.fusion import fuse, fused_groups
-from fastgan.layout import default_layout
 from fastgan.losses import backward_bce, backward_bce_of_torch
 from fastgan.random_numbers import restore_rng, rng_state
 from fastgan.training.adam import ContiguousAdam, KernelAdam

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastgan.layout import default_layout
+from fastgan.fusing.layout import default_layout
 
 
 def load_weights(module, state):

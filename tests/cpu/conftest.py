@@ -2,7 +2,7 @@
 
 import pytest
 
-from fastgan import cpu_convolution
+from fastgan.cpu import convolution as cpu_convolution
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@ from contextlib import contextmanager
 
 import torch
 
-from fastgan.cpu_convolution import convolve
+from fastgan.cpu.convolution import convolve
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import fastgan
-from fastgan import cpu_convolution
-from fastgan.cpu_convolution import Convolution, convolve
+from fastgan.cpu import convolution as cpu_convolution
+from fastgan.cpu.convolution import Convolution, convolve
 from tests.accuracy import assert_as_accurate_as_stock
 from tests.cpu.layers import (
     DTYPES,

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from fastgan import cpu_convolution, cpu_products
-from fastgan.cpu_convolution import convolve
+from fastgan.cpu import convolution as cpu_convolution
+from fastgan.cpu import products as cpu_products
+from fastgan.cpu.convolution import convolve
 from tests.accuracy import assert_as_accurate_as_stock
 from tests.cpu.layers import (
     LAYOUTS,

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 import fastgan
-from fastgan import group_calls
+from fastgan.fusing import group_calls
 from fastgan.ops import chain
 from fastgan.ops.replay import Plan, Replayed
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fastgan
-from fastgan.graph_forward import MOST_PLANS
+from fastgan.fusing.graph_forward import MOST_PLANS
 from fastgan.training import TrainStep
 from tests.training.small_gan import NZ, logits_of, make_networks, real_batches, small_critic
 

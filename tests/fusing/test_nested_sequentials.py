@@ -8,7 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import fastgan
-from fastgan import fusion, graph_forward
+from fastgan import fusion
+from fastgan.fusing import graph_forward
 from tests.pairs import assert_same, count_operator_calls, make_pair, one_step
 
 

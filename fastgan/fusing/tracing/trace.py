@@ -3,10 +3,10 @@
 Of a Sequential, which only calls its own children one after the other, those are.
 
 A symbolic trace shows one way through a forward. It stands for all calls only where nothing else decides the way, so
-what could decide it is either watched (`fastgan.watching`), part of the question (the mode, arguments that are no
-tensors), or makes the forward one that is not followed: `Untraceable` says why. The same with what would be lost:
-`fastgan.forward_code` looks at the code, `fastgan.forward_reads` at what it reads of the modules, and
-`fastgan.forward_changes` at whether a module that it calls may change that.
+what could decide it is either watched (`watching.py`), part of the question (the mode, arguments that are no tensors),
+or makes the forward one that is not followed: `Untraceable` says why. The same with what would be lost: `code.py` looks
+at the code, `reads.py` at what it reads of the modules, and `changes.py` at whether a module that it calls may change
+that.
 """
 
 import copy
@@ -19,12 +19,12 @@ from torch import fx, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fastgan.checks import in_short
-from fastgan.forward_changes import check_unchanged_by
-from fastgan.forward_code import RANDOM, CodeCheck, Untraceable, returns_something
-from fastgan.forward_reads import Reads
-from fastgan.patterns import passes_through
+from fastgan.fusing.patterns import passes_through
+from fastgan.fusing.tracing.changes import check_unchanged_by
+from fastgan.fusing.tracing.code import RANDOM, CodeCheck, Untraceable, returns_something
+from fastgan.fusing.tracing.reads import Reads
+from fastgan.fusing.tracing.watching import freeze
 from fastgan.random_numbers import random_numbers_kept
-from fastgan.watching import freeze
 
 TENSOR = object()  # stands for one among the arguments of a trace
 # Of a tensor, and None for some of them: a stand-in never is.

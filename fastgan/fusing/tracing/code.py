@@ -7,14 +7,12 @@ give another answer, and changes nothing that outlives the call.
 
 import builtins
 import contextlib
-import dis
 import functools
 import operator
 import os
 import random
 import sys
 import types
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +20,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fastgan.patterns import is_replaced
+from fastgan.fusing.patterns import is_replaced
+from fastgan.fusing.tracing.bytecode import facts_of
 
 
 class Untraceable(Exception):
@@ -61,6 +60,8 @@ _NOT_OF_CALLS = frozenset(
     "jit_unused_properties abstractmethods subclasshook match_args set_name".split()
 )
 
+_REFUSED_METHODS = frozenset(["__call__", "__getattr__", "__getattribute__", "__setattr__", "__delattr__"])
+
 
 def returns_something(module):
     """Whether a module cannot return None: PyTorch's own do not, whatever their hooks are, nor when they are fused."""
@@ -69,18 +70,6 @@ def returns_something(module):
 
 def of_torch(function):
     return function.__code__.co_filename.startswith(TORCH)
-
-
-@dataclass
-class _Facts:
-    """What a code object, and those in it, use."""
-
-    # The keys are in the order of the code, so that the same reason is given each time.
-    chains: dict = field(default_factory=dict)  # ("torch", "nn", "ReLU"): a global name and the attributes after it
-    named_by_super: dict = field(default_factory=dict)
-    asks_for_none: bool = False  # whether something other than an attribute or a parameter is None
-    asks_for_none_given: bool = False  # whether a parameter is
-    problem: str = ""
 
 
 class CodeCheck:
@@ -101,7 +90,7 @@ class CodeCheck:
             return self.function(function.__wrapped__, cls, called_first)
         if of_torch(function) and function not in _KNOWN:
             raise Untraceable(f"it calls {function.__qualname__}")
-        facts = _facts(function.__code__)
+        facts = facts_of(function.__code__)
         self._watch.attribute(function, "__code__")
         defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
         for default in defaults:
@@ -219,9 +208,6 @@ class CodeCheck:
                     self.function(value, cls)
 
 
-_REFUSED_METHODS = frozenset(["__call__", "__getattr__", "__getattribute__", "__setattr__", "__delattr__"])
-
-
 def is_constant(value):
     """Whether it is the same for good, as far as its contents go."""
     if isinstance(value, tuple):
@@ -276,112 +262,3 @@ def _calculates(value):
         return False
     name, module = value.__name__, getattr(value, "__module__", None)
     return module in _PURE_MODULES or any(getattr(native, name, None) is value for native in _NATIVE)
-
-
-_PLAIN = frozenset(["CACHE", "EXTENDED_ARG", "NOP", "RESUME", "PRECALL", "PUSH_NULL", "NOT_TAKEN"])
-
-
-def instructions_of(code):
-    """Without those that do nothing by themselves."""
-    return [i for i in dis.get_instructions(code) if i.opname not in _PLAIN]
-
-
-@functools.lru_cache(maxsize=1024)
-def _facts(code, outer=None):
-    """The _Facts of a code object in a function whose variables of outer functions are `outer`."""
-    facts = _Facts()
-    outer = frozenset(code.co_freevars) if outer is None else outer
-    instructions = instructions_of(code)
-    written = {name for i in instructions if i.opname.startswith("STORE_FAST") for name in _as_tuple(i.argval)}
-    given = set(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]) - written
-    for at, instruction in enumerate(instructions):
-        facts.problem = facts.problem or _problem(instructions, at, outer)
-        asked = _asked_for_none(instructions, at)
-        if asked in given:
-            facts.asks_for_none_given = True
-        elif asked is not None:
-            facts.asks_for_none = True
-        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-            attributes = []
-            for following in instructions[at + 1 :]:
-                if following.opname not in ("LOAD_ATTR", "LOAD_METHOD"):
-                    break
-                attributes.append(following.argval)
-            before = instructions[at - 1] if at else None
-            if before is not None and before.opname == "LOAD_GLOBAL" and before.argval == "super" and not attributes:
-                attributes = ["super"]
-            facts.chains[(instruction.argval, *attributes)] = True
-            if instruction.argval == "super":
-                name = _named_by_super(instructions, at)
-                facts.problem = facts.problem or ("" if name else "it uses super in a way of its own")
-                facts.named_by_super[name] = True
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            inner = _facts(constant, outer)
-            facts.chains |= inner.chains
-            facts.named_by_super |= inner.named_by_super
-            facts.asks_for_none |= inner.asks_for_none or inner.asks_for_none_given
-            facts.problem = facts.problem or inner.problem
-    return facts
-
-
-def _problem(instructions, at, outer):
-    """Why a trace does not stand for code with this instruction."""
-    instruction = instructions[at]
-    kind, value = instruction.opname, instruction.argval
-    before = instructions[at - 1] if at else instruction
-    if kind in ("STORE_ATTR", "DELETE_ATTR"):
-        return f"it sets {'self' if is_attribute_of('self', instructions, at) else ''}.{value}"
-    if kind in ("STORE_GLOBAL", "DELETE_GLOBAL"):
-        return f"it sets the global {value}"
-    if kind in ("STORE_DEREF", "DELETE_DEREF") and value in outer:
-        return f"it sets {value}, a variable of an outer function"
-    if kind in ("IMPORT_NAME", "LOAD_BUILD_CLASS") or kind.startswith("MATCH_"):
-        return "it imports, defines classes or matches patterns"
-    # A stand-in is another object than the one that an operation would return. None, True and False are none of them.
-    if kind == "IS_OP" and before.opname != "LOAD_CONST":
-        return "it asks whether two are the same object"
-    if kind == "SETUP_FINALLY" or (kind == "PUSH_EXC_INFO" and instructions[at + 1].opname != "WITH_EXCEPT_START"):
-        return "it catches exceptions"
-    if kind in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR") and value.startswith("__") and value.endswith("__"):
-        # A module's own way to look up its children, by which some do: `fastgan.forward_reads` sees to it.
-        by_name = value == "__getattr__" and is_attribute_of("self", instructions, at)
-        return "" if by_name else f"it uses {value}"
-    return ""
-
-
-def _asked_for_none(instructions, at):
-    """What an instruction asks to be None: None if it does not, or of an attribute; the name of a variable, or ""."""
-    kind, before = instructions[at].opname, instructions[at - 1] if at else None
-    if kind == "IS_OP" and before.argval is None:
-        before = instructions[at - 2]
-    elif not (kind.startswith("POP_JUMP") and kind.endswith("NONE")):
-        return None
-    if before.opname == "LOAD_ATTR":
-        return None
-    return _as_tuple(before.argval)[-1] if before.opname.startswith("LOAD_FAST") else ""
-
-
-def _as_tuple(name_or_names):
-    """The variables of an instruction that may be two in one."""
-    return name_or_names if isinstance(name_or_names, tuple) else (name_or_names,)
-
-
-def is_attribute_of(name, instructions, at):
-    """Whether the attribute that is loaded or set is one of the variable of that name."""
-    holder = instructions[at - 1]
-    if holder.opname in ("SWAP", "ROT_TWO"):  # self.x += 1
-        loads = (i for i in range(at - 1, 1, -1) if instructions[i].opname == "LOAD_ATTR")
-        holder = next((instructions[i - 2] for i in loads if instructions[i].argval == instructions[at].argval), holder)
-    return holder.opname.startswith("LOAD_FAST") and name == _as_tuple(holder.argval)[-1]
-
-
-def _named_by_super(instructions, at):
-    """The method in `super().method` or `super(Name, self).method`; "" where super is used otherwise."""
-    for i in range(at + 1, len(instructions)):
-        if instructions[i].opname == "LOAD_SUPER_ATTR":
-            return instructions[i].argval
-        if instructions[i].opname.startswith("CALL"):
-            following = instructions[i + 1]
-            return following.argval if following.opname in ("LOAD_ATTR", "LOAD_METHOD") else ""
-    return ""

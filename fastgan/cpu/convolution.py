@@ -12,7 +12,7 @@ import functools
 import torch
 
 from fastgan import backend
-from fastgan.cpu_products import (
+from fastgan.cpu.products import (
     from_one_position,
     to_high,
     to_low,
@@ -21,10 +21,10 @@ from fastgan.cpu_products import (
     weight_grad_tap_by_tap,
 )
 from fastgan.first_order import only_first_order
-from fastgan.layer_code import has_own_code
-from fastgan.layout import default_layout, suggests_channels_last
+from fastgan.fusing.layer_code import has_own_code
+from fastgan.fusing.layout import default_layout, suggests_channels_last
+from fastgan.fusing.patterns import unfit_setting
 from fastgan.ops.geometry import backward_conv_args, out_size
-from fastgan.patterns import unfit_setting
 from fastgan.wanted import is_wanted
 
 # Half precisions, and what multiplies them: Intel's tiles (AMX) and vectors (AVX-512), as torch.cpu.get_capabilities

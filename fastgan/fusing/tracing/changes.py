@@ -3,8 +3,9 @@
 import functools
 import types
 
-from fastgan.forward_code import Untraceable, instructions_of, is_attribute_of, is_of_torch, of_torch
-from fastgan.layer_code import hooks_of
+from fastgan.fusing.layer_code import hooks_of
+from fastgan.fusing.tracing.bytecode import instructions_of, is_attribute_of
+from fastgan.fusing.tracing.code import Untraceable, is_of_torch, of_torch
 
 _CHANGING = frozenset(["append", "extend", "insert", "clear", "pop", "remove", "sort", "reverse"])  # methods of a list
 

@@ -3,9 +3,9 @@
 import torch
 
 from fastgan.backend import is_batched
-from fastgan.layer_code import has_weight_norm
+from fastgan.fusing.layer_code import has_weight_norm
+from fastgan.fusing.patterns import unfit_setting
 from fastgan.ops.geometry import size_after
-from fastgan.patterns import unfit_setting
 
 
 def suggests_channels_last(tensor):

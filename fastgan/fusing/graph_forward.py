@@ -13,13 +13,13 @@ from torch.fx.experimental.symbolic_shapes import guard_scalar
 
 from fastgan import backend
 from fastgan.batch_groups import batch_groups, current_batch_groups
-from fastgan.graph_patterns import changes_in_place, find_groups, restore_layout
-from fastgan.group_calls import run_parts, run_stock
-from fastgan.layout import in_stock_layout
+from fastgan.fusing.graph_patterns import changes_in_place, find_groups, restore_layout
+from fastgan.fusing.group_calls import run_parts, run_stock
+from fastgan.fusing.layout import in_stock_layout
+from fastgan.fusing.patterns import Part
+from fastgan.fusing.tracing.trace import TENSOR, Untraceable, trace
+from fastgan.fusing.tracing.watching import Watch, freeze
 from fastgan.ops import fused_layer
-from fastgan.patterns import Part
-from fastgan.tracing import TENSOR, Untraceable, trace
-from fastgan.watching import Watch, freeze
 
 # A trace takes some 10 ms: of a call with another number each time, say, it would cost more than fusing gains.
 MOST_PLANS = 32
@@ -240,7 +240,7 @@ class CallPlan:
 
 
 def plan_call(container, arguments):
-    """The CallPlan for calls with `arguments` (see `fastgan.tracing.trace`) in the container's present mode."""
+    """The CallPlan for calls with `arguments` (see `trace`) in the container's present mode."""
     plan = CallPlan()
     try:
         graph = trace(container, arguments, plan.watch)

@@ -12,8 +12,8 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 import fastgan
-from fastgan import tracing
-from fastgan.graph_forward import MOST_PLANS
+from fastgan.fusing.graph_forward import MOST_PLANS
+from fastgan.fusing.tracing import trace as tracing
 from tests.forwards import Layers
 from tests.pairs import assert_same, count_operator_calls, make_pair, suppose_kernels
 

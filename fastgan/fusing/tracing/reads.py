@@ -10,13 +10,13 @@ from pathlib import Path
 
 from torch import nn
 
-from fastgan.forward_code import TORCH, Untraceable, of_torch
-from fastgan.watching import MISSING, freeze
+from fastgan.fusing.tracing.code import TORCH, Untraceable, of_torch
+from fastgan.fusing.tracing.watching import MISSING, freeze
 
 _CONTAINER_FILE = sys.modules[nn.Sequential.__module__].__file__
-# What is looked up in these files, of ours and beside this one, is the tracer's own and none of the forward's.
-_FILES = ("forward_reads.py", "forward_code.py", "layer_code.py", "watching.py", "tracing.py", "patterns.py")
-_OURS = tuple(str(Path(__file__).with_name(name)) for name in _FILES)
+_HERE = Path(__file__).parent
+# Look-ups that are made in these files are the tracer's own, and none of the forward's.
+_OURS = frozenset(map(str, [*_HERE.glob("*.py"), _HERE.with_name("layer_code.py"), _HERE.with_name("patterns.py")]))
 
 
 class Reads:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from fastgan.layer_code import has_hooks, hooks_compute_weight, hooks_of, type_of
+from fastgan.fusing.layer_code import has_hooks, hooks_compute_weight, hooks_of, type_of
 from fastgan.ops.choice import what_follows
 
 _CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
@@ -39,7 +39,7 @@ class Group:
     activation_first: bool = False  # convolution → activation → BatchNorm: another function than the usual order
     fused: bool = False
     reason: str = ""
-    forwards: tuple[Callable, ...] = ()  # of a fused group: see `fastgan.group_calls.run_layers`
+    forwards: tuple[Callable, ...] = ()  # of a fused group: see `fastgan.fusing.group_calls.run_layers`
 
     @property
     def pattern(self):

@@ -5,7 +5,7 @@ import types
 
 import torch
 
-from fastgan.layer_code import any_has_hooks, code_of, has_same_code, hooks_of
+from fastgan.fusing.layer_code import any_has_hooks, code_of, has_same_code, hooks_of
 
 MISSING = object()  # an attribute or a name that is not there
 _CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.memory_format)

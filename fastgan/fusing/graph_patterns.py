@@ -1,8 +1,8 @@
 """Convolution → BatchNorm → activation in a torch.fx graph, where each result may go anywhere.
 
 Two layers are joined only where nothing else uses what passes between them, and a BatchNorm only where nothing that the
-forward does in between has to do with its tensors. This file knows the graphs of `fastgan.tracing`, in which modules
-are nodes; what it knows of activations as functions serves `fastgan.compile_backend` too.
+forward does in between has to do with its tensors. This file knows the graphs of `fastgan.fusing.tracing`, in which
+modules are nodes; what it knows of activations as functions serves `fastgan.compile_backend` too.
 """
 
 import inspect
@@ -14,9 +14,9 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from fastgan.layer_code import has_hooks
-from fastgan.patterns import ACTIVATIONS, WRITTEN_TO, Group, match_first, passes_on, writes_to_input
-from fastgan.tracing import IN_PLACE
+from fastgan.fusing.layer_code import has_hooks
+from fastgan.fusing.patterns import ACTIVATIONS, WRITTEN_TO, Group, match_first, passes_on, writes_to_input
+from fastgan.fusing.tracing.trace import IN_PLACE
 
 _FUNCTIONS = {
     "relu": (torch.relu, torch.relu_, F.relu, F.relu_, "relu", "relu_"),
@@ -193,7 +193,7 @@ def _only_reads(node, container):
 
 
 def find_groups(graph, container):
-    """A GraphGroup for each convolution among the nodes of a graph of `fastgan.tracing.trace`, fused or not."""
+    """A GraphGroup for each convolution among the nodes of a graph that was traced, fused or not."""
     return [
         _follow(node, container)
         for node in graph.nodes

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fastgan
-from fastgan.cpu_convolution import convolve
+from fastgan.cpu.convolution import convolve
 
 pytestmark = pytest.mark.usefixtures("each_backend")
 

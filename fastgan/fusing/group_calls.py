@@ -8,16 +8,16 @@ from torch import nn
 
 from fastgan import backend
 from fastgan.batch_groups import current_batch_groups
-from fastgan.cpu_convolution import convolve
+from fastgan.cpu.convolution import convolve
 from fastgan.first_order import only_first_order
-from fastgan.layer_code import hooks_compute_weight
-from fastgan.layout import default_layout, with_stock_gradient
+from fastgan.fusing.layer_code import hooks_compute_weight
+from fastgan.fusing.layout import default_layout, with_stock_gradient
+from fastgan.fusing.patterns import unfit_number, unfit_setting
 from fastgan.ops import fused_layer
 from fastgan.ops.chain import run_chain
 from fastgan.ops.layer_spec import LayerSpec
 from fastgan.ops.operators import is_traced
 from fastgan.ops.reference import activate_
-from fastgan.patterns import unfit_number, unfit_setting
 from fastgan.weight_copies import weight_copy
 
 _VECTORS = {"weight", "bias"}  # of a BatchNorm

@@ -11,7 +11,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 import fastgan
-from fastgan import graph_forward
+from fastgan.fusing import graph_forward
 from tests.forwards import (
     FOLLOWED,
     REFUSED,
