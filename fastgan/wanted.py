@@ -1,4 +1,4 @@
-"""Which gradients a backward pass has a use for, and which it cannot have."""
+"""Which gradients a backward pass has a use for, which it cannot have, and which may be differentiated again."""
 
 import torch
 
@@ -29,6 +29,32 @@ def refuse_second_order(who):
     """
     if torch.is_grad_enabled():
         raise RuntimeError(f"{who} have no backward with create_graph=True")
+
+
+def differentiable(grad, *inputs):
+    """The gradient as one that may be differentiated again, where that is asked for: as PyTorch's own, also one that
+    depends on none of the tensors with a gradient.
+
+    Args:
+        grad: a tensor, or None.
+        inputs: of what it is a gradient of; None where there is none. One at least has a gradient.
+    """
+    if grad is None or grad.requires_grad or not torch.is_grad_enabled():
+        return grad
+    learning = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
+    return _Constant.apply(grad, learning[0]) if learning else grad
+
+
+class _Constant(torch.autograd.Function):
+    """A gradient that does not depend on the tensor."""
+
+    @staticmethod
+    def forward(ctx, grad, tensor):
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx, _):
+        return None, None
 
 
 def _goes_on(node):

@@ -21,12 +21,12 @@ from fastgan.kernels.launch import (
 )
 from fastgan.kernels.pieces import (
     activate,
-    activation_derivative,
     channel_vector,
     column_sums,
     normalize,
     program_from_the_end,
     scale_and_shift,
+    through_activation,
     wait_for_previous,
 )
 from fastgan.kernels.statistics import sum_rows
@@ -287,7 +287,8 @@ def activation_input_grad_kernel(
     ok = i < elements
     grad = tl.load(grad_ptr + i, mask=ok, other=0.0).to(tl.float32)
     out = tl.load(out_ptr + i, mask=ok, other=0.0).to(tl.float32)
-    tl.store(dz_ptr + i, (grad * activation_derivative(out, ACTIVATION, SLOPE)).to(dz_ptr.dtype.element_ty), mask=ok)
+    dz = through_activation(grad, out, ACTIVATION, SLOPE)
+    tl.store(dz_ptr + i, dz.to(dz_ptr.dtype.element_ty), mask=ok)
 
 
 def activation_input_grad(grad, out, *, activation, slope):

@@ -224,6 +224,7 @@ def down_kernel(
             )
         tl.store(low_ptr + cell, acc.to(low_ptr.dtype.element_ty), mask=ok)
     if count_ptr is not None:
+        acc = acc.to(low_ptr.dtype.element_ty).to(tl.float32)  # the numbers that BatchNorm will normalise
         count = tl.minimum(rows - pid_m * BLOCK_M, BLOCK_M).to(tl.float32)
         tile = group * tiles + pid_m
         store_tile_statistics(acc, row_ok, count, tile, column, column_ok, A, A, count_ptr, tile_mean_ptr, tile_m2_ptr)

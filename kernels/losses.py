@@ -13,13 +13,16 @@ BLOCK = 1024
 
 @triton.jit
 def _bce(logits_ptr, grad_ptr, n, target, BLOCK: tl.constexpr):
-    """This program's part of mean(softplus(x) − target·x), of its gradient σ(x) − target, and of mean σ(x)."""
+    """This program's part of mean(softplus(−x) + (1 − target)·x), of its gradient σ(x) − target, and of mean σ(x)."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     ok = i < n
     x = tl.load(logits_ptr + i, mask=ok, other=0.0).to(tl.float32)
-    # softplus without overflow: exp sees only −|x|.
+    # softplus(−x) without overflow, as exp sees only −|x|, and without losing log(1 + t) to rounding where x is large:
+    # what u is rounded by, the quotient corrects (Kahan).
     t = tl.exp(-tl.abs(x))
-    loss = tl.maximum(x, 0.0) + tl.log(1.0 + t) - target * x
+    u = 1.0 + t
+    log1p = tl.where(u == 1.0, t, tl.log(u) * (t / tl.where(u == 1.0, 1.0, u - 1.0)))
+    loss = (1.0 - target) * x + tl.maximum(-x, 0.0) + log1p
     probability = tl.where(x < 0.0, t, 1.0) / (1.0 + t)
     share = tl.full((1,), 1.0, tl.float32) / n
     tl.store(grad_ptr + i, (probability - target) * share, mask=ok)

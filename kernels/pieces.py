@@ -121,17 +121,19 @@ def activate(z, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
 
 
 @triton.jit
-def activation_derivative(out, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
-    """act'(z) from out = act(z): all four activations can tell it from their output (for SLOPE ≥ 0)."""
-    grad = tl.full(out.shape, 1.0, tl.float32)
+def through_activation(grad, out, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
+    """grad · act'(z) from out = act(z): all four activations can tell act' from their output (for SLOPE ≥ 0).
+
+    As in ATen relu selects: nothing of an infinite gradient comes through where z < 0, and NaN lets all of it through.
+    """
     if ACTIVATION == "relu":
-        grad = tl.where(out <= 0.0, 0.0, 1.0)  # NaN passes its gradient on, as in ATen
+        grad = tl.where(out <= 0.0, 0.0, grad)
     elif ACTIVATION == "leaky_relu":
-        grad = tl.where(out > 0.0, 1.0, SLOPE)
+        grad = tl.where(out > 0.0, grad, grad * SLOPE)
     elif ACTIVATION == "tanh":
-        grad = 1.0 - out * out
+        grad = grad * (1.0 - out * out)
     elif ACTIVATION == "sigmoid":
-        grad = out * (1.0 - out)
+        grad = grad * (out * (1.0 - out))
     return grad
 
 

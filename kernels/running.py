@@ -13,7 +13,7 @@ BLOCK = 256
 def _moved(running, batch_ptr, GROUPS: tl.constexpr, c, c_ok, C, momentum):
     for group in range(GROUPS):
         batch = tl.load(batch_ptr + group * C + c, mask=c_ok, other=0.0)
-        running += momentum * (batch - running)
+        running = running * (1.0 - momentum) + batch * momentum  # of both in full, whichever is the larger
     return running
 
 
@@ -45,7 +45,7 @@ def update_running_kernel(
 
 
 def update_running(running_mean, running_var, mean, var, batches, momentum):
-    """running ← running + momentum·(batch − running), in place, for each group of the batch in turn.
+    """running ← (1 − momentum)·running + momentum·batch, in place, for each group of the batch in turn.
 
     Args:
         running_mean, running_var: (C,), contiguous.

@@ -68,8 +68,9 @@ def tile_statistics_kernel(
         if bias_ptr is not None:
             y = y + channel_vector(bias_ptr, column, column_ok, 0.0)
         if bias_ptr is not None or ACTIVATION is not None:
-            y = activate(y, ACTIVATION, SLOPE)
-            tl.store(y_ptr + cell, y.to(y_ptr.dtype.element_ty), mask=ok)
+            stored = activate(y, ACTIVATION, SLOPE).to(y_ptr.dtype.element_ty)
+            tl.store(y_ptr + cell, stored, mask=ok)
+            y = stored.to(tl.float32)  # the numbers that BatchNorm will normalise
 
         block_count = tl.minimum(tl.maximum(rows - start, 0), BLOCK_R).to(tl.float32)
         block_mean, block_m2 = mean_and_m2(y, ok, block_count, ACROSS_WARPS=True)

@@ -199,6 +199,7 @@ def up_kernel(
             )
         tl.store(high_ptr + cell, acc.to(high_ptr.dtype.element_ty), mask=ok)
     if count_ptr is not None:
+        acc = acc.to(high_ptr.dtype.element_ty).to(tl.float32)  # the numbers that BatchNorm will normalise
         count = tl.minimum(tl.maximum(rows - pid_m * BLOCK_M, 0), BLOCK_M).to(tl.float32)
         tile += group * tiles
         store_tile_statistics(

@@ -5,12 +5,12 @@ import triton.language as tl
 
 from fastgan.kernels.pieces import (
     activate,
-    activation_derivative,
     channel_vector,
     column_sums,
     normalize,
     position,
     scale_and_shift,
+    through_activation,
 )
 
 
@@ -18,7 +18,7 @@ from fastgan.kernels.pieces import (
 def backward_epilogue(acc, activated_ptr, cell, ok, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
     """acc · act'(z), where act(z) stands at `cell`: a gradient on its way back through that activation."""
     activated = tl.load(activated_ptr + cell, mask=ok, other=0.0).to(tl.float32)
-    return acc * activation_derivative(activated, ACTIVATION, SLOPE)
+    return through_activation(acc, activated, ACTIVATION, SLOPE)
 
 
 @triton.jit
@@ -43,7 +43,7 @@ def normalized_and_grad(
     y = tl.load(y_ptr + cell, mask=ok, other=0.0).to(tl.float32)
     x_hat = normalize(y, mean_ptr, invstd_ptr, columns, column_ok)
     z = scale_and_shift(x_hat, gamma_ptr, beta_ptr, columns, column_ok)
-    return x_hat, grad * activation_derivative(activate(z, ACTIVATION, SLOPE), ACTIVATION, SLOPE)
+    return x_hat, through_activation(grad, activate(z, ACTIVATION, SLOPE), ACTIVATION, SLOPE)
 
 
 @triton.jit
@@ -112,7 +112,8 @@ def store_grad_and_sums(
             again_ok = (row < rows)[:, None] & column_ok[None, :]
             grad = tl.load(out_ptr + again, mask=again_ok, other=0.0).to(tl.float32)
             x_hat = (tl.load(y_ptr + again, mask=again_ok, other=0.0).to(tl.float32) - mean) * invstd
-            dz = grad * activation_derivative(activate(gamma * x_hat + beta, ACTIVATION, SLOPE), ACTIVATION, SLOPE)
+            activated = activate(gamma * x_hat + beta, ACTIVATION, SLOPE)
+            dz = through_activation(grad, activated, ACTIVATION, SLOPE)
             tl.store(out_ptr + again, dz.to(out_ptr.dtype.element_ty), mask=again_ok)
             sum_dz += dz
             sum_dz_x_hat += dz * x_hat

@@ -8,7 +8,8 @@ from torch import Tensor
 from fastgan.backend import is_batched
 from fastgan.ops.implementations import channels_last
 from fastgan.ops.operators import operator
-from fastgan.wanted import refuse_second_order
+from fastgan.ops.reference import activation_backward
+from fastgan.wanted import differentiable, refuse_second_order
 
 
 @operator("fastgan::batch_norm_act")
@@ -140,25 +141,13 @@ def differentiable_grad(dout, y, mean, invstd, gamma, beta, batch_statistics, ac
     x_hat = (wide - mean) * invstd
     scale = 1.0 if gamma is None else of_channel(gamma)
     z = x_hat * scale if beta is None else x_hat * scale + of_channel(beta)
-    dz = in_groups(dout) * _activation_derivative(z, activation, slope)
+    out = getattr(torch, activation)(z) if activation in ("tanh", "sigmoid") else z  # the others' signs will do
+    dz = activation_backward(in_groups(dout), out, activation, slope)
     dx_hat = dz
     if batch_statistics:
         dx_hat = dz - dz.mean(**over_batch) - x_hat * (dz * x_hat).mean(**over_batch)
     dy = (dx_hat * invstd * scale).reshape(y.shape).to(y.dtype)
     return dy, torch.stack([dz.sum((1, 3, 4)), (dz * x_hat).sum((1, 3, 4))], 1)
-
-
-def _activation_derivative(z, activation, slope):
-    """act'(z), differentiable."""
-    if activation == "relu":
-        return (~(z <= 0)).to(z.dtype)  # NaN passes its gradient on, as in ATen
-    if activation == "leaky_relu":
-        return torch.where(z > 0, 1.0, slope).to(z.dtype)
-    if activation == "tanh":
-        return 1.0 - z.tanh() ** 2
-    if activation == "sigmoid":
-        return z.sigmoid() * (1.0 - z.sigmoid())
-    return torch.ones_like(z)
 
 
 def _save(ctx, inputs, output):
@@ -172,7 +161,9 @@ def _backward(ctx, dout):
     plain = torch.is_grad_enabled() or is_batched(dout)
     backward = differentiable_grad if plain else batch_norm_act_grad
     dy, sums = backward(dout, y, mean, invstd, gamma, beta, ctx.batch_statistics, ctx.activation, ctx.slope)
-    return dy, None, None, *vector_grads(sums, gamma, beta, *ctx.needs_input_grad[3:5]), None, None, None
+    grads = dy, *vector_grads(sums, gamma, beta, *ctx.needs_input_grad[3:5])
+    dy, dgamma, dbeta = [differentiable(grad, y, gamma, beta) for grad in grads]
+    return dy, None, None, dgamma, dbeta, None, None, None
 
 
 def vector_grads(sums, gamma, beta, wants_gamma, wants_beta):

@@ -52,7 +52,7 @@ class _Chain(torch.autograd.Function):
     def forward(ctx, x, *tensors_and_layers):
         *tensors, layers = tensors_and_layers
         result, *kept = _forward(x, tensors, layers, True)
-        learned = [each for i in range(0, len(tensors), TENSORS) for each in tensors[i : i + LEARNED]]
+        learned = [each for own in _by_layer(tensors, TENSORS) for each in own[:LEARNED]]
         ctx.layers, ctx.given = layers, [each is not None for each in tensors]
         if layers[-1].batch_statistics or not layers[-1].activation:
             kept[-1] = None  # backward has no use for it, and who gets it may change it in place
@@ -63,29 +63,24 @@ class _Chain(torch.autograd.Function):
     def backward(ctx, dout):
         layers, saved = ctx.layers, list(ctx.saved_tensors)
         ctx.maybe_clear_saved_tensors()
-        every = are_wanted(ctx, [True, *ctx.given])
-        wanted = [every[0]]
-        for i in range(1, len(every), TENSORS):
-            wanted += every[i : i + LEARNED]
-        wanted = tuple(wanted)
+        wants_x, *rest = are_wanted(ctx, [True, *ctx.given])
+        wanted = (wants_x, *(each for own in _by_layer(rest, TENSORS) for each in own[:LEARNED]))
         if torch.is_grad_enabled() or is_batched(dout):  # create_graph=True, or many gradients at once
             grads = _differentiable_grads(dout, saved, wanted, layers)
         elif is_traced([dout]):  # compiled autograd, for one
             grads = _grads(as_operator, dout, saved, wanted, layers)
         else:
             grads = _backward(dout, saved, wanted, layers)
-        padded = [grads[0]]
-        for i in range(1, len(grads), LEARNED):
-            padded += *grads[i : i + LEARNED], *[None] * (TENSORS - LEARNED)
-        return *padded, None
+        dx, *rest = grads
+        others = [None] * (TENSORS - LEARNED)
+        return dx, *(each for own in _by_layer(rest, LEARNED) for each in (*own, *others)), None
 
 
 @Replayed
 def _forward(x, tensors, layers, keeps):
     """The result; with `keeps` also what backward needs: of each layer the KEPT tensors, one layer after the other."""
     kept = []
-    for i, layer in enumerate(layers):
-        own = tensors[TENSORS * i : TENSORS * (i + 1)]
+    for layer, own in zip(layers, _by_layer(tensors, TENSORS), strict=True):
         *learned, copy, running_mean, running_var, batches = own
         copy = _as_read(learned[0], copy, x.dtype)
         if not layer.checked:
@@ -98,6 +93,11 @@ def _forward(x, tensors, layers, keeps):
         if keeps:
             kept += copy, y, mean, invstd, x
     return (x, *kept) if keeps else x
+
+
+def _by_layer(values, count):
+    """What there is of layers in a row, so many of each, as one list (or tuple) for each layer."""
+    return [values[i : i + count] for i in range(0, len(values), count)]
 
 
 def _as_read(weight, copy, dtype):
@@ -131,29 +131,20 @@ def _grads(form, dout, saved, wanted, layers):
         saved: x, LEARNED tensors of each layer, then KEPT ones of each. The list is emptied.
         wanted: which of the results.
     """
-    learned = [saved[i : i + LEARNED] for i in range(1, len(wanted), LEARNED)]
-    kept = [saved[i : i + KEPT] for i in range(len(wanted), len(saved), KEPT)]
-    kept.insert(0, saved[:1])  # before each layer what it got
+    learned = _by_layer(saved[1 : len(wanted)], LEARNED)
+    kept = [saved[:1], *_by_layer(saved[len(wanted) :], KEPT)]  # before each layer what it got
     saved.clear()
     grads = [None] * len(wanted)
-    grad, sums, of_z = channels_last(dout), None, False  # for a result act(z), or for its z, with BatchNorm's sums
+    grad, sums, of_z = channels_last(dout), None, False  # see `_through`
     for i in reversed(range(len(layers))):
         layer, at = layers[i], 1 + LEARNED * i
         weight, bias, gamma, beta = learned[i]
-        weight_copy, y, mean, invstd, result = kept.pop()
         wants_weight, wants_bias, *wants_vectors = wanted[at : at + LEARNED]
-        if layer.batch_statistics:
-            if sums is None:
-                of_batch_norm = (y, mean, invstd, gamma, beta, True, *layer.after())
-                grad, sums = form(batch_norm_act_grad)(grad, *of_batch_norm)
-            else:
-                grad = form(batch_norm_grad_of_sums)(grad, y, mean, invstd, gamma, sums)
-            if any(wants_vectors):
-                grads[at + 2 : at + LEARNED] = vector_grads(sums, gamma, beta, *wants_vectors)
-            if layer.activation_first:
-                grad = form(activation_grad)(grad, y, layer.activation, layer.slope)
-        elif layer.activation and not of_z:
-            grad = form(activation_grad)(grad, result, layer.activation, layer.slope)
+        weight_copy, *after = kept.pop()
+        grad, sums = _to_convolution(form, grad, sums, of_z, layer, gamma, beta, *after)
+        del after
+        if any(wants_vectors) and sums is not None:
+            grads[at + 2 : at + LEARNED] = vector_grads(sums, gamma, beta, *wants_vectors)
         came = kept[-1][-1]
         geometry = (layer.transposed, layer.stride, layer.padding)
         if wants_weight:  # first, so that the input's need not wait in memory, or outside of the cache
@@ -174,10 +165,28 @@ def _grads(form, dout, saved, wanted, layers):
 _backward = Replayed(functools.partial(_grads, as_function), consumes=True)
 
 
+def _to_convolution(form, grad, sums, of_z, layer, gamma, beta, y, mean, invstd, result):
+    """(gradient for what a layer's convolution gives, the sums of its BatchNorm's backward if that has any).
+
+    `grad`, `sums`, `of_z`: what `_through` gave of the layer after it; the rest is what forward had and kept.
+    """
+    if layer.batch_statistics:
+        if sums is None:
+            of_batch_norm = (y, mean, invstd, gamma, beta, True, *layer.after())
+            grad, sums = form(batch_norm_act_grad)(grad, *of_batch_norm)
+        else:
+            grad = form(batch_norm_grad_of_sums)(grad, y, mean, invstd, gamma, sums)
+        if layer.activation_first:
+            grad = form(activation_grad)(grad, y, layer.activation, layer.slope)
+    elif layer.activation and not of_z:
+        grad = form(activation_grad)(grad, result, layer.activation, layer.slope)
+    return grad, sums
+
+
 def _through(form, grad, weights, conv_args, layer=None, learned=None, kept=None):
     """(gradient, sums, of_z) on the way back through a convolution and, as far as one kernel goes, the layer before.
 
-    of_z: whether it is the gradient for that layer's z, with the sums of its BatchNorm, and not for its result.
+    of_z: whether it is the gradient for that layer's z, with the sums of its BatchNorm, and not for its result act(z).
     """
     if layer is not None and layer.batch_statistics:
         *_, gamma, beta = learned

@@ -28,8 +28,9 @@ from fastgan.ops.implementations import (
     run_weight_grad,
 )
 from fastgan.ops.operators import as_operator, operator
+from fastgan.ops.reference import activation_backward
 from fastgan.ops.way_back import conv_activation_grad, conv_batch_norm_grad
-from fastgan.wanted import is_wanted, refuse_second_order
+from fastgan.wanted import differentiable, is_wanted, refuse_second_order
 
 # Arguments of `conv` where there is no eval-mode BatchNorm: mean, var, gamma, beta, eps.
 NO_BATCH_NORM = (None, None, None, None, 0.0)
@@ -251,14 +252,7 @@ def _(grad, out, activation, slope):
 
 def through_activation(grad, out, activation, slope):
     """`activation_grad`, of gradients that are batched, too."""
-    if not is_batched(grad):
-        return activation_grad(grad, out, activation, slope)
-    if activation in ("tanh", "sigmoid"):
-        wide = out.float()
-        return (grad.float() * (1.0 - wide * wide if activation == "tanh" else wide * (1.0 - wide))).to(out.dtype)
-    if activation == "relu":
-        return torch.where(out <= 0, 0.0, grad)
-    return torch.where(out > 0, grad, grad * slope)
+    return (activation_backward if is_batched(grad) else activation_grad)(grad, out, activation, slope)
 
 
 def _save_activation_grad(ctx, inputs, output):
@@ -303,7 +297,7 @@ def _backward(ctx, x, weight, weight_copy, out, x_normalized, dout):
         elif ctx.x_activation:
             dx = conv_activation_grad(dz, weight, weight_copy, x, *conv_args, ctx.x_activation, ctx.x_slope)
         else:
-            dx = plain_conv(dz, weight, weight_copy, *conv_args)
+            dx = differentiable(plain_conv(dz, weight, weight_copy, *conv_args), x)
     return dx, dweight, dz, [None, None, None, sums, None, None][: len(x_normalized)]
 
 
@@ -324,18 +318,6 @@ def _in_order(operator, **grads):
     return tuple([grads.get(name) for name in code.co_varnames[: code.co_argcount]])
 
 
-class _Constant(torch.autograd.Function):
-    """A gradient that does not depend on the tensor; as stock's it may be differentiated all the same."""
-
-    @staticmethod
-    def forward(ctx, grad, tensor):
-        return grad.view_as(grad)
-
-    @staticmethod
-    def backward(ctx, _):
-        return None, None
-
-
 def _conv_backward(ctx, dout):
     if ctx.with_batch_norm:
         raise RuntimeError("fastgan::conv with an eval-mode BatchNorm inside has no gradient: use batch_norm_act")
@@ -343,9 +325,7 @@ def _conv_backward(ctx, dout):
     dx, dweight, dz, for_normalized = _backward(ctx, x, weight, weight_copy, out, x_normalized, dout)
     dbias = None
     if ctx.needs_input_grad[3]:
-        dbias = dz.sum((0, 2, 3), dtype=ctx.bias_dtype)
-        if torch.is_grad_enabled() and not dbias.requires_grad:
-            dbias = _Constant.apply(dbias, weight if weight.requires_grad else x)
+        dbias = differentiable(dz.sum((0, 2, 3), dtype=ctx.bias_dtype), weight, x)
     return _in_order(conv, x=dx, weight=dweight, bias=dbias, x_normalized=for_normalized)
 
 

@@ -44,3 +44,14 @@ def activate_(y, activation, negative_slope):
         return y
     in_place = "" if backend.transformed() or backend.has_dispatch_mode() else "_"
     return getattr(torch, activation + in_place)(y)
+
+
+def activation_backward(grad, out, activation, negative_slope):
+    """grad · act'(z) from out = act(z), by what PyTorch's own backward consists of; differentiable as that is."""
+    if activation == "relu":
+        return torch.ops.aten.threshold_backward(grad, out, 0)
+    if activation == "leaky_relu":
+        return torch.ops.aten.leaky_relu_backward(grad, out, negative_slope, True)
+    if activation == "tanh":
+        return torch.ops.aten.tanh_backward(grad, out)
+    return grad if activation is None else torch.ops.aten.sigmoid_backward(grad, out)
