@@ -142,7 +142,7 @@ class KernelAdam(ContiguousAdam):
     What our kernel has no code for, amsgrad or the scale of gradients in float16 say, torch computes.
     """
 
-    _update = None  # made when it is needed: a copy of an optimizer has its state and nothing else
+    _updates = None  # of each group, made when it is needed: a copy of an optimizer has its state and nothing else
 
     def _fused_lists(self, group):
         lists = super()._fused_lists(group)
@@ -155,8 +155,10 @@ class KernelAdam(ContiguousAdam):
             from fastgan.kernels.adam import AdamUpdate
 
             if AdamUpdate.supports(params, *averages, steps):
-                self._update = self._update or AdamUpdate()
-                self._update(params, *averages, steps, lr=group["lr"], betas=group["betas"], eps=group["eps"])
+                i = next(i for i, own in enumerate(self.param_groups) if own is group)
+                self._updates = self._updates or {}
+                update = self._updates.setdefault(i, AdamUpdate())
+                update(params, *averages, steps, lr=group["lr"], betas=group["betas"], eps=group["eps"])
                 for done in lists:
                     done.clear()  # nothing is left to torch
         return has_complex

@@ -7,7 +7,9 @@ from fastgan.checks import is_integer, is_number
 
 
 def check_networks(generator, discriminator):
-    """Raise TypeError or ValueError unless both are modules with parameters, on one device."""
+    """Raise TypeError or ValueError unless they are two modules with parameters, on one device."""
+    if generator is discriminator:
+        raise ValueError("generator and discriminator must be two networks; got one module for both")
     devices = []
     for name, network in (("generator", generator), ("discriminator", discriminator)):
         if not isinstance(network, nn.Module):
@@ -51,6 +53,8 @@ def check_images(images, name):
         raise TypeError(f"{name} must be a tensor; got {type(images).__name__}{hint}")
     if not images.is_floating_point():
         raise ValueError(f"{name} must be floating point, in [-1, 1]; got {images.dtype}")
+    if images.dim() == 0 or len(images) == 0:
+        raise ValueError(f"{name} must hold at least one image; got shape {tuple(images.shape)}")
 
 
 def checked_betas(betas):

@@ -150,7 +150,7 @@ class TrainStep:
             optimizer.register_load_state_dict_post_hook(lambda _: itself() and itself().forget_graph())
             optimizers.append(optimizer)
         self.optimizer_g, self.optimizer_d = optimizers
-        self._lr_tensors = [torch.tensor(lr, dtype=torch.float32, device=self.device) for _ in optimizers]
+        self._lr_tensors = [], []  # of each optimizer, for each of its groups
 
     def __call__(self, real_images=None):
         """Update both networks once.
@@ -184,7 +184,10 @@ class TrainStep:
         With the other as it is: compiled code takes it that weights keep their layout.
         """
         networks, random = (self.generator, self.discriminator), rng_state(self.device)
-        buffers = [(buffer, buffer.clone()) for network in networks for buffer in network.buffers()]
+        # The discriminator has learned already where it is the generator's backward that fails.
+        changed = [*self.generator.buffers(), *self.discriminator.buffers(), *self.discriminator.parameters()]
+        before = [tensor.detach().clone() for tensor in changed]
+        optimizer_d = copy.deepcopy(self.optimizer_d.state_dict())
         try:
             losses = self._run(real_images)
             self._layout_tried, self._drawn = True, None
@@ -192,8 +195,10 @@ class TrainStep:
         except RuntimeError as error:
             if not wants_default_layout(error) or self._running in self._in_default_layout:
                 raise
-        for buffer, before in buffers:
-            buffer.copy_(before)
+        with torch.no_grad():
+            for tensor, value in zip(changed, before, strict=True):
+                tensor.copy_(value)
+        self.optimizer_d.load_state_dict(optimizer_d)
         restore_rng(random, self.device)
         self._in_default_layout.append(self._running)
         to_contiguous(self._running)
@@ -222,6 +227,8 @@ class TrainStep:
 
         with _frozen(self.discriminator):
             fake_logits = self._judge(fake_images)
+        if self.generator not in self._in_default_layout:
+            self._running = self.generator  # of both that are in this backward, the one that was in none yet
         (loss_g,) = self._backward_bce(fake_logits, (1.0,), self.scaler, means=False)
         self.scaler.step(self.optimizer_g)
 
@@ -334,8 +341,10 @@ class TrainStep:
 
     def _keep_lr(self):
         """Move learning rates that somebody set, a scheduler say, into the tensors that a captured step reads."""
-        for optimizer, tensor in zip((self.optimizer_g, self.optimizer_d), self._lr_tensors, strict=True):
-            for group in optimizer.param_groups:
+        for optimizer, tensors in zip((self.optimizer_g, self.optimizer_d), self._lr_tensors, strict=True):
+            for _ in optimizer.param_groups[len(tensors) :]:
+                tensors.append(torch.zeros((), dtype=torch.float32, device=self.device))
+            for group, tensor in zip(optimizer.param_groups, tensors, strict=False):
                 if group["lr"] is not tensor:
                     tensor.copy_(torch.as_tensor(group["lr"]))
                     group["lr"] = tensor

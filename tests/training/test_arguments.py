@@ -25,6 +25,10 @@ VALUES = [
     (dict(precision="fp8"), "precision must be one of fp32, bf16, fp16; got 'fp8'"),
     (dict(precision=["fp32"]), "precision must be one of fp32, bf16, fp16; got ['fp32']"),
     (dict(precision="fp16"), "CUDA"),
+    (
+        dict.fromkeys(("generator", "discriminator"), nn.Conv2d(2, 1, 16)),
+        "must be two networks; got one module for both",
+    ),
     (dict(generator=nn.ReLU()), "generator must have parameters to learn; got a ReLU without any"),
     (dict(discriminator=nn.Flatten()), "discriminator must have parameters to learn; got a Flatten without any"),
     (dict(discriminator=nn.Conv2d(2, 1, 16, device="meta")), "discriminator is on the meta device: its"),
@@ -56,10 +60,11 @@ def test_bad_arguments(error, change, message):
             ValueError,
             "must be floating point, in [-1, 1]; got torch.uint8",
         ),
+        (torch.zeros(0, 2, 16, 16), ValueError, "must hold at least one image; got shape (0, 2, 16, 16)"),
         (np.zeros((BATCH, 2, 16, 16)), TypeError, "must be a tensor; got ndarray"),
         ([torch.zeros(BATCH, 2, 16, 16), torch.zeros(BATCH)], TypeError, "must be a tensor; got list: a data set that"),
     ],
-    ids=["uint8", "numpy", "with labels"],
+    ids=["uint8", "empty", "numpy", "with labels"],
 )
 def test_bad_images(images, error, message):
     step = TrainStep(*make_networks(), latent_dim=NZ, fused=False)

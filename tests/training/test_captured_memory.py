@@ -49,6 +49,24 @@ def test_replays_equal_plain_steps(half, one_pass, monkeypatch, triton_backend):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("fused", (True, False))
+def test_groups_of_parameters_keep_their_learning_rates(fused, monkeypatch, triton_backend):
+    plain, graphed = (make_step(half=False, fused=fused) for _ in range(2))
+    for step in (plain, graphed):
+        (group,) = step.optimizer_d.param_groups
+        later = [group["params"].pop() for _ in range(2)]
+        step.optimizer_d.add_param_group({"params": later, "lr": 0.001})
+    expected = train(plain)
+    simulate_graphs(monkeypatch)
+    monkeypatch.setattr(graph, "WARMUP_STEPS", 1)
+    graphed._graph = graph.StepGraph(graphed._step, torch.device("cpu"))
+    torch.testing.assert_close(train(graphed), expected, rtol=1e-6, atol=1e-6)
+    assert graphed._graph.captured
+    assert [float(group["lr"]) for group in graphed.optimizer_d.param_groups] == pytest.approx([0.01, 0.001])
+    ours, theirs = (list(step.discriminator.parameters()) for step in (graphed, plain))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
 @pytest.fixture
 def captured_step(monkeypatch, triton_backend):
     """A step of which the second call is captured."""

@@ -54,7 +54,7 @@ def test_losses_are_the_same_with_and_without_the_graph(precision, backend):
     expected, losses = train(plain, batches()), train(graphed, batches())
     assert graphed._graph.captured and losses.isfinite().all()
     # In float16 it is torch's Adam, which knows of the gradients' scale.
-    assert (graphed.optimizer_d._update is not None) == (precision != "fp16")
+    assert (graphed.optimizer_d._updates is not None) == (precision != "fp16")
     torch.testing.assert_close(losses, expected, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(graphed.state_dict()["generator"], plain.state_dict()["generator"])
     torch.testing.assert_close(graphed.state_dict()["discriminator"], plain.state_dict()["discriminator"])

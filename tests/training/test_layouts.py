@@ -53,6 +53,49 @@ def step_of(pair, **options):
     return TrainStep(*pair, latent_dim=(NZ, 1, 1), lr=1e-2, **options)
 
 
+class _ViewsGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.view(-1).view(grad.shape)
+
+
+class _GradientViewed(nn.Module):
+    def forward(self, x):
+        return _ViewsGradient.apply(x)
+
+
+@pytest.mark.parametrize("fused", (False, True))
+def test_a_view_in_the_generators_backward(fused):
+    """The discriminator has learned by then: the step that comes after the failed one finds it as it was."""
+    pair = networks(plain_generator, plain_discriminator)
+    pair[0].append(_GradientViewed())
+    ours, stock = pair, copy.deepcopy(pair)
+    step, (images, *_) = step_of(ours, fused=fused), real_batches(1)
+    loss = nn.functional.binary_cross_entropy_with_logits
+    generator, discriminator = stock
+    adams = [torch.optim.Adam(network.parameters(), 1e-2, (0.5, 0.999)) for network in stock]
+    torch.manual_seed(1)
+    losses = step(images)
+    torch.manual_seed(1)
+    fake = generator(torch.randn(len(images), NZ, 1, 1, dtype=torch.float64))
+    logits = discriminator(images), discriminator(fake.detach())
+    loss_d = loss(logits[0], torch.ones_like(logits[0])) + loss(logits[1], torch.zeros_like(logits[1]))
+    loss_d.backward()
+    adams[1].step()
+    loss_g = loss(judged := discriminator(fake), torch.ones_like(judged))
+    discriminator.zero_grad()
+    loss_g.backward()
+    adams[0].step()
+    torch.testing.assert_close([losses["loss_d"], losses["loss_g"]], [loss_d.detach(), loss_g.detach()])
+    for network, expected in zip(ours, stock, strict=True):
+        torch.testing.assert_close(network.state_dict(), expected.state_dict())
+    assert {float(state["step"]) for state in step.optimizer_d.state.values()} == {1.0}
+
+
 @pytest.mark.parametrize("fused", (False, True))
 @pytest.mark.parametrize("compile", (False, True))
 @pytest.mark.parametrize(
