@@ -145,7 +145,7 @@ def _is_ours(path):
 
 def _load(options):
     """(the images to train with, a few more to draw: uint8 (n, C, S, S))."""
-    name = "folder" if options.dataroot else "digits"
+    name = "digits" if options.dataroot is None else "folder"
     images = data.load(name, root=options.dataroot, image_size=options.image_size)
     count = max(2, min(DRAWN, len(images) // 8))
     chosen = torch.linspace(0, len(images) - 1, count).round().long()

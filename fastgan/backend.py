@@ -133,6 +133,8 @@ def select(device, dtype):
         return "reference", f"Triton needs compute capability {OLDEST / 10}, this GPU has {has / 10}"
     if dtype not in KERNEL_DTYPES:
         return "reference", f"no kernels for {dtype}"
+    if dtype == torch.bfloat16 and interpreted():
+        return "reference", "Triton's interpreter computes bfloat16 wrongly"
     if transformed():
         return "reference", "plain torch inside of torch.func's transforms and forward-mode differentiation"
     return "triton", "FASTGAN_BACKEND=triton" if choice == "triton" else "the tensors are on CUDA"

@@ -17,6 +17,7 @@ def run_command(main, options, **renamed):
         renamed: options of another name than the argument's: ``root="dataroot"``.
     """
     known = {name: name for name in options} | renamed
+    print_what_can_be_shown()
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}", "stderr")
@@ -36,6 +37,13 @@ def run_command(main, options, **renamed):
     except KeyboardInterrupt:
         say("interrupted", "stderr")
         return 130
+
+
+def print_what_can_be_shown():
+    """Have standard output and error put a question mark where their encoding lacks a character, × in ASCII say."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
 
 
 def _flag(name):

@@ -67,6 +67,10 @@ def check_writable(name, path, *, folder=False):
     path = os.fspath(path)
     if not path:
         raise ValueError(f"{name} must be the name of a {'folder' if folder else 'file'}; got ''")
+    try:
+        path.encode()
+    except UnicodeEncodeError:  # TensorBoard, and whatever is printed, can do nothing with such a name
+        raise ValueError(f"{name} must be a name in UTF-8; got {path.encode('utf-8', 'replace').decode()!r}") from None
     place = Path(path) if folder else Path(path).parent
     while not os.path.lexists(place):
         place = place.parent

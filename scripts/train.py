@@ -67,8 +67,10 @@ def advise_tuning(device):
 def explain(run):
     latent = torch.zeros(run.config.batch_size, run.config.nz, device=run.device)
     images = torch.zeros(run.config.batch_size, run.dataset.nc, *[run.config.image_size] * 2, device=run.device)
-    say(fastgan.explain(run.step.generator, latent))
-    say(fastgan.explain(run.step.discriminator, images))
+    dtype = run.step.autocast_dtype
+    with torch.autocast(run.device.type, dtype, enabled=dtype is not None):
+        say(fastgan.explain(run.step.generator, latent))
+        say(fastgan.explain(run.step.discriminator, images))
 
 
 def run_training(options, out, resume, wants_explanation):

@@ -37,5 +37,9 @@ def test_reasons(monkeypatch):
     assert backend.select(CUDA, torch.float32) == ("triton", "the tensors are on CUDA")
     assert backend.select(CUDA, torch.float64) == ("reference", "no kernels for torch.float64")
     assert backend.select(torch.device("cpu"), torch.float32) == ("reference", "the tensors are on 'cpu'")
+    monkeypatch.setattr(backend, "interpreted", lambda: True)
+    reason = "Triton's interpreter computes bfloat16 wrongly"
+    assert backend.select(CUDA, torch.bfloat16) == ("reference", reason)
+    assert backend.select(CUDA, torch.float16)[0] == "triton"
     monkeypatch.setattr(backend, "HAS_TRITON", False)
     assert backend.select(CUDA, torch.float32) == ("reference", "the triton package is not installed")

@@ -71,6 +71,9 @@ VALUE_ERRORS = [
     (dict(padding=(0, -1)), "padding must be at least 0; got (0, -1)"),
     (dict(weight=torch.empty(0, 3, 3, 3)), "weight must not be empty; got shape (0, 3, 3, 3)"),
     (dict(eps=-1e-5), "eps must be at least 0; got -1e-05"),
+    (dict(eps=0, training=True), "eps must be positive in training; got 0"),
+    (dict(running_mean=torch.zeros(4, requires_grad=True)), "running_mean must not require a gradient: it has none"),
+    (dict(running_var=torch.ones(4, requires_grad=True)), "running_var must not require a gradient: it has none"),
     (dict(batch_groups=True), "batch_groups must divide the batch of 2 images; got True"),
     (dict(padding="same"), "padding must be an int or a pair of ints; got 'same'"),
 ]
@@ -85,6 +88,8 @@ TYPE_ERRORS = [
     (dict(momentum="0.1"), "momentum must be a number or a 0-dim tensor; got '0.1'"),
     (dict(momentum=torch.ones(4)), "momentum must be a number or a 0-dim tensor"),
     (dict(eps=None), "eps must be a number; got None"),
+    *((dict(training=value), f"training must be True or False; got {value!r}") for value in ("no", 1, None)),
+    (dict(activation="leaky_relu", negative_slope="x"), "negative_slope must be a number; got 'x'"),
 ]
 
 

@@ -123,6 +123,7 @@ def test_the_comparison_sees_what_differs():
         (["--image-size", "28"], ["--image-size", "28", "16", "32"]),
         (["--dataroot", "missing"], ["--dataroot", "missing", "folder"]),
         (["--dataroot", "out"], ["out", "folder"]),
+        (["--dataroot", ""], ["--dataroot", "''"]),
         (["--device", "tpu"], ["device", "tpu"]),
         (["--out", "pictures"], ["--out", "pictures"]),
         (["--out", "pictures/0.png/grid.png"], ["--out", "pictures/0.png"]),

@@ -275,6 +275,24 @@ def test_closed_pipes_end_nothing(stream, monkeypatch):
         assert generate(["run", "--out", "new.png"]) == 0
 
 
+def test_names_and_characters_that_cannot_be_shown(monkeypatch, capsys):
+    before = list(Path().iterdir())
+    assert train([*TINY, "--out", "o\udcff"]) == 2
+    assert "error: --out must be a name in UTF-8; got 'o?'" in capsys.readouterr().err
+    assert list(Path().iterdir()) == before
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii"))
+    assert train([*TINY, "--fused", "--max-steps", "1", "--explain", "--out", "run"]) == 0
+    sys.stdout.flush()
+    assert b"4?4?4?4" in shown.getvalue()
+
+
+def test_explain_is_of_the_precision_of_the_run(monkeypatch, capsys):
+    monkeypatch.setenv("FASTGAN_BACKEND", "triton")
+    assert train([*TINY, "--fused", "--precision", "bf16", "--max-steps", "1", "--explain", "--out", "run"]) == 0
+    assert capsys.readouterr().out.count("Triton's interpreter computes bfloat16 wrongly") == 4
+
+
 def test_without_stderr_and_in_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setattr(sys, "stderr", None)  # as `2>&-` leaves it

@@ -175,7 +175,7 @@ def _statistics_of(bn):
     used = bn.track_running_stats or not bn.training
     running_mean, running_var = (bn.running_mean, bn.running_var) if used else (None, None)
     batches = bn.num_batches_tracked if bn.training and bn.track_running_stats else None
-    return running_mean, running_var, batches, bn.training or running_mean is None
+    return running_mean, running_var, batches, bool(bn.training) or running_mean is None
 
 
 def _batch_norm_arguments(bn):

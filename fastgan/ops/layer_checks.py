@@ -41,6 +41,9 @@ def check_conv_bn_act(
             raise ValueError(f"{name} must be on the device of x, {x.device}; got {tensor.device}")
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var must be given both or neither")
+    for name in ("running_mean", "running_var"):
+        if vectors[name] is not None and vectors[name].requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name} must not require a gradient: it has none")
     if layer.batch_norm and not layer.batch_statistics and running_mean is None:
         raise ValueError("running_mean and running_var are needed when training is False; got None")
     _check_numbers(layer)
@@ -72,12 +75,18 @@ def _check_numbers(layer):
     # Not by getattr: what torch.compile has made of a number is none, and has no attributes.
     if not isinstance(momentum, int | float) and not (isinstance(momentum, torch.Tensor) and momentum.ndim == 0):
         raise TypeError(f"momentum must be a number or a 0-dim tensor; got {momentum!r}")
+    if not isinstance(layer.batch_statistics, bool):
+        raise TypeError(f"training must be True or False; got {layer.batch_statistics!r}")
     if not isinstance(layer.eps, int | float):
         raise TypeError(f"eps must be a number; got {layer.eps!r}")
     if not layer.eps >= 0:
         raise ValueError(f"eps must be at least 0; got {layer.eps!r}")
+    if layer.batch_norm and layer.batch_statistics and layer.eps == 0:
+        raise ValueError(f"eps must be positive in training; got {layer.eps!r}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}; got {activation!r}")
+    if not isinstance(layer.slope, int | float):
+        raise TypeError(f"negative_slope must be a number; got {layer.slope!r}")
     if activation == "leaky_relu" and not layer.slope >= 0:
         raise ValueError(f"negative_slope must be at least 0; got {layer.slope!r}")
     if layer.activation_first and (activation is None or not layer.batch_norm):

@@ -2,11 +2,13 @@
 
 import io
 import os
+import reprlib
+import zipfile
 from pathlib import Path
 
 import torch
 
-from fastgan.checks import is_out_of_memory
+from fastgan.checks import is_integer, is_out_of_memory
 from fastgan.files import written_whole
 from fastgan.models import Generator
 from fastgan.random_numbers import rng_state
@@ -65,7 +67,26 @@ def read_checkpoint(path):
         raise ValueError(f"{path} is not a fastgan checkpoint, or it is damaged: it cannot be loaded") from error
     if not isinstance(state, dict) or state.get("format") != _FORMAT or not _KEYS <= set(state):
         raise ValueError(f"{path} is not a fastgan checkpoint: it holds something else")
+    _check_values(path, state)
     return state
+
+
+def _check_values(path, state):
+    """Raise ValueError for numbers that are not as they were written, of which torch says nothing."""
+    if zipfile.is_zipfile(path) and (part := zipfile.ZipFile(path).testzip()):
+        raise ValueError(f"{path} is damaged: the checksum of its part {part} is wrong")
+    latent = state["fixed_latent"]
+    wrong = [name for name, least in dict(step=0, nc=1, images=1).items() if not _is_count(state[name], least)]
+    if not (isinstance(latent, torch.Tensor) and latent.dim() == 2 and latent.is_floating_point()):
+        wrong.append("fixed_latent")
+    if not (isinstance(state["rng"], dict) and isinstance(state["rng"].get("cpu"), torch.Tensor)):
+        wrong.append("rng")
+    if wrong:
+        raise ValueError(f"{path} is damaged: its {wrong[0]} is {reprlib.repr(state[wrong[0]])}")
+
+
+def _is_count(value, least):
+    return is_integer(value) and value >= least
 
 
 def checkpoint_path(path):
@@ -89,9 +110,13 @@ def checkpoint_path(path):
 def checkpoint_config(path, state):
     """The TrainConfig in a checkpoint's ``state``; ``path`` is for the message of the ValueError."""
     try:
-        return config_from_dict(state["config"])
+        config = config_from_dict(state["config"])
     except ValueError as error:
         raise ValueError(f"{path} is not a checkpoint of this version: {error}") from error
+    if state["fixed_latent"].shape[1] != config.nz:
+        shape = tuple(state["fixed_latent"].shape)
+        raise ValueError(f"{path} is damaged: its fixed_latent has shape {shape}, and latents have {config.nz} numbers")
+    return config
 
 
 def load_generator(path, device="cpu"):
@@ -100,6 +125,7 @@ def load_generator(path, device="cpu"):
     Raises:
         ValueError: the checkpoint cannot be used; see ``read_checkpoint``.
     """
+    path = checkpoint_path(path)
     state = read_checkpoint(path)
     config = checkpoint_config(path, state)
     try:

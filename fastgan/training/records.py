@@ -8,14 +8,14 @@ import sys
 import time
 import warnings
 
-from fastgan.checks import first_few, needs_package
+from fastgan.checks import first_few, is_integer, is_number, needs_package
 from fastgan.command_line import say
 from fastgan.files import write_text
 from fastgan.training.devices import peak_memory_mb, synchronize
 from fastgan.training.pictures import grid, sample, save_png
 
 METRICS = "metrics.jsonl"
-_LOSSES = {"loss_d", "loss_g", "d_real", "d_fake"}
+_LOSSES = ("loss_d", "loss_g", "d_real", "d_fake")
 
 
 def check_packages():
@@ -40,7 +40,7 @@ def _read_rows(path):
             row = json.loads(line)
         except ValueError:
             row = None
-        if isinstance(row, dict) and isinstance(row.get("step"), int) and row.keys() >= _LOSSES:
+        if isinstance(row, dict) and is_integer(row.get("step")) and all(is_number(row.get(name)) for name in _LOSSES):
             rows.append(row)
         elif number < len(lines):
             broken.append(number)

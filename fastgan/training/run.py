@@ -154,9 +154,14 @@ def resumed_run(path, given=None, out=None):
     state = read_checkpoint(path)
     if state["step"] and not (path.parent / CONFIG).is_file():  # a run that was ended before its first step may lack it
         raise ValueError(f"{path.parent} holds no run to go on with: it has no {CONFIG}")
-    config = continued(checkpoint_config(path, state), given or {})
+    before = checkpoint_config(path, state)
+    config = continued(before, given or {})
     device = _check_machine(config)
     check_writable("resume", path.parent, folder=True)
+    for name in (CONFIG, METRICS, "samples", "loss.png"):
+        if (path.parent / name).exists() and (path.parent / name).is_dir() != (name == "samples"):
+            kind = "folder" if name == "samples" else "file"
+            raise ValueError(f"resume {str(path.parent)!r} cannot go on: its {name} is no {kind}")
     dataset = _load(config)
     if dataset.nc != state["nc"]:
         raise ValueError(f"the images have {dataset.nc} channels now; the run to resume has {state['nc']}")
@@ -174,7 +179,27 @@ def resumed_run(path, given=None, out=None):
         if is_out_of_memory(error):
             raise
         raise ValueError(f"{path} does not fit its own options: {error}") from error
+    _tell_of_edits(path.parent / CONFIG, before, config)
     return Run(config, path.parent, dataset, device, step, state["fixed_latent"], state["step"], resident, found)
+
+
+def _tell_of_edits(path, before, config):
+    """Warn where the file of options, which runs write and never read, has others than these and those before."""
+    try:
+        written = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError):
+        written = None
+    options, allowed = dataclasses.asdict(before), dataclasses.asdict(config)
+    if not isinstance(written, dict):
+        warnings.warn(f"{path} cannot be read: the run goes on with the checkpoint's options", stacklevel=3)
+    elif edited := [name for name in options if written.get(name, options[name]) not in (options[name], allowed[name])]:
+        said = ", ".join(f"{name}={written[name]!r} for {options[name]!r}" for name in edited)
+        warnings.warn(
+            f"{path} has {said}: the run goes on with the checkpoint's options, and what the command line changes",
+            stacklevel=3,
+        )
 
 
 def _check_machine(config):

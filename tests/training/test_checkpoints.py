@@ -53,12 +53,58 @@ def test_what_is_no_checkpoint_is_refused(finished, damage):
     assert {file: file.read_bytes() for file in finished.rglob("*") if file.is_file()} == kept
 
 
+DAMAGED = {
+    "step": ("x", -5, 2.5, True),
+    "nc": (0, None),
+    "images": ("foo",),
+    "fixed_latent": (None, torch.zeros(2, 3), torch.zeros(5, dtype=torch.int64)),
+    "rng": ({}, {"cpu": 1}),
+}
+
+
+@pytest.mark.parametrize("name, value", [(name, value) for name, values in DAMAGED.items() for value in values])
+def test_values_that_no_run_has_written_are_refused(finished, name, value):
+    alter(finished / "checkpoint.pt", lambda state: state.update({name: value}))
+    for use in (resumed_run, load_generator):
+        with pytest.raises(ValueError, match=rf"checkpoint\.pt is damaged: its {name}"):
+            use(finished)
+
+
+def test_other_bytes_among_the_weights_are_seen(finished):
+    path = finished / "checkpoint.pt"
+    content, weight = bytearray(path.read_bytes()), read_checkpoint(path)["generator"]["main.0.weight"]
+    at = content.index(bytes(weight.untyped_storage()))
+    content[at : at + 4] = b"\0\0\0\1"
+    path.write_bytes(content)
+    for use in (resumed_run, load_generator):
+        with pytest.raises(ValueError, match=r"checkpoint\.pt is damaged: the checksum of its part .* is wrong"):
+            use(finished)
+
+
+def test_options_that_somebody_wrote_into_the_config_are_told_of(finished):
+    path = finished / "config.json"
+    path.write_text(path.read_text().replace('"lr": 0.0002', '"lr": 0.5'))
+    with pytest.warns(UserWarning, match=r"config\.json has lr=0\.5 for 0\.0002: the run goes on with the"):
+        assert resumed_run(finished).config.lr == 0.0002
+    path.write_text("{{{")
+    with pytest.warns(UserWarning, match=r"config\.json cannot be read: the run goes on with the checkpoint's options"):
+        resumed_run(finished)
+
+
+@pytest.mark.parametrize("name, kind", [("samples", "folder"), ("metrics.jsonl", "file"), ("loss.png", "file")])
+def test_what_stands_in_a_runs_way_is_said_before_it_goes_on(finished, name, kind):
+    shutil.rmtree(finished / name) if kind == "folder" else (finished / name).unlink()
+    (finished / name).touch() if kind == "folder" else (finished / name).mkdir()
+    with pytest.raises(ValueError, match=rf"resume '.*' cannot go on: its {name} is no {kind}"):
+        resumed_run(finished)
+
+
 @pytest.mark.parametrize(
     "change",
     [
         lambda state: state["config"].update(ngf=8),
         lambda state: state["config"].update(image_size=16),
-        lambda state: state["config"].update(nz=7),
+        lambda state: state.update(config=state["config"] | {"nz": 7}, fixed_latent=torch.zeros(64, 7)),
         lambda state: state["generator"].pop("main.0.weight"),
     ],
 )

@@ -177,14 +177,15 @@ def test_a_bad_line_among_the_rows_costs_no_other_row(tiny, tmp_path):
     train(new_run(tiny(), tmp_path))
     path = tmp_path / "metrics.jsonl"
     good = path.read_bytes().splitlines()
-    for bad in (b"\0\xff{", b'{"step": 3}', b"[3]"):
+    no_loss = b'{"step": 3, "loss_d": "x", "loss_g": null, "d_real": 1, "d_fake": 0}'
+    for bad in (b"\0\xff{", b'{"step": 3}', b"[3]", no_loss):
         damaged = b"\n".join([good[0], bad, *good[1:]]) + b"\n"
         path.write_bytes(damaged)
         with pytest.warns(UserWarning, match=r"metrics\.jsonl has lines that are no rows \(2\); it is kept as "):
             train(resumed_run(tmp_path, {"max_steps": read_checkpoint(tmp_path)["step"] + 2}))
         assert [row["step"] for row in rows(tmp_path)][:4] == [2, 3, 4, 6]
         assert max(tmp_path.glob("metrics-damaged-*.jsonl")).read_bytes() == damaged
-    assert len(list(tmp_path.glob("metrics-damaged-*.jsonl"))) == 3
+    assert len(list(tmp_path.glob("metrics-damaged-*.jsonl"))) == 4
 
 
 def test_resuming_a_finished_run_changes_nothing(tiny, tmp_path):

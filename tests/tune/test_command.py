@@ -40,6 +40,7 @@ def test_bad_names(capsys):
         ["--batch", "many"],
         ["--dtype", "int8"],
         ["--input", "3,x"],
+        ["--input", "3,8"],
         ["--jobs", "0"],
         ["--jobs", "2,3"],
     ),
@@ -71,7 +72,7 @@ def pretended(monkeypatch, tmp_path):
         __enter__ = lambda self: self  # noqa: E731
         __exit__ = start = lambda self, *_: []
 
-    def measure(problem, tiles, device, clock, failed):
+    def measure(problem, tiles, device, clock, compile_error):
         assert torch.backends.cudnn.benchmark
         candidates = [Candidate(tiles[0], 5.0), Candidate(tiles[1], float("inf"), failures.get(problem.kind, ""))]
         if problem.operation == "weight_grad" and failures:
@@ -114,6 +115,11 @@ def test_keeps_what_was_measured_with_the_same_versions(pretended, tmp_path, cap
     assert command.main([SHAPE, "--batch", "16", "--out", str(path)]) == 0
     assert {problem.batch for problem in read_table(path)} == {16}
     assert "measured with torch 1.0" in capsys.readouterr().err
+
+
+def test_what_has_no_convolutions_is_refused(pretended, capsys):
+    assert command.main(["torch.nn:Identity", "--input", "3,8,8"]) == 2
+    assert capsys.readouterr().err.startswith("fastgan.tune: there is nothing to tune")
 
 
 def test_out_may_be_in_the_home_folder(pretended, tmp_path, monkeypatch):

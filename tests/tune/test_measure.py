@@ -74,8 +74,8 @@ def test_a_wrong_candidate_is_never_chosen(change, monkeypatch):
 
 
 def test_candidates_that_fail(monkeypatch):
-    failed = {TILES[0]: "OutOfResources", TILES[1]: "CompilationError", TILES[2]: "no"}.get
-    result = measure(problem("up"), TILES, DEVICE, ToldClock(20.0), failed)
+    compile_error = {TILES[0]: "OutOfResources", TILES[1]: "CompilationError", TILES[2]: "no"}.get
+    result = measure(problem("up"), TILES, DEVICE, ToldClock(20.0), compile_error)
     assert result.measurement == ("cudnn", None, None, 20.0, 3)
     assert [c.failure for c in result.candidates] == ["OutOfResources", "CompilationError", "no"]
 
