@@ -6,7 +6,7 @@ _groups = Scope(1)
 
 
 def batch_groups(groups):
-    """Within it, fused modules in training take a batch as that many equal parts, one after the other.
+    """Within it, fused BatchNorms that take a batch's own statistics take it as that many equal parts, one by one.
 
     The results, the gradients and the running statistics are those of a call for each part, in that order. Only fused
     BatchNorms know of it: whoever uses it makes sure that the model holds no other layer that mixes images. It holds

@@ -31,7 +31,8 @@ def discriminator_bce(real_logits, fake_logits, *, real_target=1.0, fake_target=
     check_loss(
         dict(real_logits=real_logits, fake_logits=fake_logits), dict(real_target=real_target, fake_target=fake_target)
     )
-    implementation, _ = backend.select(real_logits.device, real_logits.dtype)
+    dtype = torch.promote_types(real_logits.dtype, fake_logits.dtype)
+    implementation, _ = backend.select(real_logits.device, dtype)
     if implementation == "reference":
         loss = _bce_reference(real_logits, real_target) + _bce_reference(fake_logits, fake_target)
         return (loss, _mean_sigmoid(real_logits), _mean_sigmoid(fake_logits)) if return_means else loss

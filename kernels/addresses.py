@@ -47,6 +47,11 @@ class _Table:
         if captured := getattr(_of_thread, "captured", None):
             return self._in_capture(key, rows, *captured)
         if key != self._key:
+            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "this capture of a CUDA graph would copy addresses from memory that replays do not have any more: "
+                    "let the TrainStep capture itself, with cuda_graph=True"
+                )
             self._key, self.table = key, _host(rows(), device).to(device, non_blocking=True)
         if self._spare is None or self._spare.shape != self.table.shape:
             self._spare = torch.empty_like(self.table)

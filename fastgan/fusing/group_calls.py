@@ -36,7 +36,7 @@ def run_layers(x, conv, forwards, batch_norm, keeps_memory):
     for forward in forwards[1:]:
         if forward is not batch_norm:
             x = forward(x)
-        elif batch_norm.training and (parts := current_batch_groups()) > 1:
+        elif (parts := current_batch_groups()) > 1 and _statistics_of(batch_norm)[-1]:
             x = torch.cat([batch_norm.forward(part) for part in x.chunk(parts)])
         else:
             x = batch_norm.forward(x)

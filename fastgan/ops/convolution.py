@@ -338,18 +338,22 @@ def _save_conv_statistics(ctx, inputs, output):
     ctx.gets_dz = False
     ctx.transposed, ctx.stride, ctx.padding = transposed, stride, padding
     ctx.activation, ctx.slope = activation, slope
-    ctx.save_for_backward(x, weight, weight_copy, bias, output[0] if activation else None, *x_normalized)
+    ctx.save_for_backward(x, weight, weight_copy, output[0] if activation else None, *x_normalized)
+    ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # or zeros are written for the statistics, which have no gradients
 
 
 def _conv_statistics_backward(ctx, dy, *_):
-    x, weight, weight_copy, bias, y, *x_normalized = ctx.saved_tensors
+    x, weight, weight_copy, y, *x_normalized = ctx.saved_tensors
     dx, dweight, dz, for_normalized = _backward(ctx, x, weight, weight_copy, y, x_normalized, dy)
     dbias = None
     if ctx.needs_input_grad[3]:
         zero = not ctx.activation and not torch.is_grad_enabled()  # with create_graph=True it is to have a gradient
-        dbias = torch.zeros_like(bias) if zero else dz.sum((0, 2, 3), dtype=bias.dtype)
+        if zero:
+            dbias = dz.new_zeros(dz.shape[1], dtype=ctx.bias_dtype)
+        else:
+            dbias = dz.sum((0, 2, 3), dtype=ctx.bias_dtype)
     return _in_order(conv_statistics, x=dx, weight=dweight, bias=dbias, x_normalized=for_normalized)
 
 

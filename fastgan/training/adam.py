@@ -123,9 +123,17 @@ class ContiguousAdam(torch.optim.Adam):
         return has_complex
 
 
-def _as_they_lie(*tensors):
-    """Tensors of one shape as (N, H, W, C) if that is how all of them lie; an assigned gradient may lie another way."""
-    if tensors[0].dim() == 4 and all([tensor.is_contiguous(memory_format=torch.channels_last) for tensor in tensors]):
+def _as_they_lie(param, grad, *averages):
+    """These tensors of one shape, as (N, H, W, C) if that is how the parameter lies.
+
+    A gradient that somebody assigned may lie another way: torch's fused update would go through it in another order.
+    """
+    if param.dim() != 4:
+        return param, grad, *averages
+    if grad.stride() != param.stride():
+        grad = torch.empty_like(param, dtype=grad.dtype).copy_(grad)
+    tensors = (param, grad, *averages)
+    if all([tensor.is_contiguous(memory_format=torch.channels_last) for tensor in tensors]):
         return [tensor.permute(0, 2, 3, 1) for tensor in tensors]
     return tensors
 

@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from torch import nn
 
+import fastgan
 from fastgan import functional as fused
+from fastgan.batch_groups import batch_groups
 from tests.kernels.comparison import PLAIN, draw
 
 OPTIONS = dict(training=True, momentum=0.3, eps=1e-3, stride=2, padding=1, activation="leaky_relu", negative_slope=0.2)
@@ -51,8 +54,22 @@ def test_tiles_end_with_their_group(device, monkeypatch, triton_backend, poisone
     torch.testing.assert_close(together, run(fused.conv2d_bn_act, x.split(3), tensors), rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("batch_groups", (0, -1, 3, 2.0))
-def test_groups_must_divide_the_batch(batch_groups, device):
+@pytest.mark.parametrize("backend", ("auto", "triton"))
+@pytest.mark.parametrize("training", (True, False))
+def test_batch_norms_without_running_statistics_take_groups_in_eval_too(backend, training, device, monkeypatch):
+    """They take the batch's own there."""
+    monkeypatch.setenv("FASTGAN_BACKEND", backend)
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3, track_running_stats=False), nn.ReLU())
+    model = fastgan.fuse(layers.to(device).train(training))
+    x = torch.randn(4, 2, 5, 5, device=device) + torch.arange(4, device=device).view(-1, 1, 1, 1)
+    with batch_groups(2):
+        together = model(x)
+    torch.testing.assert_close(together, torch.cat([model(part) for part in x.split(2)]), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("groups", (0, -1, 3, 2.0))
+def test_groups_must_divide_the_batch(groups, device):
     x, *tensors = draw(PLAIN._replace(transposed=False), 4, device)
     with pytest.raises(ValueError, match="batch_groups must divide the batch of 4"):
-        fused.conv2d_bn_act(x, *tensors, batch_groups=batch_groups)
+        fused.conv2d_bn_act(x, *tensors, batch_groups=groups)

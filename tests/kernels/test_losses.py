@@ -42,6 +42,15 @@ def test_discriminator_loss(dtype, real_shape, fake_shape, device):
     torch.testing.assert_close(fake_mean, torch.sigmoid(fake.float()).mean())
 
 
+@pytest.mark.parametrize("wide", (0, 1))
+def test_logits_of_two_dtypes(wide, device):
+    """One in float64 makes the loss float64, as the sum of both would be."""
+    logits = [torch.randn(7, device=device, dtype=torch.float64 if i == wide else torch.float32) for i in range(2)]
+    ours, theirs = (with_grads(loss, *logits) for loss in (fused.discriminator_bce, lambda r, f: stock(r, f, 1.0, 0.0)))
+    assert ours[0].dtype == torch.float64
+    torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_generator_loss(dtype, device):
     fake = torch.randn(33, device=device, dtype=dtype)
