@@ -101,7 +101,9 @@ def load(name, *, root=None, image_size=None, workers=0, seed=0):
     check_integer("seed", seed, 0)
     source = _open_source(name, _check_root(name, root), image_size, seed)
     if len(source) * source.nc * image_size**2 > MEMORY_BUDGET:
-        return ImagesOnDemand(name, source)
+        images = ImagesOnDemand(name, source)
+        images[0]  # or another: where none can be read, that is said now
+        return images
     return ImagesInMemory(name, _decode_all(source, workers or min(8, os.cpu_count() or 1)))
 
 

@@ -89,21 +89,21 @@ def _is_count(value, least):
     return is_integer(value) and value >= least
 
 
-def checkpoint_path(path):
+def checkpoint_path(path, name="checkpoint"):
     """``path`` itself, or the checkpoint.pt in it if it is a folder.
 
     Raises:
-        ValueError: there is no such file.
+        ValueError: there is no such file; the message begins with ``name``.
     """
     if not os.fspath(path):
-        raise ValueError("checkpoint must be the name of a file or of a run's folder; got ''")
+        raise ValueError(f"{name} must be the name of a file or of a run's folder; got ''")
     path = Path(os.path.expanduser(path))
     if path.is_dir():
         if not (path / CHECKPOINT).is_file():
-            raise ValueError(f"{path} holds no {CHECKPOINT}")
+            raise ValueError(f"{name} {str(path)!r} holds no {CHECKPOINT}")
         return path / CHECKPOINT
     if not path.is_file():
-        raise ValueError(f"checkpoint {path} {'is no file' if path.exists() else 'does not exist'}")
+        raise ValueError(f"{name} {str(path)!r} {'is no file' if path.exists() else 'does not exist'}")
     return path
 
 

@@ -65,7 +65,7 @@ def _check_out(given, separate):
         if out.exists() and not (out.is_dir() and not any(out.iterdir())):
             raise ValueError(f"out {str(out)!r} must be a new or an empty folder")
     elif out.suffix.lower() != ".png":
-        raise ValueError(f"out must end in .png; got {str(out)!r} (for one file a picture: --separate)")
+        raise ValueError(f"out must end in .png; got {given!r} (for one file a picture: --separate)")
     elif out.exists():
         raise ValueError(f"out {str(out)!r} exists already: choose another name, or remove it")
     check_writable("out", given, folder=separate)

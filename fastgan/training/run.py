@@ -147,13 +147,13 @@ def resumed_run(path, given=None, out=None):
     Raises:
         ValueError: no usable checkpoint there, options that contradict it, or the reasons of ``new_run``.
     """
-    path = checkpoint_path(path)
+    path = checkpoint_path(path, "resume")
     if out is not None and Path(os.path.expanduser(out)).resolve() != path.parent.resolve():
         raise ValueError(f"out {str(out)!r} contradicts the run to resume, which is in {str(path.parent)!r}")
     found = version_of(path.parent / CHECKPOINT)  # before the reading: it may be replaced meanwhile
     state = read_checkpoint(path)
     if state["step"] and not (path.parent / CONFIG).is_file():  # a run that was ended before its first step may lack it
-        raise ValueError(f"{path.parent} holds no run to go on with: it has no {CONFIG}")
+        raise ValueError(f"resume {str(path.parent)!r} holds no run to go on with: it has no {CONFIG}")
     before = checkpoint_config(path, state)
     config = continued(before, given or {})
     device = _check_machine(config)

@@ -171,10 +171,15 @@ def test_on_demand_the_next_picture_takes_the_place_of_an_unreadable_one(picture
 @pytest.mark.parametrize("workers", [0, 1])
 def test_nothing_but_unreadable_pictures_on_demand_is_one_line(tmp_path, no_memory, workers):
     for name in ("a.png", "b.png"):
-        (tmp_path / name).write_bytes(b"no picture")
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
     folder = data.load("folder", root=tmp_path, image_size=8)
-    with pytest.raises(ValueError, match=r"^none of the 2 pictures can be read: cannot read .*\.png: [^\n]*$"):
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(b"no picture")
+    none_can = r"^none of the 2 pictures can be read: cannot read .*\.png: [^\n]*$"
+    with pytest.raises(ValueError, match=none_can):
         take(folder, 1, batch_size=2, workers=workers)
+    with pytest.raises(ValueError, match=none_can):  # at once, where it is so from the beginning
+        data.load("folder", root=tmp_path, image_size=8)
 
 
 # torchvision's data sets, in their own formats
