@@ -27,6 +27,7 @@ def model(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: GPU)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(backend, "capability", lambda index: 0)
+    monkeypatch.setattr(backend, "interpreted", lambda: False)
     choice.forget()
     on = dict(device="cuda", dtype=torch.bfloat16)
     with FakeTensorMode():

@@ -62,19 +62,19 @@ def test_equals_stock(module, shape, dtype, int64, device, monkeypatch):
     monkeypatch.setattr(launch, "INT32_ELEMENTS", 0 if int64 else 2**31)
     where = dict(stride=(stride, stride), padding=(padding, padding), precision="ieee", tile=TILE)
 
-    def compute(x, weight):
-        y = convolve(x, weight, None, stride, padding)
-        return y, y.view(2, -1, *y.shape[1:]).mean((1, 3, 4))
+    def means(result):
+        return result.view(2, -1, *result.shape[1:]).mean((1, 3, 4))
 
     def ours():
         return run(x, weight, y.shape[2:], statistics=True, groups=2, **where)
 
     assert is_by_position(ours)
     out, tiles = ours()
-    stock, exact = compute(x, weight), compute(x.double(), weight.double())
-    assert_as_accurate_as_stock("out", out, stock[0], exact[0])
-    mean = merge_statistics(tiles, 1e-5)[0]
-    assert_as_accurate_as_stock("mean", mean, compute(x.float(), weight.float())[1], exact[1])
+    stock, exact = (
+        convolve(*tensors, None, stride, padding) for tensors in ((x, weight), (x.double(), weight.double()))
+    )
+    assert_as_accurate_as_stock("out", out, stock, exact)
+    assert_as_accurate_as_stock("mean", merge_statistics(tiles, 1e-5)[0], means(out.float()), means(out.double()))
 
 
 @pytest.mark.parametrize(
