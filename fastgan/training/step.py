@@ -29,6 +29,7 @@ from fastgan.training.devices import check_precision
 from fastgan.training.graph import WARMUP_STEPS, StepGraph
 from fastgan.training.one_pass import TRIAL_IMAGES, one_pass_obstacle, stacked, trial_key
 from fastgan.training.weights import (
+    frozen,
     keep_compilable,
     load_weights,
     to_channels_last,
@@ -225,7 +226,7 @@ class TrainStep:
         self.scaler.step(self.optimizer_d)
         self._copies_d.refresh()
 
-        with _frozen(self.discriminator):
+        with frozen(self.discriminator):
             fake_logits = self._judge(fake_images)
         if self.generator not in self._in_default_layout:
             self._running = self.generator  # of both that are in this backward, the one that was in none yet
@@ -389,16 +390,3 @@ class TrainStep:
 
 def _fused_convolutions(network):
     return [group.modules[0] for group in fused_groups(network).values()]
-
-
-@contextmanager
-def _frozen(module):
-    """Within it no parameter of ``module`` asks for a gradient: a forward pass carries gradients to its input only."""
-    learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    for parameter in learning:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in learning:
-            parameter.requires_grad_(True)

@@ -1,4 +1,6 @@
-"""Loading weights, with errors of one line, and the layouts that weights are kept in."""
+"""Loading weights, with errors of one line, keeping them from learning, and the layouts that they are kept in."""
+
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -59,3 +61,16 @@ def keep_compilable(network):
     first = next(convolutions, None)
     if isinstance(first, nn.ConvTranspose2d):
         first.weight.data = first.weight.data.contiguous()
+
+
+@contextmanager
+def frozen(module):
+    """Within it no parameter of ``module`` asks for a gradient: a forward pass carries gradients to its input only."""
+    learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
