@@ -40,10 +40,9 @@ def run_command(main, options, **renamed):
 
 
 def print_what_can_be_shown():
-    """Have standard output and error put a question mark where their encoding lacks a character, × in ASCII say."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+    """Have standard output put a question mark where its encoding lacks a character, × in ASCII say."""
+    if getattr(sys.stdout, "errors", None) == "strict" and hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
 
 
 def _flag(name):

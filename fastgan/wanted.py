@@ -2,6 +2,8 @@
 
 import torch
 
+from fastgan.backend import is_batched
+
 
 def is_wanted(ctx, i):
     """Whether the backward pass that is under way goes on from argument `i` of the autograd.Function of `ctx`.
@@ -39,8 +41,8 @@ def differentiable(grad, *inputs):
         grad: a tensor, or None.
         inputs: of what it is a gradient of; None where there is none. One at least has a gradient.
     """
-    if grad is None or grad.requires_grad or not torch.is_grad_enabled():
-        return grad
+    if grad is None or not torch.is_grad_enabled() or grad.requires_grad or is_batched(grad):
+        return grad  # of many gradients at once it cannot be told, and PyTorch's own functions have made them
     learning = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
     return _Constant.apply(grad, learning[0]) if learning else grad
 

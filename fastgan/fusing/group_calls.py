@@ -159,6 +159,8 @@ def _tensors_and_layer(part, dtype, casts, batch_groups):
     for vector in (gamma, beta, running_mean, running_var):
         if vector is not None and not vector.is_contiguous():
             return None
+    if running_mean is not None and (running_mean.requires_grad or running_var.requires_grad):
+        return None  # the operator says what is wrong with that
     layer = LayerSpec(
         *_constants(part),
         batch_statistics=batch_statistics,

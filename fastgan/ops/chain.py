@@ -140,10 +140,12 @@ def _grads(form, dout, saved, wanted, layers):
         layer, at = layers[i], 1 + LEARNED * i
         weight, bias, gamma, beta = learned[i]
         wants_weight, wants_bias, *wants_vectors = wanted[at : at + LEARNED]
-        weight_copy, *after = kept.pop()
-        grad, sums = _to_convolution(form, grad, sums, of_z, layer, gamma, beta, *after)
-        del after
-        if any(wants_vectors) and sums is not None:
+        weight_copy, y, *after = kept.pop()
+        grad, sums = _through_last(form, grad, sums, of_z, layer, gamma, beta, y, *after)
+        if layer.activation_first:
+            grad = form(activation_grad)(grad, y, layer.activation, layer.slope)
+        del y, after
+        if any(wants_vectors):
             grads[at + 2 : at + LEARNED] = vector_grads(sums, gamma, beta, *wants_vectors)
         came = kept[-1][-1]
         geometry = (layer.transposed, layer.stride, layer.padding)
@@ -165,10 +167,11 @@ def _grads(form, dout, saved, wanted, layers):
 _backward = Replayed(functools.partial(_grads, as_function), consumes=True)
 
 
-def _to_convolution(form, grad, sums, of_z, layer, gamma, beta, y, mean, invstd, result):
-    """(gradient for what a layer's convolution gives, the sums of its BatchNorm's backward if that has any).
+def _through_last(form, grad, sums, of_z, layer, gamma, beta, y, mean, invstd, result):
+    """(gradient before the last of a layer's BatchNorm and activation, the sums of that BatchNorm's backward if any).
 
-    `grad`, `sums`, `of_z`: what `_through` gave of the layer after it; the rest is what forward had and kept.
+    BatchNorm with an activation after it is one. `grad`, `sums`, `of_z`: what `_through` gave of the layer that comes
+    after this one; the rest is what forward had and kept.
     """
     if layer.batch_statistics:
         if sums is None:
@@ -176,8 +179,6 @@ def _to_convolution(form, grad, sums, of_z, layer, gamma, beta, y, mean, invstd,
             grad, sums = form(batch_norm_act_grad)(grad, *of_batch_norm)
         else:
             grad = form(batch_norm_grad_of_sums)(grad, y, mean, invstd, gamma, sums)
-        if layer.activation_first:
-            grad = form(activation_grad)(grad, y, layer.activation, layer.slope)
     elif layer.activation and not of_z:
         grad = form(activation_grad)(grad, result, layer.activation, layer.slope)
     return grad, sums

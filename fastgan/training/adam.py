@@ -128,12 +128,13 @@ def _as_they_lie(param, grad, *averages):
 
     A gradient that somebody assigned may lie another way: torch's fused update would go through it in another order.
     """
-    if param.dim() != 4:
-        return param, grad, *averages
-    if grad.stride() != param.stride():
+    strides = param.stride()
+    if grad.stride() != strides and any(
+        [size > 1 and mine != own for size, mine, own in zip(param.shape, grad.stride(), strides, strict=True)]
+    ):
         grad = torch.empty_like(param, dtype=grad.dtype).copy_(grad)
     tensors = (param, grad, *averages)
-    if all([tensor.is_contiguous(memory_format=torch.channels_last) for tensor in tensors]):
+    if param.dim() == 4 and all([tensor.is_contiguous(memory_format=torch.channels_last) for tensor in tensors]):
         return [tensor.permute(0, 2, 3, 1) for tensor in tensors]
     return tensors
 

@@ -188,7 +188,7 @@ class TrainStep:
         # The discriminator has learned already where it is the generator's backward that fails.
         changed = [*self.generator.buffers(), *self.discriminator.buffers(), *self.discriminator.parameters()]
         before = [tensor.detach().clone() for tensor in changed]
-        optimizer_d = copy.deepcopy(self.optimizer_d.state_dict())
+        optimizer_d, scaler = copy.deepcopy(self.optimizer_d.state_dict()), self.scaler.state_dict()
         try:
             losses = self._run(real_images)
             self._layout_tried, self._drawn = True, None
@@ -200,6 +200,8 @@ class TrainStep:
             for tensor, value in zip(changed, before, strict=True):
                 tensor.copy_(value)
         self.optimizer_d.load_state_dict(optimizer_d)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.scaler.is_enabled())  # it counts steps, too
+        self.scaler.load_state_dict(scaler)
         restore_rng(random, self.device)
         self._in_default_layout.append(self._running)
         to_contiguous(self._running)

@@ -104,7 +104,7 @@ def _parser():
         help="batch sizes, 64,128 (default: 64,128,256,1024; discriminators also at twice each)",
     )
     parser.add_argument("--dtype", type=_dtypes, help="bf16, fp16, fp32 or several, bf16,fp16 (default: bf16)")
-    parser.add_argument("--input", type=_shape, metavar="C,H,W", help="one input of a model given as module:name")
+    parser.add_argument("--input", type=_counts, metavar="C,H,W", help="one input of a model given as module:name")
     parser.add_argument("--quick", action="store_true", help="only 64×64 images and batches of 128 and 1024")
     parser.add_argument("--out", metavar="FILE", help="write the table here, not to the user's cache")
     parser.add_argument("--jobs", type=_count, help="processes that compile (default: the number of cores, less one)")
@@ -125,13 +125,6 @@ def _counts(text):
         counts = ()
     if not counts or min(counts) < 1:
         raise argparse.ArgumentTypeError(f"must be positive integers with commas between them; got {text!r}")
-    return counts
-
-
-def _shape(text):
-    counts = _counts(text)
-    if len(counts) != 3:
-        raise argparse.ArgumentTypeError(f"must be three integers, channels, height and width; got {text!r}")
     return counts
 
 

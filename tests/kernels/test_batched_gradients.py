@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd.functional import hessian, jacobian
+from torch.nn import functional as F
 
 import fastgan
 from fastgan import functional as fused
@@ -51,6 +52,34 @@ def test_gradients(name, create_graph, device):
         grads = torch.autograd.grad(y, inputs, douts, is_grads_batched=True, create_graph=create_graph)
         assert all(grad.requires_grad == create_graph for grad in grads[:2])
         found.append([grad.detach() for grad in grads])
+    torch.testing.assert_close(*found[::-1], **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_gradients_of_many_gradients(name, device):
+    stock, model, x = make_pair(name, device)
+    found = []
+    for network in (stock, model):
+        inputs = (x.clone().requires_grad_(), *network.parameters())
+        y = network(inputs[0])
+        douts = torch.randn(3, *y.shape, device=device, generator=torch.Generator(device).manual_seed(1))
+        grads = torch.autograd.grad(y, inputs, douts, is_grads_batched=True, create_graph=True)
+        second = torch.autograd.grad(sum(grad.sin().sum() for grad in grads), inputs, allow_unused=True)
+        found.append(
+            [torch.zeros_like(each) if grad is None else grad for each, grad in zip(inputs, second, strict=True)]
+        )
+    torch.testing.assert_close(*found[::-1], **TOLERANCE)
+
+
+def test_gradients_of_many_gradients_of_an_operator(device):
+    x, weight = torch.randn(2, 3, 6, 6, device=device), torch.randn(4, 3, 3, 3, device=device) / 5
+    found = []
+    for layer in (lambda x, w: F.conv2d(x, w).tanh(), lambda x, w: fused.conv2d_bn_act(x, w, activation="tanh")):
+        inputs = [tensor.clone().requires_grad_() for tensor in (x, weight)]
+        y = layer(*inputs)
+        douts = torch.stack([torch.ones_like(y), 2 * torch.ones_like(y)])
+        (grad,) = torch.autograd.grad(y, inputs[:1], douts, is_grads_batched=True, create_graph=True)
+        found.append(torch.autograd.grad(grad.sin().sum(), inputs))
     torch.testing.assert_close(*found[::-1], **TOLERANCE)
 
 

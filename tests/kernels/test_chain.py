@@ -338,6 +338,14 @@ def test_bad_input_names_the_layer(device, replays):
             model(draw(device))
 
 
+def test_running_statistics_have_no_gradient(device, replays):
+    model = fastgan.fuse(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())).to(device)
+    model[1].running_mean.requires_grad_()
+    for _ in range(3):
+        with pytest.raises(ValueError, match="layer '0': running_mean must not require a gradient"):
+            model(draw(device))
+
+
 def test_dtypes_must_fit_outside_of_autocast(device, replays):
     """Whatever was replayed within it."""
     model, x = fastgan.fuse(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())).to(device), draw(device).half()

@@ -55,8 +55,9 @@ def test_running_statistics_keep_their_digits(momentum, before, batch, device):
 def test_the_losses_of_confident_logits(logit, device):
     logits = torch.full((3,), logit, device=device)
     exact = F.softplus(-logits.double()).mean()
-    torch.testing.assert_close(fused.generator_bce(logits).double(), exact, rtol=1e-6, atol=0)
-    torch.testing.assert_close(fused.discriminator_bce(logits, -logits).double(), 2 * exact, rtol=1e-6, atol=0)
+    options = dict(rtol=4e-6, atol=0)  # of exp(−60) a GPU loses two bits and more, when it makes a power of two of it
+    torch.testing.assert_close(fused.generator_bce(logits).double(), exact, **options)
+    torch.testing.assert_close(fused.discriminator_bce(logits, -logits).double(), 2 * exact, **options)
 
 
 @pytest.mark.parametrize("logit", (math.inf, -math.inf, math.nan))

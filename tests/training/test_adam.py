@@ -150,14 +150,18 @@ def test_what_is_left_to_torch(monkeypatch):
 
 
 @pytest.mark.parametrize("adam", (ContiguousAdam, KernelAdam))
-def test_an_assigned_gradient_may_lie_another_way(adam):
+@pytest.mark.parametrize("shape", ((4, 3, 2, 2), (6, 4), (2, 3, 4), (2, 2, 2, 2, 3)), ids=str)
+def test_an_assigned_gradient_may_lie_another_way(shape, adam):
     torch.manual_seed(0)
-    start, grads = torch.randn(4, 3, 2, 2), torch.randn(3, 4, 3, 2, 2)
-    ours, stock = (start.clone(memory_format=torch.channels_last).requires_grad_() for _ in range(2))
+    start, grads = torch.randn(shape), torch.randn(3, *shape)
+    if len(shape) == 4:
+        start = start.to(memory_format=torch.channels_last)
+    ours, stock = (start.clone().requires_grad_() for _ in range(2))
     optimizers = adam([ours], lr=0.1, fused=True), torch.optim.Adam([stock], lr=0.1, fused=False)
     for grad in grads:
         for parameter, optimizer in zip((ours, stock), optimizers, strict=True):
-            parameter.grad = grad.clone()
+            lying = grad.transpose(0, 1).contiguous().transpose(0, 1) if len(shape) != 4 else grad.clone()
+            parameter.grad = lying
             optimizer.step()
     torch.testing.assert_close(ours, stock, rtol=1e-6, atol=1e-6)
 

@@ -69,12 +69,14 @@ class _GradientViewed(nn.Module):
 
 
 @pytest.mark.parametrize("fused", (False, True))
-def test_a_view_in_the_generators_backward(fused):
+@pytest.mark.parametrize("scaled", (False, True))
+def test_a_view_in_the_generators_backward(scaled, fused):
     """The discriminator has learned by then: the step that comes after the failed one finds it as it was."""
     pair = networks(plain_generator, plain_discriminator)
     pair[0].append(_GradientViewed())
     ours, stock = pair, copy.deepcopy(pair)
     step, (images, *_) = step_of(ours, fused=fused), real_batches(1)
+    step.scaler = torch.amp.GradScaler("cpu", init_scale=4.0, enabled=scaled)
     loss = nn.functional.binary_cross_entropy_with_logits
     generator, discriminator = stock
     adams = [torch.optim.Adam(network.parameters(), 1e-2, (0.5, 0.999)) for network in stock]
@@ -94,6 +96,7 @@ def test_a_view_in_the_generators_backward(fused):
     for network, expected in zip(ours, stock, strict=True):
         torch.testing.assert_close(network.state_dict(), expected.state_dict())
     assert {float(state["step"]) for state in step.optimizer_d.state.values()} == {1.0}
+    assert step.scaler.is_enabled() == scaled and (not scaled or step.scaler.get_scale() == 4.0)
 
 
 @pytest.mark.parametrize("fused", (False, True))

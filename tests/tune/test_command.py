@@ -40,7 +40,6 @@ def test_bad_names(capsys):
         ["--batch", "many"],
         ["--dtype", "int8"],
         ["--input", "3,x"],
-        ["--input", "3,8"],
         ["--jobs", "0"],
         ["--jobs", "2,3"],
     ),
