@@ -65,10 +65,10 @@ def test_gradients_of_many_gradients(name, device):
         douts = torch.randn(3, *y.shape, device=device, generator=torch.Generator(device).manual_seed(1))
         grads = torch.autograd.grad(y, inputs, douts, is_grads_batched=True, create_graph=True)
         second = torch.autograd.grad(sum(grad.sin().sum() for grad in grads), inputs, allow_unused=True)
-        found.append(
-            [torch.zeros_like(each) if grad is None else grad for each, grad in zip(inputs, second, strict=True)]
-        )
-    torch.testing.assert_close(*found[::-1], **TOLERANCE)
+        pairs = zip(inputs, second, strict=True)
+        found.append([torch.zeros_like(each) if grad is None else grad for each, grad in pairs])
+    # A bias before BatchNorm has one of zero, but for what rounding leaves of it.
+    torch.testing.assert_close(*found[::-1], **TOLERANCE | {"atol": 1e-3})
 
 
 def test_gradients_of_many_gradients_of_an_operator(device):
