@@ -26,7 +26,7 @@ from fastgan.command_line import run_command
 from fastgan.files import check_writable
 from fastgan.training.config import check_batch_size
 from fastgan.training.devices import pick_device, synchronize
-from fastgan.training.pictures import grid, save_png
+from fastgan.training.samples import grid, save_png
 
 IMAGE_SIZES = (16, 32, 64, 128, 256)
 DRAWN = 16  # pictures in the grid; they are kept out of training

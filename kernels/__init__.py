@@ -14,7 +14,7 @@ Where to find what:
     up.py, down.py, weight_grad.py    the matrix kernels; narrow.py (up), single.py (down) and weight_grad_narrow.py are
                                       theirs for layers of few channels
     patches.py                        an image's patches, picked from rows that are loaded once
-    pieces.py, way_back.py            what they are made of: tiles, epilogues, statistics; the same for the way back
+    pieces.py, backward_epilogue.py   what they are made of: tiles, epilogues, statistics; the same for the way back
     epilogue.py, batch_norm.py, statistics.py, running.py   passes of their own, beside cuDNN and after a convolution
     losses.py, adam.py, cast.py, data.py   the rest of a training step; addresses.py: many tensors in one launch
     launch.py, offline.py             tiles, and how kernels are started; how they are compiled without a GPU

@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastgan.kernels.backward_epilogue import normalized_and_grad
 from fastgan.kernels.launch import (
     MOST_PARTS,
     cdiv,
@@ -30,7 +31,6 @@ from fastgan.kernels.pieces import (
     wait_for_previous,
 )
 from fastgan.kernels.statistics import sum_rows
-from fastgan.kernels.way_back import normalized_and_grad
 
 MOST_PROGRAMS = MOST_PARTS  # enough to fill a GPU, and no more than are summed up in one launch
 BLOCK = 2048  # numbers of a program that sees no channels

@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastgan.kernels.backward_epilogue import backward_epilogue, store_grad_and_sums
 from fastgan.kernels.launch import (
     MatrixTile,
     blocks_together,
@@ -35,7 +36,6 @@ from fastgan.kernels.pieces import (
 )
 from fastgan.kernels.single import down_single
 from fastgan.kernels.statistics import TileStatistics
-from fastgan.kernels.way_back import backward_epilogue, store_grad_and_sums
 
 # What a tuner may try beside `launch.TILES` where high is an image of few channels.
 PATCH_TILES = {

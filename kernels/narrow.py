@@ -11,9 +11,9 @@ import math
 import triton
 import triton.language as tl
 
+from fastgan.kernels.backward_epilogue import backward_epilogue
 from fastgan.kernels.launch import MatrixTile, cdiv, clamped_power_of_2, geometry, launch, needs_int64, next_power_of_2
 from fastgan.kernels.pieces import conv_epilogue, load_block, multiply_add, wait_for_previous
-from fastgan.kernels.way_back import backward_epilogue
 
 # What a tuner may try, as `launch.TILES`; block_n is the kernel's own affair.
 TILES = {

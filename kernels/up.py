@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastgan.kernels.backward_epilogue import backward_epilogue, store_grad_and_sums
 from fastgan.kernels.launch import (
     blocks_together,
     cdiv,
@@ -32,7 +33,6 @@ from fastgan.kernels.pieces import (
     wait_for_previous,
 )
 from fastgan.kernels.statistics import TileStatistics
-from fastgan.kernels.way_back import backward_epilogue, store_grad_and_sums
 
 
 @triton.jit

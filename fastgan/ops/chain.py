@@ -2,7 +2,7 @@
 
 Its forward and its backward are each remembered and replayed as a whole (`fastgan.ops.replay`), so that the Python
 around a layer is paid once for a network. And as nobody else sees what goes from layer to layer, the way back through a
-convolution goes on through the activation and to the BatchNorm before it in the same kernel (`fastgan.ops.way_back`).
+convolution goes on through the activation and to the BatchNorm before it in the same kernel (`input_grads.py`).
 """
 
 import functools
@@ -14,11 +14,11 @@ from fastgan.ops.batch_norm import batch_norm_act, batch_norm_act_grad, batch_no
 from fastgan.ops.convolution import ALONE, activation_grad, conv, conv_statistics, plain_conv, weight_grad_of
 from fastgan.ops.geometry import backward_conv_args
 from fastgan.ops.implementations import channels_last
+from fastgan.ops.input_grads import conv_activation_grad, conv_batch_norm_grad
 from fastgan.ops.operators import as_function, as_operator, is_traced
 from fastgan.ops.reference import conv_bn_act_reference
 from fastgan.ops.replay import Replayed
 from fastgan.ops.running import update_running
-from fastgan.ops.way_back import conv_activation_grad, conv_batch_norm_grad
 from fastgan.wanted import are_wanted
 
 TENSORS = 8  # of a layer: weight, bias, gamma, beta, weight_copy, running_mean, running_var, num_batches_tracked
@@ -33,7 +33,7 @@ def run_chain(x, tensors, layers):
         x: in the dtype that is computed in.
         tensors: TENSORS for each layer, one layer after the other, None where there is none. A BatchNorm has one of
             gamma, beta and the running statistics at least, and those contiguous.
-        layers: a tuple of Layers. One without `batch_statistics` has no BatchNorm, or takes its running statistics,
+        layers: a tuple of LayerSpecs. One without `batch_statistics` has no BatchNorm, or takes its running statistics,
             and then nothing of the chain has a gradient.
     """
     wanted = [each is not None and each.requires_grad for each in (x, *tensors)]

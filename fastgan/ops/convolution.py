@@ -27,9 +27,9 @@ from fastgan.ops.implementations import (
     run_conv_statistics,
     run_weight_grad,
 )
+from fastgan.ops.input_grads import conv_activation_grad, conv_batch_norm_grad
 from fastgan.ops.operators import as_operator, operator
 from fastgan.ops.reference import activation_backward
-from fastgan.ops.way_back import conv_activation_grad, conv_batch_norm_grad
 from fastgan.wanted import differentiable, is_wanted, refuse_second_order
 
 # Arguments of `conv` where there is no eval-mode BatchNorm: mean, var, gamma, beta, eps.

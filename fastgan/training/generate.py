@@ -10,7 +10,7 @@ from fastgan.files import check_writable
 from fastgan.training.checkpoints import load_generator
 from fastgan.training.config import MOST_SEED
 from fastgan.training.devices import pick_device
-from fastgan.training.pictures import draw_latents, grid, sample, save_png
+from fastgan.training.samples import draw_latents, grid, sample, save_png
 
 # So many pictures at most: more do not fit well into one grid, or have no name of six digits.
 MOST_IN_GRID, MOST_SEPARATE = 2**14, 10**6

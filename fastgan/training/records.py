@@ -12,7 +12,7 @@ from fastgan.checks import first_few, is_integer, is_number, needs_package
 from fastgan.command_line import say
 from fastgan.files import write_text
 from fastgan.training.devices import peak_memory_mb, synchronize
-from fastgan.training.pictures import grid, sample, save_png
+from fastgan.training.samples import grid, sample, save_png
 
 METRICS = "metrics.jsonl"
 _LOSSES = ("loss_d", "loss_g", "d_real", "d_fake")

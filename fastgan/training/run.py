@@ -26,8 +26,8 @@ from fastgan.training.checkpoints import (
 )
 from fastgan.training.config import TrainConfig, continued
 from fastgan.training.devices import check_precision, pick_device
-from fastgan.training.pictures import draw_latents
 from fastgan.training.records import METRICS, check_packages
+from fastgan.training.samples import draw_latents
 from fastgan.training.step import TrainStep
 
 CONFIG = "config.json"

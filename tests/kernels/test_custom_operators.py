@@ -14,9 +14,9 @@ from fastgan.ops.batch_norm import (
     batch_norm_grad_of_sums,
 )
 from fastgan.ops.convolution import activation_grad, conv, conv_statistics, conv_weight_grad
+from fastgan.ops.input_grads import conv_activation_grad, conv_batch_norm_grad
 from fastgan.ops.losses import bce
 from fastgan.ops.running import update_running
-from fastgan.ops.way_back import conv_activation_grad, conv_batch_norm_grad
 
 pytestmark = pytest.mark.usefixtures("triton_backend")
 

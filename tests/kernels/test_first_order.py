@@ -12,11 +12,11 @@ import fastgan
 from fastgan.first_order import first_order, only_first_order
 from fastgan.kernels import batch_norm
 from fastgan.kernels.launch import MatrixTile
-from fastgan.ops import way_back
+from fastgan.ops import input_grads
 from fastgan.ops.choice import Choice
 from fastgan.ops.geometry import out_size
+from fastgan.ops.input_grads import conv_activation_grad, conv_batch_norm_grad
 from fastgan.ops.replay import Replayed
-from fastgan.ops.way_back import conv_activation_grad, conv_batch_norm_grad
 from tests.accuracy import assert_as_accurate_as_stock
 from tests.conftest import DTYPES
 
@@ -41,7 +41,7 @@ ACTIVATIONS["sigmoid"] = torch.sigmoid
 @pytest.mark.parametrize("way", WAYS_BACK)
 @pytest.mark.parametrize("implementation", ("triton", "cudnn"))
 def test_way_back(implementation, way, activation, dtype, device, choose_in):
-    choose_in(way_back, lambda problem, device: Choice(implementation))
+    choose_in(input_grads, lambda problem, device: Choice(implementation))
     transposed, a, b, size, kernel, stride, padding, extra = WAYS_BACK[way]
     random = torch.Generator().manual_seed(0)
     dz = torch.randn(2, a, *size, generator=random).to(device, dtype)
@@ -82,7 +82,7 @@ BY = {
 @pytest.mark.parametrize("groups, affine", [(1, True), (2, True), (2, False)])
 def test_way_back_to_batch_norm(groups, affine, by, way, activation, dtype, device, choose_in):
     """The sums that BatchNorm's backward needs come with the gradient, each group's apart."""
-    choose_in(way_back, lambda problem, device: BY[by])
+    choose_in(input_grads, lambda problem, device: BY[by])
     assert not LARGE_TILE.has_room()
     transposed, a, b, size, kernel, stride, padding, extra = WAYS_BACK[way]
     random = torch.Generator().manual_seed(0)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import fastgan
 from fastgan import functional as fused
 from fastgan.kernels import batch_norm, epilogue, launch, statistics
-from fastgan.ops import convolution, way_back
+from fastgan.ops import convolution, input_grads
 from fastgan.ops.choice import Choice
 from fastgan.ops.convolution import conv, conv_statistics, conv_weight_grad
 from fastgan.ops.replay import Replayed
@@ -89,7 +89,7 @@ def convolutions_are_cast(device):
 @pytest.mark.parametrize("replays", (False, True))
 def test_backward_within_autocast(replays, device, convolutions_are_cast, monkeypatch, choose_in):
     """Autocast is for forward: it casts nothing of a backward, nor of what a later one replays."""
-    choose_in(way_back, lambda problem, device: Choice("cudnn"))
+    choose_in(input_grads, lambda problem, device: Choice("cudnn"))
     if replays:
         monkeypatch.setattr(Replayed, "__call__", Replayed.replay)
     torch.manual_seed(0)

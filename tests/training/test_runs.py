@@ -11,7 +11,7 @@ from PIL import Image
 
 from fastgan import data
 from fastgan.training import Run, new_run, read_checkpoint, resumed_run, train
-from fastgan.training.pictures import draw_latents, grid, sample
+from fastgan.training.samples import draw_latents, grid, sample
 
 
 def rows(out):
@@ -345,7 +345,7 @@ def test_weights_that_are_not_finite_are_not_saved_as_good(tiny, tmp_path):
 
 
 def test_sampling_leaves_no_trace(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr("fastgan.training.pictures._AT_A_TIME", 48)  # of 64
+    monkeypatch.setattr("fastgan.training.samples._AT_A_TIME", 48)  # of 64
     run = new_run(tiny(), tmp_path)
     generator = run.step.generator
     before, rng = {name: value.clone() for name, value in generator.state_dict().items()}, torch.get_rng_state()

@@ -1,4 +1,4 @@
-"""Gradients on their way back through an activation, and to the sums that a BatchNorm's backward needs."""
+"""Epilogues of a gradient: back through an activation, and with the sums that a BatchNorm's backward needs."""
 
 import triton
 import triton.language as tl
