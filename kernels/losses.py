@@ -23,7 +23,7 @@ def _bce(logits_ptr, grad_ptr, n, target, BLOCK: tl.constexpr):
     u = 1.0 + t
     log1p = tl.where(u == 1.0, t, tl.log(u) * (t / tl.where(u == 1.0, 1.0, u - 1.0)))
     loss = (1.0 - target) * x + tl.maximum(-x, 0.0) + log1p
-    probability = tl.where(x < 0.0, t, 1.0) / (1.0 + t)
+    probability = tl.where(x < 0.0, t, 1.0) / u
     share = tl.full((1,), 1.0, tl.float32) / n
     tl.store(grad_ptr + i, (probability - target) * share, mask=ok)
     return tl.sum(tl.where(ok, loss * share, 0.0), 0), tl.sum(tl.where(ok, probability * share, 0.0), 0)

@@ -219,7 +219,7 @@ def _any_product_gains(x, weight, conv, dtype):
 
 
 def _is_wide(low_size, weight, dtype):
-    """Whether a weight gradient is faster as products, as are the convolutions that are `_is_slow_with` it."""
+    """Whether a weight gradient is faster as products; so is then a convolution for which `_is_slow_with` is true."""
     positions = low_size[0] * low_size[1]
     large = dtype == torch.float32 and weight.numel() >= _WIDE_ELEMENTS
     if not large or positions > _FEW_POSITIONS:

@@ -349,11 +349,10 @@ def _conv_statistics_backward(ctx, dy, *_):
     dx, dweight, dz, for_normalized = _backward(ctx, x, weight, weight_copy, y, x_normalized, dy)
     dbias = None
     if ctx.needs_input_grad[3]:
-        zero = not ctx.activation and not torch.is_grad_enabled()  # with create_graph=True it is to have a gradient
-        if zero:
-            dbias = dz.new_zeros(dz.shape[1], dtype=ctx.bias_dtype)
-        else:
+        if ctx.activation or torch.is_grad_enabled():  # with create_graph=True it is to have a gradient
             dbias = dz.sum((0, 2, 3), dtype=ctx.bias_dtype)
+        else:
+            dbias = dz.new_zeros(dz.shape[1], dtype=ctx.bias_dtype)
     return _in_order(conv_statistics, x=dx, weight=dweight, bias=dbias, x_normalized=for_normalized)
 
 

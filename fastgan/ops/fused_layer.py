@@ -42,10 +42,10 @@ def linked_conv_bn_act(
     `num_batches_tracked`, if any, counts the batches that the running statistics are updated with.
 
     With a `process_group` of several processes, BatchNorm in training normalises with the statistics of the batches of
-    all of them, as torch.nn.SyncBatchNorm does, each of the `groups` with the same one of the others. Gradients are of
-    the sum of the processes' losses; those of the parameters are this process's part of them (of a bias right before
-    BatchNorm it is given as zero, which the parts sum to). It has no double backward, torch.compile breaks its graph
-    there, and an empty batch is refused.
+    all of them, as torch.nn.SyncBatchNorm does, each of the `batch_groups` with the same one of the others. Gradients
+    are of the sum of the processes' losses; those of the parameters are this process's part of them (of a bias right
+    before BatchNorm it is given as zero, which the parts sum to). It has no double backward, torch.compile breaks its
+    graph there, and an empty batch is refused.
 
     `gives_link` says that the result goes to nothing but another call, which gets the Link as its `x_link`: then the
     kernel that makes the gradient for the result multiplies it by the activation's derivative and adds up what

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from fastgan.checks import is_integer, is_out_of_memory
+from fastgan.checks import check_integer, is_out_of_memory
 from fastgan.files import written_whole
 from fastgan.models import Generator
 from fastgan.random_numbers import rng_state
@@ -73,20 +73,21 @@ def read_checkpoint(path):
 
 def _check_values(path, state):
     """Raise ValueError for numbers that are not as they were written, of which torch says nothing."""
-    if zipfile.is_zipfile(path) and (part := zipfile.ZipFile(path).testzip()):
-        raise ValueError(f"{path} is damaged: the checksum of its part {part} is wrong")
-    latent = state["fixed_latent"]
-    wrong = [name for name, least in dict(step=0, nc=1, images=1).items() if not _is_count(state[name], least)]
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            part = file.testzip()
+        if part is not None:
+            raise ValueError(f"{path} is damaged: the checksum of its part {part} is wrong")
+    try:
+        for name, least in dict(step=0, nc=1, images=1).items():
+            check_integer(name, state[name], least)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: its {error}") from error
+    latent, rng = state["fixed_latent"], state["rng"]
     if not (isinstance(latent, torch.Tensor) and latent.dim() == 2 and latent.is_floating_point()):
-        wrong.append("fixed_latent")
-    if not (isinstance(state["rng"], dict) and isinstance(state["rng"].get("cpu"), torch.Tensor)):
-        wrong.append("rng")
-    if wrong:
-        raise ValueError(f"{path} is damaged: its {wrong[0]} is {reprlib.repr(state[wrong[0]])}")
-
-
-def _is_count(value, least):
-    return is_integer(value) and value >= least
+        raise ValueError(f"{path} is damaged: its fixed_latent is {reprlib.repr(latent)}")
+    if not (isinstance(rng, dict) and isinstance(rng.get("cpu"), torch.Tensor)):
+        raise ValueError(f"{path} is damaged: its rng is {reprlib.repr(rng)}")
 
 
 def checkpoint_path(path, name="checkpoint"):

@@ -31,6 +31,7 @@ from fastgan.training.samples import draw_latents
 from fastgan.training.step import TrainStep
 
 CONFIG = "config.json"
+_OF_A_RUN = (CONFIG, METRICS, CHECKPOINT, "samples", "loss.png")  # what is in its folder; samples is one itself
 SAMPLES = 64
 
 
@@ -158,7 +159,7 @@ def resumed_run(path, given=None, out=None):
     config = continued(before, given or {})
     device = _check_machine(config)
     check_writable("resume", path.parent, folder=True)
-    for name in (CONFIG, METRICS, "samples", "loss.png"):
+    for name in _OF_A_RUN:
         if (path.parent / name).exists() and (path.parent / name).is_dir() != (name == "samples"):
             kind = "folder" if name == "samples" else "file"
             raise ValueError(f"resume {str(path.parent)!r} cannot go on: its {name} is no {kind}")
@@ -217,7 +218,7 @@ def _check_unused(given):
     if out.exists() and not out.is_dir():
         raise ValueError(f"out {str(out)!r} is not a folder")
     check_writable("out", given, folder=True)
-    for name in (CONFIG, METRICS, CHECKPOINT, "samples", "loss.png"):
+    for name in _OF_A_RUN:
         if (out / name).exists():
             raise ValueError(
                 f"out {str(out)!r} holds another run (it has {name}): go on with that one by "

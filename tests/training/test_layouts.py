@@ -53,6 +53,26 @@ def step_of(pair, **options):
     return TrainStep(*pair, latent_dim=(NZ, 1, 1), lr=1e-2, **options)
 
 
+def trained_by_hand(pair, batches):
+    """[(loss_d, loss_g)] of the example's steps, one for each batch."""
+    (generator, discriminator), found = pair, []
+    loss = nn.functional.binary_cross_entropy_with_logits
+    adams = [torch.optim.Adam(network.parameters(), 1e-2, (0.5, 0.999)) for network in pair]
+    torch.manual_seed(1)
+    for images in batches:
+        generator.zero_grad(), discriminator.zero_grad()
+        fake = generator(torch.randn(len(images), NZ, 1, 1, dtype=torch.float64))
+        logits = discriminator(images), discriminator(fake.detach())
+        loss_d = sum(loss(each, torch.full_like(each, target)) for each, target in zip(logits, (1, 0), strict=True))
+        loss_d.backward()
+        adams[1].step()
+        loss_g = loss(discriminator(fake), torch.ones(len(images), 1, dtype=torch.float64))
+        loss_g.backward()
+        adams[0].step()
+        found.append((loss_d.detach(), loss_g.detach()))
+    return found
+
+
 class _ViewsGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
@@ -77,22 +97,10 @@ def test_a_view_in_the_generators_backward(scaled, fused):
     ours, stock = pair, copy.deepcopy(pair)
     step, (images, *_) = step_of(ours, fused=fused), real_batches(1)
     step.scaler = torch.amp.GradScaler("cpu", init_scale=4.0, enabled=scaled)
-    loss = nn.functional.binary_cross_entropy_with_logits
-    generator, discriminator = stock
-    adams = [torch.optim.Adam(network.parameters(), 1e-2, (0.5, 0.999)) for network in stock]
     torch.manual_seed(1)
     losses = step(images)
-    torch.manual_seed(1)
-    fake = generator(torch.randn(len(images), NZ, 1, 1, dtype=torch.float64))
-    logits = discriminator(images), discriminator(fake.detach())
-    loss_d = loss(logits[0], torch.ones_like(logits[0])) + loss(logits[1], torch.zeros_like(logits[1]))
-    loss_d.backward()
-    adams[1].step()
-    loss_g = loss(judged := discriminator(fake), torch.ones_like(judged))
-    discriminator.zero_grad()
-    loss_g.backward()
-    adams[0].step()
-    torch.testing.assert_close([losses["loss_d"], losses["loss_g"]], [loss_d.detach(), loss_g.detach()])
+    ((loss_d, loss_g),) = trained_by_hand(stock, [images])
+    torch.testing.assert_close([losses["loss_d"], losses["loss_g"]], [loss_d, loss_g])
     for network, expected in zip(ours, stock, strict=True):
         torch.testing.assert_close(network.state_dict(), expected.state_dict())
     assert {float(state["step"]) for state in step.optimizer_d.state.values()} == {1.0}
@@ -114,22 +122,10 @@ def test_views_of_feature_maps(makers, compile, fused, recwarn):
     """The example's numbers, as if the first attempt had never been."""
     ours, stock = networks(*makers), networks(*makers)
     step, batches = step_of(ours, fused=fused, compile=compile), real_batches(3)
-    loss = nn.functional.binary_cross_entropy_with_logits
-    adams = [torch.optim.Adam(network.parameters(), 1e-2, (0.5, 0.999)) for network in stock]
     torch.manual_seed(1)
     found = [step(images) for images in batches]
-    torch.manual_seed(1)
-    for images, losses in zip(batches, found, strict=True):
-        generator, discriminator = stock
-        generator.zero_grad(), discriminator.zero_grad()
-        fake = generator(torch.randn(len(images), NZ, 1, 1, dtype=torch.float64))
-        logits = discriminator(images), discriminator(fake.detach())
-        expected = sum(loss(each, torch.full_like(each, target)) for each, target in zip(logits, (1, 0), strict=True))
-        expected.backward()
-        adams[1].step()
-        loss(discriminator(fake), torch.ones(len(images), 1, dtype=torch.float64)).backward()
-        adams[0].step()
-        torch.testing.assert_close(losses["loss_d"], expected.detach(), rtol=1e-8, atol=0)
+    for losses, (expected, _) in zip(found, trained_by_hand(stock, batches), strict=True):
+        torch.testing.assert_close(losses["loss_d"], expected, rtol=1e-8, atol=0)
     for mine, theirs in zip(ours, stock, strict=True):
         torch.testing.assert_close(mine.state_dict(), theirs.state_dict(), rtol=1e-6, atol=1e-8)
     assert step.one_pass == fused and not [w for w in recwarn if "two passes" in str(w.message)]
