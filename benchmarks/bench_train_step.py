@@ -21,7 +21,7 @@ from benchmarks.stock import (
     precision_of,
 )
 from benchmarks.timing import DEVICE, ON_GPU, PeakMemory, clock, describe, fixed, forget, measure_in_turn
-from fastgan.cpu.convolution import lacks_avx512
+from fastgan.cpu.capabilities import lacks_avx512
 
 pytestmark = pytest.mark.benchmark(group="train step", timer=clock)
 

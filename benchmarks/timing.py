@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from fastgan.backend import HAS_TRITON, PRECISIONS
-from fastgan.cpu.convolution import lacks_avx512
+from fastgan.cpu.capabilities import lacks_avx512
 from fastgan.training.graph import capturing
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -11,6 +11,7 @@ import torch
 from benchmarks import timing
 from benchmarks.bench_train_step import TOLERANCE, check
 from benchmarks.stock import CPU_VARIANTS, GPU_VARIANTS, ExampleStep, Setting, StockStep
+from fastgan.cpu import capabilities
 from fastgan.fusion import fused_groups
 
 cpu_only = pytest.mark.skipif(torch.cuda.is_available(), reason="of the benchmarks' variants on a CPU")
@@ -128,7 +129,7 @@ def test_every_benchmark_waits_for_the_gpu(path):
 def test_kinds_of_cpu_have_names_of_their_own(has, name, monkeypatch):
     monkeypatch.setattr(timing, "ON_GPU", False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    capabilities = {"architecture": "x86_64", "cpu_name": "A CPU", **has}
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    monkeypatch.setattr(timing, "lacks_avx512", timing.lacks_avx512.__wrapped__)  # without its cache
+    cpu = {"architecture": "x86_64", "cpu_name": "A CPU", **has}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu)
+    monkeypatch.setattr(capabilities, "cpu_kind", capabilities.cpu_kind.__wrapped__)  # without its cache
     assert timing.device_name() == name

@@ -7,8 +7,11 @@ import torch
 from torch import nn
 
 import fastgan
+from fastgan.cpu import capabilities, choice
 from fastgan.cpu import convolution as cpu_convolution
+from fastgan.cpu.choice import Products
 from fastgan.cpu.convolution import Convolution, convolve
+from fastgan.cpu.products import to_high, to_low, weight_grad_of_all_taps
 from tests.accuracy import assert_as_accurate_as_stock
 from tests.cpu.layers import (
     DTYPES,
@@ -22,8 +25,6 @@ from tests.cpu.layers import (
     run,
 )
 
-GAINS_IN_FLOAT32 = cpu_convolution._gains_in_float32.__wrapped__  # without its cache
-IS_INTEL, LACKS_AVX512 = cpu_convolution._is_intel.__wrapped__, cpu_convolution.lacks_avx512.__wrapped__
 # name → (layer, shape of its input, name of what autograd remembers of the formula)
 LAYERS = {
     "from one position": (lambda: nn.ConvTranspose2d(7, 5, (4, 3), stride=2, bias=False), (6, 7, 1, 1), None),
@@ -94,7 +95,7 @@ def test_as_accurate_as_stock(name, layout, dtype, poisoned):
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_with_a_bias(name, layout, by_way_of_float32, dtype, poisoned, monkeypatch):
-    monkeypatch.setattr(cpu_convolution, "_gains_in_float32", lambda dtype, trains: by_way_of_float32)
+    monkeypatch.setattr(cpu_convolution, "gains_in_float32", lambda dtype, trains: by_way_of_float32)
     layer, x = make(name, layout)
     layer.bias = nn.Parameter(torch.randn(layer.out_channels))
     layer, exact, x = layer.to(DTYPES[dtype]), copy.deepcopy(layer).double(), x.to(DTYPES[dtype])
@@ -159,7 +160,7 @@ HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 @pytest.mark.parametrize("name", [*LAYERS, "ordinary"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_half_precision_by_way_of_float32(name, layout, dtype, autocast, poisoned, monkeypatch):
-    monkeypatch.setattr(cpu_convolution, "_gains_in_float32", lambda dtype, trains: True)
+    monkeypatch.setattr(cpu_convolution, "gains_in_float32", lambda dtype, trains: True)
     monkeypatch.setitem(LAYERS, "ordinary", (lambda: nn.Conv2d(6, 5, 3, 2, 1, bias=False), (3, 6, 9, 10), None))
     layer, x = make(name, layout)
     if not autocast:
@@ -180,7 +181,7 @@ def test_half_precision_by_way_of_float32(name, layout, dtype, autocast, poisone
 @pytest.mark.parametrize("name", [*LAYERS, "ordinary"])
 def test_an_update_between_forward_and_backward_under_autocast(name, in_float32, monkeypatch):
     """Whose copies of weights it does not reach."""
-    monkeypatch.setattr(cpu_convolution, "_gains_in_float32", lambda dtype, trains: in_float32)
+    monkeypatch.setattr(cpu_convolution, "gains_in_float32", lambda dtype, trains: in_float32)
     monkeypatch.setitem(LAYERS, "ordinary", (lambda: nn.Conv2d(6, 5, 3, 2, 1, bias=False), (3, 6, 9, 10), None))
     layer, x = make(name)
     x.requires_grad_()
@@ -196,7 +197,7 @@ def test_an_update_between_forward_and_backward_under_autocast(name, in_float32,
 
 def test_half_precision_stays_stock_where_that_is_no_gain(monkeypatch):
     asked = []
-    monkeypatch.setattr(cpu_convolution, "_gains_in_float32", lambda *question: asked.append(question) or True)
+    monkeypatch.setattr(cpu_convolution, "gains_in_float32", lambda *question: asked.append(question) or True)
     layer, x = nn.Conv2d(6, 5, 3, 2, 1, bias=False).bfloat16(), torch.randn(3, 6, 9, 10).bfloat16()
 
     assert not is_stock(layer, x)
@@ -208,59 +209,67 @@ def test_half_precision_stays_stock_where_that_is_no_gain(monkeypatch):
     assert is_stock(layer, x.float())  # which stock refuses
     with products_in_less_than_float32():
         assert is_stock(layer, x)
-    monkeypatch.setattr(cpu_convolution, "_gains_in_float32", lambda dtype, trains: False)
+    monkeypatch.setattr(cpu_convolution, "gains_in_float32", lambda dtype, trains: False)
     assert is_stock(layer, x)
 
 
-# What torch.cpu.get_capabilities says → whether bfloat16 and float16 gain by float32, (training, not training) each.
+# What torch.cpu.get_capabilities says → kind, whether bfloat16 and float16 gain by float32, (training, not) each.
 AVX512 = {"architecture": "x86_64", "cpu_name": "Intel Xeon"} | dict.fromkeys(
     ("avx512_f", "avx512_bf16", "avx512_fp16"), True
 )
-
-
+EPYC = {**AVX512, "cpu_name": "AMD EPYC", "avx512_fp16": False}
+OLD = "x86 without AVX-512"
 CPUS = {
-    "AVX2": ({"architecture": "x86_64", "cpu_name": "Intel Core i7"}, (True, True), (True, True)),
-    "AVX-512 of an EPYC": ({**AVX512, "cpu_name": "AMD EPYC", "avx512_fp16": False}, (False, False), (True, True)),
-    "AVX-512 of a Xeon": (AVX512, (True, False), (True, False)),
-    "AMX": ({**AVX512, "amx_bf16": True, "amx_fp16": False}, (False, False), (True, False)),
-    "AMX with float16": ({**AVX512, "amx_bf16": True, "amx_fp16": True}, (False, False), (False, False)),
-    "ARM": ({"architecture": "aarch64"}, (False, False), (False, False)),
+    "AVX2": ({"architecture": "x86_64", "cpu_name": "Intel Core i7"}, OLD, (True, True), (True, True)),
+    "AVX-512 of an EPYC": (EPYC, "AMD", (False, False), (True, True)),
+    "AVX-512 of a Xeon": (AVX512, "Intel", (True, False), (True, False)),
+    "AVX-512 of another": ({**AVX512, "cpu_name": "CPU"}, "other", (False, False), (False, False)),
+    "AMX": ({**AVX512, "amx_bf16": True, "amx_fp16": False}, "Intel", (False, False), (True, False)),
+    "AMX with float16": ({**AVX512, "amx_bf16": True, "amx_fp16": True}, "Intel", (False, False), (False, False)),
+    "ARM": ({"architecture": "aarch64"}, "other", (False, False), (False, False)),
 }
 
 
 @pytest.mark.parametrize("name", CPUS)
 def test_which_cpus_gain_in_float32(name, monkeypatch):
-    capabilities, *expected = CPUS[name]
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    monkeypatch.setattr(cpu_convolution, "_is_intel", IS_INTEL)
-    assert LACKS_AVX512() == (name == "AVX2")
+    cpu, kind, *expected = CPUS[name]
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu)
+    monkeypatch.setattr(capabilities, "cpu_kind", capabilities.cpu_kind.__wrapped__)  # without its cache
+    assert capabilities.cpu_kind() == kind and capabilities.lacks_avx512() == (name == "AVX2")
+    gains_in_float32 = capabilities.gains_in_float32.__wrapped__
     for dtype, gains in zip(HALVES.values(), expected, strict=True):
-        assert tuple(GAINS_IN_FLOAT32(dtype, trains) for trains in (True, False)) == gains
-    assert not GAINS_IN_FLOAT32(torch.float32, True) and not GAINS_IN_FLOAT32(torch.float64, True)
+        assert tuple(gains_in_float32(dtype, trains) for trains in (True, False)) == gains
+    assert not gains_in_float32(torch.float32, True) and not gains_in_float32(torch.float64, True)
+
+
+def where_and_how(layer):
+    """The last arguments of `Convolution`, and the products for everything that has some for sides such as these."""
+    output_padding = layer.output_padding if layer.transposed else (0, 0)
+    fits = min(layer.in_channels, layer.out_channels) <= 3
+    products = Products(to_high if fits else None, to_low, weight_grad_of_all_taps)
+    return products, layer.transposed, layer.stride, layer.padding, output_padding
 
 
 @pytest.mark.parametrize("name", BY_CONVOLUTION)
 def test_gradients_by_products(name):
     layer, x = make(name)
     layer, x = layer.double(), x.double().requires_grad_()
-    output_padding = layer.output_padding if layer.transposed else (0, 0)
-    where = (layer.transposed, layer.stride, layer.padding, output_padding)
     dout = torch.randn_like(layer(x))
     stock = torch.autograd.grad(layer(x), (x, layer.weight), dout)
-    ours = torch.autograd.grad(Convolution.apply(x, layer.weight, *where), (x, layer.weight), dout)
+    ours = torch.autograd.grad(Convolution.apply(x, layer.weight, *where_and_how(layer)), (x, layer.weight), dout)
     for actual, expected in zip(ours, stock, strict=True):
         torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("name", BY_CONVOLUTION)
-def test_only_what_is_asked_for_is_computed(name, monkeypatch):
+def test_only_what_is_asked_for_is_computed(name):
     layer, x = make(name)
-    layer, x = layer.bfloat16(), x.bfloat16().requires_grad_()
+    x.requires_grad_()
     calls = []
-    for part in ("_by_products", "_weight_grad_for"):
-        monkeypatch.setattr(cpu_convolution, part, lambda *args, part=part: calls.append(part))
-    y = Convolution.apply(x, layer.weight, layer.transposed, layer.stride, layer.padding, layer.output_padding)
-    for asked, expected in ((x, "_by_products"), (layer.weight, "_weight_grad_for")):
+    forward, back = ("to_high", "to_low") if layer.transposed else ("to_low", "to_high")
+    noted = {part: lambda *args, part=part: calls.append(part) for part in Products._fields if part != forward}
+    y = Convolution.apply(x, layer.weight, Products(**noted), *where_and_how(layer)[1:])
+    for asked, expected in ((x, back), (layer.weight, "weight_grad")):
         calls.clear()
         torch.autograd.grad(y.sum(), asked, retain_graph=True)
         assert calls == [expected]
@@ -268,14 +277,14 @@ def test_only_what_is_asked_for_is_computed(name, monkeypatch):
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("high_channels", [1, 2])
-def test_gradients_of_gradients(transposed, high_channels, monkeypatch):
-    monkeypatch.setattr(cpu_convolution, "_LEAST_CHANNELS", 2)
+def test_gradients_of_gradients(transposed, high_channels):
     x, weight = (torch.randn(size, dtype=torch.double) for size in ((1, 2, 4, 4), (2, 2, 3, 3)))
     x, weight = (x if transposed else x[:, :high_channels]), weight[:, :high_channels]
     operands = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    products = Products(to_high, to_low, weight_grad_of_all_taps)
     where = (transposed, (2, 2), (1, 1), (1, 1) if transposed else (0, 0))
-    torch.autograd.gradcheck(lambda *args: Convolution.apply(*args, *where), operands)
-    torch.autograd.gradgradcheck(lambda *args: Convolution.apply(*args, *where), operands)
+    torch.autograd.gradcheck(lambda *args: Convolution.apply(*args, products, *where), operands)
+    torch.autograd.gradgradcheck(lambda *args: Convolution.apply(*args, products, *where), operands)
 
 
 def test_what_stays_stock(monkeypatch):
@@ -307,11 +316,11 @@ def test_what_stays_stock(monkeypatch):
         assert is_stock(layer, x)  # its forward is stock's anyway
     many = torch.cat([x] * 4)
     assert is_stock(layer, many)  # 240 positions for 24 channels
-    monkeypatch.setattr(cpu_convolution, "_POSITIONS_A_CHANNEL", 10)
+    monkeypatch.setattr(choice, "_POSITIONS_A_CHANNEL", 10)
     assert not is_stock(layer, many)
     layer, x = make("to an image")
     assert not is_stock(layer, x)
-    monkeypatch.setattr(cpu_convolution, "_LEAST_LOW", x.numel() + 1)
+    monkeypatch.setattr(choice, "_LEAST_LOW", x.numel() + 1)
     assert is_stock(layer, x)
     layer, x = make("of an image")
     assert is_stock(layer, x)  # an image's gradient that nobody wants

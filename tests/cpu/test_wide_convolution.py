@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from fastgan.cpu import choice
 from fastgan.cpu import convolution as cpu_convolution
 from fastgan.cpu import products as cpu_products
 from fastgan.cpu.convolution import convolve
@@ -38,9 +39,12 @@ WIDE = {
 }
 
 
-def make_wide(name, monkeypatch, layout="channels_last"):
-    """(layer, x), where every weight is a wide one."""
-    monkeypatch.setattr(cpu_convolution, "_WIDE_ELEMENTS", 1)
+def make_wide(name, monkeypatch, layout="channels_last", kind="Intel"):
+    """(layer, x), where every weight is large enough for all that a CPU of this kind has products for."""
+    monkeypatch.setattr(choice, "cpu_kind", lambda: kind)
+    bounds = [bounds and bounds._replace(least_elements=1) for bounds in choice._LARGE_WEIGHTS[kind]]
+    monkeypatch.setitem(choice._LARGE_WEIGHTS, kind, choice.LargeWeights(*bounds))
+    monkeypatch.setattr(choice, "_WIDE", 1)
     monkeypatch.setattr(cpu_products, "_MANY_CHANNELS", 5)
     torch.manual_seed(0)
     layer, shape = WIDE[name]
@@ -66,25 +70,24 @@ def test_wide_layers(name, taps_at_once, layout, x_layout, monkeypatch, poisoned
         assert_as_accurate_as_stock(f"{name}: {what}", *results)
 
 
-@pytest.mark.parametrize("name, stock_calls", [("4x4", 0), ("transposed 4x4", 0), ("transposed, other sizes", 1)])
+@pytest.mark.parametrize("name, fits", [("4x4", True), ("transposed 4x4", True), ("transposed, other sizes", False)])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_wide_layers_are_products(name, stock_calls, layout, monkeypatch):
+def test_wide_layers_are_products(name, fits, layout, monkeypatch):
     layer, x = make_wide(name, monkeypatch, layout)
-    calls = []
-    monkeypatch.setattr(cpu_convolution, "_convolution", lambda *args: calls.append(args) or layer(args[0]))
+    monkeypatch.setattr(cpu_convolution, "_convolution", None)
     with torch.no_grad():
-        torch.testing.assert_close(convolve(x, layer, None), layer(x))
-    assert len(calls) == stock_calls
+        assert is_stock(layer, x) != fits
+        if fits:
+            torch.testing.assert_close(convolve(x, layer, None), layer(x))
 
 
 def test_wide_layers_of_other_cpus_are_products_for_weight_gradients_only(monkeypatch):
-    layer, x = make_wide("4x4", monkeypatch)
-    monkeypatch.setattr(cpu_convolution, "_is_intel", lambda: False)
-    assert is_stock(*make_wide("4x4", monkeypatch, "contiguous"))
+    layer, x = make_wide("4x4", monkeypatch, kind="other")
+    assert is_stock(*make_wide("4x4", monkeypatch, "contiguous", kind="other"))
     with torch.no_grad():
         assert is_stock(layer, x)
     for name in ("to_low", "to_high"):
-        monkeypatch.setattr(cpu_convolution, name, None)
+        monkeypatch.setattr(choice, name, None)
     assert_gradients_of_stock(layer, x)
 
 
@@ -97,24 +100,35 @@ def assert_gradients_of_stock(layer, x):
     assert y.grad_fn.name() == OURS
 
 
-@pytest.mark.parametrize(
-    "name, products",
-    [("4x4", {"to_low"}), ("transposed 4x4", {"to_low", "to_high"}), ("every position", set())],
-)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_which_wide_layers_gain_without_avx512(name, products, layout, monkeypatch):
-    layer, x = make_wide(name, monkeypatch, layout)
-    monkeypatch.setattr(cpu_convolution, "lacks_avx512", lambda: True)
-    monkeypatch.setattr(cpu_convolution, "_is_intel", lambda: False)
-    monkeypatch.setattr(cpu_convolution, "_WIDE_ELEMENTS_UPWARDS", layer.weight.numel() + ("transposed" not in name))
-    called = set()
-    for product in ("to_low", "to_high"):
-        original = getattr(cpu_products, product)
-        monkeypatch.setattr(
-            cpu_convolution, product, lambda *args, name=product, original=original: called.add(name) or original(*args)
-        )
-    assert_gradients_of_stock(layer, x)
-    assert called == products
+# (kind of CPU, elements of the weight, positions on the low side, stride) → which of its parts are products
+LARGE = {
+    ("AMD", 2**21, 4 * 16, 2): {"to_low", "weight_grad"},
+    ("AMD", 2**21, 9 * 16, 2): {"weight_grad"},
+    ("AMD", 2**23, 8 * 16, 2): {"to_high", "to_low", "weight_grad"},
+    ("AMD", 2**23, 9 * 16, 2): {"weight_grad"},
+    ("AMD", 2**23, 4 * 16, 1): {"weight_grad"},
+    ("x86 without AVX-512", 2**21, 32 * 16, 2): {"to_low", "weight_grad"},
+    ("x86 without AVX-512", 2**22, 32 * 16, 2): {"to_high", "to_low", "weight_grad"},
+    ("x86 without AVX-512", 2**23, 4 * 16, 1): {"weight_grad"},
+    ("Intel", 2**21, 32 * 16, 1): {"to_high", "to_low", "weight_grad"},
+    ("other", 2**23, 4 * 16, 2): {"weight_grad"},
+    ("Intel", 2**20, 4 * 16, 2): set(),
+}
+
+
+@pytest.mark.parametrize("kind, elements, positions, stride", LARGE)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_which_large_weights_gain(kind, elements, positions, stride, transposed, monkeypatch):
+    monkeypatch.setattr(choice, "cpu_kind", lambda: kind)
+    taps = 4 if stride == 2 else 3
+    low, high = (
+        torch.empty(positions // 16, channels, side, side, device="meta").to(memory_format=torch.channels_last)
+        for channels, side in ((512, 4), (elements // 512 // taps**2 + 1, 4 * stride))
+    )
+    weight = torch.empty(512, high.shape[1], taps, taps, device="meta").to(memory_format=torch.channels_last)
+    conv_args = transposed, (stride, stride), (1, 1), (0, 0)
+    found = choice.products_for(low if transposed else high, weight, torch.float32, *conv_args)
+    assert {part for part in found._fields if getattr(found, part)} == LARGE[kind, elements, positions, stride]
 
 
 @pytest.mark.parametrize("of", ["x", "weight"])
@@ -150,5 +164,5 @@ def test_wide_layers_that_stay_stock(monkeypatch):
     assert is_stock(copy.deepcopy(layer).double(), x.double())
     with products_in_less_than_float32():
         assert is_stock(layer, x)
-    monkeypatch.setattr(cpu_convolution, "_WIDE_ELEMENTS", layer.weight.numel() + 1)
+    monkeypatch.setattr(choice, "_WIDE", layer.weight.numel() + 1)
     assert is_stock(layer, x)
