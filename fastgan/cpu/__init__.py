@@ -1,5 +1,7 @@
 """Convolutions on a CPU where PyTorch's own way is slow.
 
-convolution.py   for which of them something else is faster
-products.py      as matrix products
+convolution.py    what a layer calls
+choice.py         for which parts of which convolutions matrix products are faster
+products.py       those products
+capabilities.py   what kind of CPU it is
 """

@@ -1,4 +1,4 @@
-"""Convolutions and their gradients as matrix products, for CPUs; `fastgan/cpu/convolution.py` says where they gain.
+"""Convolutions and their gradients as matrix products, for CPUs; `fastgan/cpu/choice.py` says where they gain.
 
 "Low" and "high" are the sides with fewer and with more positions: (result, x) of a convolution, (x, result) of a
 transposed one. Weights are (low channels, high channels, kh, kw), without dilation or groups.
