@@ -8,14 +8,19 @@ from pathlib import Path
 
 @contextmanager
 def written_whole(path):
-    """A context in which a file beside ``path`` is to be written, which then takes its name."""
+    """A context in which a file beside ``path`` is to be written, which then takes its name.
+
+    An OSError of writing to an open file (a full disk) does not say which file it was: here it gets the name.
+    """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # others may write the same file
     try:
         yield temporary
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            error.filename = os.fspath(path)
         raise
 
 
