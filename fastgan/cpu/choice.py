@@ -117,15 +117,22 @@ _POSITIONS_A_CHANNEL = 8
 _LEAST_CHANNELS = 16  # a narrow product leaves the CPU's vectors half empty
 
 
-def surely_gains_nothing(x, weight, transposed):
+def surely_gains_nothing(x, weight, conv):
     """Whether a few sizes tell that no product does, in float32: most layers are such, and every call asks."""
-    return weight.numel() < _WIDE and not _goes_to_image(x, weight, transposed)
+    return weight.numel() < _WIDE and not _goes_to_image(x, weight, conv)
 
 
-def _goes_to_image(x, weight, transposed):
-    """Whether the result or the gradient for x has an image's few channels."""
-    few = weight.shape[1] <= _IMAGE_CHANNELS
-    return few and (transposed or (torch.is_grad_enabled() and x.requires_grad))
+def _goes_to_image(x, weight, conv):
+    """Whether the result or the gradient for x may have an image's few channels, and the low side numbers enough."""
+    low_channels, image_channels = weight.shape[:2]
+    if image_channels > _IMAGE_CHANNELS:
+        return False
+    if conv.transposed:
+        return x.numel() >= _LEAST_LOW * image_channels
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return False
+    smaller = math.prod(conv.stride) if isinstance(conv.stride, tuple) else 1  # somebody may have set one number
+    return x.numel() * low_channels >= _LEAST_LOW * image_channels**2 * smaller
 
 
 def products_for(x, weight, dtype, transposed, stride, padding, output_padding):

@@ -69,7 +69,7 @@ def _surely_gains_nothing(x, weight, conv):
     """Whether dtype and a few sizes tell that no product gains: most layers are such, and every call asks."""
     return (
         x.dtype == torch.float32
-        and surely_gains_nothing(x, weight, conv.transposed)
+        and surely_gains_nothing(x, weight, conv)
         and not _has_one_position(x, weight, conv)
         and not torch.is_autocast_enabled("cpu")
     )

@@ -324,6 +324,15 @@ def test_what_stays_stock(monkeypatch):
     assert is_stock(layer, x)
     layer, x = make("of an image")
     assert is_stock(layer, x)  # an image's gradient that nobody wants
+    x.requires_grad_()
+    low_numbers = x.numel() // 4 * layer.out_channels
+    monkeypatch.setattr(choice, "_LEAST_LOW", low_numbers)
+    assert not is_stock(layer, x)
+    monkeypatch.setattr(choice, "_LEAST_LOW", low_numbers + 1)
+    assert is_stock(layer, x)
+    monkeypatch.setattr(choice, "_LEAST_LOW", 1)
+    layer.stride = 2
+    assert is_stock(layer, x)
     assert is_stock(nn.ConvTranspose2d(32, 3, 1, bias=False), torch.randn(2, 32, 8, 8))  # one tap
 
 
