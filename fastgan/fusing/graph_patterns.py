@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from fastgan.fusing.layer_code import has_hooks
+from fastgan.fusing.layer_code import is_customized
 from fastgan.fusing.patterns import ACTIVATIONS, WRITTEN_TO, Group, match_first, passes_on, writes_to_input
 from fastgan.fusing.tracing.trace import IN_PLACE
 
@@ -188,7 +188,7 @@ def _only_reads(node, container):
         return True
     if node.op == "call_module":
         module = container.get_submodule(node.target)
-        return type(module) in _READING_LAYERS and not has_hooks(module)
+        return type(module) in _READING_LAYERS and not is_customized(module)
     return node.target in _READING and not changes_in_place(node)
 
 

@@ -14,9 +14,9 @@ def hooks_of(module):
     return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
 
 
-def has_hooks(module):
+def is_customized(module):
     """Whether anything but torch's code for a layer of its type takes part in calling the module."""
-    return any_has_hooks([module.__dict__]) or _is_patched(type_of(module))
+    return any_is_customized([module.__dict__]) or _is_patched(type_of(module))
 
 
 def _is_patched(layer_type):
@@ -25,8 +25,8 @@ def _is_patched(layer_type):
     return not all([f.__module__ == layer_type.__module__ and not hasattr(f, "__wrapped__") for f in code])
 
 
-def any_has_hooks(attributes):
-    """Whether any of several modules has hooks or code of its own, by their `__dict__`s."""
+def any_is_customized(attributes):
+    """Whether hooks or replaced methods take part in calling any of several modules, by their `__dict__`s."""
     for own in attributes:  # at every call of a container: a loop over what need not be looked up is the fastest
         if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
             return True

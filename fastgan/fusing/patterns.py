@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from fastgan.fusing.layer_code import has_hooks, hooks_compute_weight, hooks_of, type_of
+from fastgan.fusing.layer_code import hooks_compute_weight, hooks_of, is_customized, type_of
 from fastgan.ops.choice import what_follows
 
 _CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
@@ -241,7 +241,7 @@ def _type_name(module):
 def _why_not_conv(conv):
     if type_of(conv) not in _CONVOLUTIONS:
         return f"no fused operator for {type(conv).__name__}"
-    if has_hooks(conv) and not hooks_compute_weight(conv):
+    if is_customized(conv) and not hooks_compute_weight(conv):
         return "the convolution has hooks or code of its own"
     if not ("weight" in conv._parameters or parametrize.is_parametrized(conv, "weight") or hooks_compute_weight(conv)):
         return "its weight is no parameter"
@@ -284,7 +284,7 @@ def unfit_number(batch_norm, negative_slope):
 def _why_not_batch_norm(bn, conv):
     if type(bn) not in _BATCH_NORMS:
         return f"{type(bn).__name__} after it"
-    if has_hooks(bn):
+    if is_customized(bn):
         return "its BatchNorm has hooks or code of its own"
     if bn.num_features != conv.out_channels:
         return f"its BatchNorm has {bn.num_features} features for {conv.out_channels} channels"
@@ -302,6 +302,6 @@ def _why_not_activation(activation):
     if type(activation) not in ACTIVATIONS:
         is_activation = type(activation).__module__ == nn.ReLU.__module__
         return f"{type(activation).__name__} after it stays stock" if is_activation else ""
-    if has_hooks(activation):
+    if is_customized(activation):
         return "its activation has hooks or code of its own"
     return unfit_number(None, getattr(activation, "negative_slope", 0.0))

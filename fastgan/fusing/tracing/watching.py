@@ -5,7 +5,7 @@ import types
 
 import torch
 
-from fastgan.fusing.layer_code import any_has_hooks, code_of, has_same_code, hooks_of
+from fastgan.fusing.layer_code import any_is_customized, code_of, has_same_code, hooks_of
 
 MISSING = object()  # an attribute or a name that is not there
 _CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.memory_format)
@@ -96,7 +96,7 @@ class Watch:
         self._called = tuple(dict.fromkeys(self._called))
         self._types = tuple(map(type, self._called))  # parametrizations change those
         self._code = code_of(self._types)
-        changed = [module for module in self._called if any_has_hooks([vars(module)])]
+        changed = [module for module in self._called if any_is_customized([vars(module)])]
         self._changed = [(module, _changes_of(module)) for module in changed]
         self._plain = [vars(module) for module in self._called if module not in changed]
 
@@ -114,7 +114,7 @@ class Watch:
         for module, changes in self._changed:
             if _changes_of(module) != changes:
                 return False
-        return not any_has_hooks(self._plain)
+        return not any_is_customized(self._plain)
 
     def same_values(self):
         """Whether everything else that was read is as it was."""
