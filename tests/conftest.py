@@ -37,6 +37,15 @@ def ieee_float32():
         setting.fp32_precision = precision
 
 
+@pytest.fixture
+def one_thread():
+    """Networks this small are computed fastest by one thread, above all where other programs keep the cores busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(autouse=True)
 def nothing_compiled():
     """Tests compile the same classes: after eight of them Dynamo would refuse, whichever test then comes."""

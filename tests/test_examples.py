@@ -27,16 +27,12 @@ TINY = "--steps 2 --batch-size 4 --image-size 16 --device cpu --dataroot picture
 
 
 @pytest.fixture(autouse=True)
-def in_a_folder_with_pictures(tmp_path, monkeypatch):
+def in_a_folder_with_pictures(tmp_path, monkeypatch, one_thread):
     monkeypatch.chdir(tmp_path)
     Path("pictures").mkdir()
     for i in range(16):
         pixels = np.random.default_rng(i).integers(0, 256, (20, 16, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(f"pictures/{i}.png")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def run(program, *arguments):

@@ -1,5 +1,4 @@
 import pytest
-import torch
 
 from fastgan.training import TrainConfig
 
@@ -18,12 +17,8 @@ TINY = {
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """Networks this small are computed fastest by one thread, above all where other programs keep the cores busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def quick(one_thread):
+    pass
 
 
 @pytest.fixture
