@@ -27,7 +27,7 @@ def initialize_weights(module):
         nn.init.normal_(module.weight, 0.0, 0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.BatchNorm2d):
+    elif isinstance(module, nn.BatchNorm2d) and module.affine:
         nn.init.normal_(module.weight, 1.0, 0.02)
         nn.init.zeros_(module.bias)
 
@@ -67,7 +67,7 @@ class Generator(nn.Module):
         self.apply(initialize_weights)
 
     def forward(self, latent):
-        if latent.dim() not in (2, 4) or latent.shape[1:].numel() != self.nz:
+        if latent.shape[1:] not in ((self.nz,), (self.nz, 1, 1)):
             raise ValueError(f"latent must be (N, {self.nz}) or (N, {self.nz}, 1, 1); got {tuple(latent.shape)}")
         return self.main(latent.reshape(-1, self.nz, 1, 1))
 

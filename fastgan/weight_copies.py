@@ -45,7 +45,7 @@ class WeightCopies:
             yield
         finally:
             for module in self._modules:
-                del module.__dict__[_NAME]
+                module.__dict__.pop(_NAME, None)  # of a layer in two networks the other's may be gone already
 
 
 def weight_copy(module):

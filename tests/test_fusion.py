@@ -249,6 +249,31 @@ def test_layers_replaced_after_fuse():
     assert [row.pattern for row in fastgan.explain(model)] == ["Conv2d + BatchNorm2d + Sigmoid", "Conv2d + Tanh"]
 
 
+class Block(nn.Module):
+    """Somebody's own, with a parameter, and a child that is left out."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+        self.register_module("skip", None)
+
+    def forward(self, x):
+        return x * self.scale
+
+
+@pytest.mark.parametrize("last", [Block(), None])
+def test_children_that_are_none(last):
+    layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.LeakyReLU(0.2))
+    layers.register_module("2", last)
+    model, x = fastgan.fuse(copy.deepcopy(layers)), torch.randn(2, 3, 8, 8)
+    assert fastgan.explain(model)[0].fused
+    if last is None:
+        with pytest.raises(TypeError, match="'NoneType' object is not callable"):
+            model(x)
+    else:
+        torch.testing.assert_close(model(x), layers(x))
+
+
 def test_a_layer_that_became_none():
     stock, model = make_pair(block)
     fastgan.fuse(model)

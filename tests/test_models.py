@@ -166,7 +166,7 @@ def test_bad_counts_are_named(network, argument, value):
         network(**{argument: value})
 
 
-@pytest.mark.parametrize("shape", [(2, 99), (2, 100, 2, 1), (100,), (2, 100, 1)])
+@pytest.mark.parametrize("shape", [(2, 99), (2, 100, 2, 1), (100,), (2, 100, 1), (2, 4, 5, 5)])
 def test_generator_refuses_other_latents(shape):
     with pytest.raises(ValueError, match=r"latent must be \(N, 100\) or \(N, 100, 1, 1\); got \("):
         Generator(image_size=8, ngf=1)(torch.zeros(shape))

@@ -25,6 +25,13 @@ def test_copies_are_there_in_use_only_and_follow_refresh():
     assert weight_copy(conv) is None
 
 
+def test_copies_of_one_layer_in_two_networks():
+    conv = nn.Conv2d(2, 3, 4)
+    with WeightCopies([conv], torch.bfloat16).in_use(), WeightCopies([conv], torch.bfloat16).in_use():
+        assert weight_copy(conv) is not None
+    assert weight_copy(conv) is None
+
+
 def test_no_convolutions_no_copies():
     copies = WeightCopies((), None)
     copies.refresh()

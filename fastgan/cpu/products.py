@@ -165,5 +165,5 @@ def _meeting(tap, low, high, stride, padding):
     """(slice of low, slice of high) along one axis: the positions that meet at a tap of the kernel, pair by pair."""
     offset = tap - padding
     first = max(0, -(offset // stride))
-    last = min(low - 1, (high - 1 - offset) // stride)
+    last = max(first - 1, min(low - 1, (high - 1 - offset) // stride))  # first - 1: none meet
     return slice(first, last + 1), slice(first * stride + offset, max(0, last * stride + offset + 1), stride)

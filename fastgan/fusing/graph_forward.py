@@ -67,8 +67,9 @@ class GraphForward:
         tensors = [value for value in given.values() if isinstance(value, torch.Tensor)]
         if fits and self._wants_graph(given, tensors):
             found = self._find(self._kind(given))
-            if found is not None:
-                run, guarded, parents = getattr(self, found)
+            plan = None if found is None else getattr(self, found, None)  # another thread may have just forgotten it
+            if plan is not None:
+                run, guarded, parents = plan
                 # All is as it was, or the plan would be another; but only here torch.compile sees what it depends on.
                 if not compiling or (guarded is not None and _as_it_was(guarded, parents)):
                     return run(container, *tensors)

@@ -67,7 +67,10 @@ def run_parts(x, parts):
 
 def _why_not_operator(part):
     """The setting with which the layers of a group, as they are now, are no operator's; "" if there is none."""
-    return unfit_setting(part.conv) or unfit_number(part.batch_norm, part.negative_slope)
+    norm = part.batch_norm
+    if norm is not None and norm.momentum is None and current_batch_groups() > 1:
+        return "momentum=None"  # each part of a batch then counts less than the one before
+    return unfit_setting(part.conv) or unfit_number(norm, part.negative_slope)
 
 
 def _run_operator(x, part, **links):
@@ -189,7 +192,7 @@ def _batch_norm_arguments(bn):
     running_mean, running_var, batches, batch_statistics = _statistics_of(bn)
     momentum = bn.momentum
     if batches is not None and momentum is None:
-        batches.add_(current_batch_groups())
+        batches.add_(1)
         # On a GPU a tensor: reading it would wait. In float64, as stock divides.
         momentum = 1.0 / (batches.double() if batches.is_cuda else float(batches))
         batches = None

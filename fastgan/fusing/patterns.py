@@ -192,6 +192,8 @@ def _join(group, name, module):
 def _is_written_to(followers):
     """Whether the first of the modules that is given the result, or a view of it, changes it in place."""
     for module in followers:
+        if module is None:  # nn.Sequential fails there
+            return False
         if writes_to_input(module):
             return True
         if not passes_on(module):
@@ -205,7 +207,7 @@ def writes_to_input(module):
         return _is_written_to(module.children())
     parts = list(module.modules())
     if not passes_on(module):  # a block, of which the first layer most likely is given the input
-        parts = [next(part for part in parts if not part._modules)]
+        parts = [next(part for part in parts if not any(part._modules.values()))]
     return any([getattr(part, "inplace", False) for part in parts])
 
 

@@ -20,6 +20,7 @@ FARTHEST_BATCH = 2  # the largest factor between a batch and the measured one wh
 FARTHEST_SIZE = 2  # and between heights, or widths: a program of an image's layers takes whole rows
 MARGIN = 1.25
 MOST_DIFFERENCES = 3
+MOST_NARROW = 8  # channels of high: MOST_CHANNELS of kernels/narrow.py
 _HALF = {"float16", "bfloat16"}
 
 
@@ -62,13 +63,14 @@ def find(table, problem):
 
     That at the same batch, else at the nearest one within a factor of FARTHEST_BATCH (of two as near, the larger). If
     the convolution was measured only without what follows it here: that, with ours chosen where it takes at most
-    LEADS[problem.then] times as long as cuDNN. If a weight gradient was measured only with a float32 result: that.
+    LEADS[problem.then] times as long as cuDNN, unless it was another kernel of ours. If a weight gradient was measured
+    only with a float32 result: that.
     """
     batches = table.get(problem.layer)
     if batches is None and problem.kind == "weight_grad":
         batches = table.get(problem.layer._replace(kind="weight_grad+float32"))
     if batches is None:
-        if problem.then not in LEADS:
+        if problem.then not in LEADS or _is_of_another_kernel(problem):
             return None
         plain = find(table, problem._replace(kind=problem.operation))
         if plain is None or plain.triton_us is None:
@@ -83,6 +85,13 @@ def find(table, problem):
 
     nearest_batch = min(batches, key=distance)
     return batches[nearest_batch] if distance(nearest_batch)[0] <= FARTHEST_BATCH else None
+
+
+def _is_of_another_kernel(problem):
+    """Whether our kernel for so few channels (single.py, narrow.py) does not do what follows the convolution here."""
+    if problem.operation == "down":
+        return problem.a == 1 and problem.then in ("activated", "normalized")
+    return problem.operation == "up" and problem.b <= MOST_NARROW and problem.then == "normalized"
 
 
 def _alike(table, problem):

@@ -109,6 +109,10 @@ class TrainConfig:
         check_choice("dataset", self.dataset, DATASETS)
         check_choice("precision", self.precision, PRECISIONS)
         check_choice("data_on", self.data_on, DATA_ON)
+        for option in dataclasses.fields(self):
+            value = getattr(self, option.name)
+            if option.metadata["kind"] is bool and not isinstance(value, bool):
+                raise ValueError(f"{option.name} must be True or False; got {value!r}")
         if self.image_size is not None:
             check_choice("image_size", self.image_size, IMAGE_SIZES)
         check_batch_size(self.batch_size)

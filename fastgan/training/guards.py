@@ -26,7 +26,8 @@ class Interrupt:
 
     def _restore(self):
         while self.previous:
-            signal.signal(*self.previous.popitem())
+            number, handler = self.previous.popitem()
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: one that C code set
 
     def __exit__(self, *exception):
         self._restore()

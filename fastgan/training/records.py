@@ -7,6 +7,7 @@ import shutil
 import sys
 import time
 import warnings
+from contextlib import ExitStack
 
 from fastgan.checks import first_few, is_integer, is_number, needs_package
 from fastgan.command_line import say
@@ -74,24 +75,25 @@ class Records:
         # Rows after the checkpoint are of steps that are about to be done again.
         rows = read_metrics(run.out / METRICS, run.first_step)
         write_text(run.out / METRICS, "".join(json.dumps(row) + "\n" for row in rows))
-        self.metrics = open(run.out / METRICS, "a")
-        self.board = SummaryWriter(run.out, purge_step=run.first_step + 1)
-        self.bar = tqdm(
-            desc=run.config.dataset,
-            total=run.last_step * run.config.batch_size,
-            initial=run.first_step * run.config.batch_size,
-            unit=" images",
-            unit_scale=True,
-            ncols=shutil.get_terminal_size().columns,  # 80 where the terminal does not tell
-            disable=None if sys.stderr else True,  # on a terminal only; elsewhere each save prints a line
-        )
+        with ExitStack() as opened:
+            self.metrics = opened.enter_context(open(run.out / METRICS, "a"))
+            self.board = opened.enter_context(SummaryWriter(run.out, purge_step=run.first_step + 1))
+            bar = tqdm(
+                desc=run.config.dataset,
+                total=run.last_step * run.config.batch_size,
+                initial=run.first_step * run.config.batch_size,
+                unit=" images",
+                unit_scale=True,
+                ncols=shutil.get_terminal_size().columns,  # 80 where the terminal does not tell
+                disable=None if sys.stderr else True,  # on a terminal only; elsewhere each save prints a line
+            )
+            self.bar = opened.enter_context(bar)
+            self._opened = opened.pop_all()
         self.restart_clock()
         return self
 
     def __exit__(self, *exception):
-        self.bar.close()
-        self.board.close()
-        self.metrics.close()
+        self._opened.close()
 
     def restart_clock(self):
         """Measure images per second from here."""

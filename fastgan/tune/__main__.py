@@ -76,9 +76,9 @@ def main(arguments=None):
     except KeyboardInterrupt:
         print(f"interrupted; {_what_was_kept(path, saved)}", file=sys.stderr)
         return 130
-    except OSError as error:
-        return _refuse(f"{path} cannot be written: {error}")
-    except RuntimeError as error:  # the GPU, or the compilers: nothing more can be measured
+    except ValueError as error:
+        return _refuse(error)
+    except (RuntimeError, OSError) as error:  # the GPU, or the compilers: nothing more can be measured
         print(f"fastgan.tune: {in_short(error)}; {_what_was_kept(path, saved)}", file=sys.stderr)
         return 1
     _summary(measured, failures, path, time.perf_counter() - began)
@@ -175,7 +175,10 @@ def _saver(path, gpu, versions):
 
     def save(measured):
         known, _ = load_table(path, gpu, versions)  # again: another GPU's tuner may write to it, too
-        write_table(path, gpu, versions, {**known, **measured})
+        try:
+            write_table(path, gpu, versions, {**known, **measured})
+        except OSError as error:
+            raise ValueError(f"{path} cannot be written: {error}") from error
 
     return save
 

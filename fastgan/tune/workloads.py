@@ -131,6 +131,8 @@ def _problems_of_shape(match, batch, dtype):
     cin, cout, k, s, p, o, h, w = (int(match[name] or 0) for name in ("cin", "cout", "k", "s", "p", "o", "h", "w"))
     if min(cin, cout, k, s, h, w) < 1:
         raise ValueError(f"{match[0]!r}: channels, kernel, stride and size must be at least 1")
+    if o > 0 and (match["type"] == "conv" or o >= s):
+        raise ValueError(f"{match[0]!r}: the output padding o is of convt, and must be less than the stride")
     transposed, sizes = match["type"] == "convt", ((k, k), (s, s), (p, p))
     size = conv_transpose_size((h, w), *sizes, (o, o)) if transposed else conv_size((h, w), *sizes)
     if min(size) < 1:

@@ -33,6 +33,7 @@ WIDE = {
     "every position": (lambda: nn.Conv2d(6, 5, 3, 1, 1, bias=False), (2, 6, 3, 5)),
     "no padding, rows left over": (lambda: nn.Conv2d(6, 5, (3, 2), (3, 2), bias=False), (2, 6, 8, 7)),
     "kernels wider than images": (lambda: nn.Conv2d(6, 5, (11, 7), 1, 3, bias=False), (2, 6, 5, 3)),
+    "taps beyond images": (lambda: nn.Conv2d(6, 5, 7, 1, 3, bias=False), (2, 6, 2, 2)),
     "one position": (lambda: nn.ConvTranspose2d(6, 5, 5, 3, 2, bias=False), (2, 6, 1, 1)),
     "one tap": (lambda: nn.Conv2d(6, 5, 1, bias=False), (2, 6, 3, 4)),
     "to one position, with padding": (lambda: nn.Conv2d(6, 5, 4, 2, 1, bias=False), (2, 6, 2, 2)),

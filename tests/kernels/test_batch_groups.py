@@ -1,5 +1,7 @@
 """A batch of several groups in one call against a call for each group."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -66,6 +68,20 @@ def test_batch_norms_without_running_statistics_take_groups_in_eval_too(backend,
     with batch_groups(2):
         together = model(x)
     torch.testing.assert_close(together, torch.cat([model(part) for part in x.split(2)]), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("backend", ("auto", "triton"))
+def test_averages_over_all_batches_count_each_part(backend, device, monkeypatch):
+    monkeypatch.setenv("FASTGAN_BACKEND", backend)
+    torch.manual_seed(0)
+    stock = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3, momentum=None), nn.ReLU()).to(device)
+    model = fastgan.fuse(copy.deepcopy(stock))
+    x = torch.randn(4, 2, 5, 5, device=device) + torch.arange(4, device=device).view(-1, 1, 1, 1)
+    with batch_groups(2):
+        together = model(x)
+    torch.testing.assert_close(together, torch.cat([stock(part) for part in x.split(2)]), rtol=2e-5, atol=2e-5)
+    for ours, expected in zip(model.buffers(), stock.buffers(), strict=True):
+        torch.testing.assert_close(ours, expected)
 
 
 @pytest.mark.parametrize("groups", (0, -1, 3, 2.0))

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from fastgan.kernels import narrow
 from fastgan.ops.choice import shipped_tables
-from fastgan.ops.nearest import Evidence, find, nearest
+from fastgan.ops.nearest import MOST_NARROW, Evidence, find, nearest
 from fastgan.ops.tables import Measurement, Problem, read_table
 
 PROBLEM = Problem("up+statistics", "bfloat16", 128, (4, 4), (8, 8), 512, 256, (4, 4), (2, 2), (1, 1))
@@ -140,6 +141,28 @@ def test_what_follows_is_looked_for_as_in_the_layer_itself():
         found = nearest(table_of({plain: measured(cudnn_us=cudnn_us)}), wanted)
         assert found.implementation == expected
         assert found.problem == wanted._replace(dtype="bfloat16")
+
+
+@pytest.mark.parametrize(
+    "kind, channels, same_kernel",
+    [
+        ("down+epilogue", {"a": 1}, True),
+        ("down+activated", {"a": 1}, False),
+        ("down+normalized", {"a": 1}, False),
+        ("down+normalized", {"a": 2}, True),
+        ("up+activated", {"b": MOST_NARROW}, True),
+        ("up+normalized", {"b": MOST_NARROW}, False),
+        ("up+normalized", {"b": MOST_NARROW + 1}, True),
+        ("weight_grad+float32", {"a": 1, "b": 1}, True),
+    ],
+)
+def test_a_kernel_tells_nothing_of_another(kind, channels, same_kernel):
+    """Our kernels for few channels do not all that follows a convolution: where they do not, a matrix kernel runs."""
+    plain, more = (PROBLEM._replace(kind=name, **channels) for name in (kind.partition("+")[0], kind))
+    table = {plain.layer: {128: measured()}}
+    assert (find(table, more) is not None) == same_kernel
+    assert find({**table, more.layer: {128: measured()}}, more) is not None
+    assert MOST_NARROW == narrow.MOST_CHANNELS
 
 
 def test_the_margin_is_enough_in_what_was_measured():

@@ -69,6 +69,9 @@ def test_only_what_is_given_is_parsed():
         ("log_every", 0),
         ("save_every", 0),
         ("epochs", True),
+        ("flip", "no"),
+        ("one_pass", None),
+        ("compile", 1),
     ],
 )
 def test_values_that_are_not_allowed_are_named(name, value):

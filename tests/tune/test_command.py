@@ -153,7 +153,13 @@ def test_what_was_measured_before_an_interruption_is_kept(pretended, tmp_path, c
     assert str(path) in capsys.readouterr().err
 
 
-def test_an_error_that_takes_the_gpu_ends_the_tuning_in_one_line(pretended, tmp_path, capsys, monkeypatch):
+GPU_LOST = RuntimeError("CUDA error: an illegal memory access was encountered\nCompile with TORCH_USE_CUDA_DSA")
+
+
+@pytest.mark.parametrize(
+    "error, said", [(GPU_LOST, "illegal memory access"), (OSError("no processes"), "no processes")]
+)
+def test_an_error_that_ends_the_tuning_is_one_line(error, said, pretended, tmp_path, capsys, monkeypatch):
     from fastgan.tune import session
 
     measure, calls = session.measure, []
@@ -161,7 +167,7 @@ def test_an_error_that_takes_the_gpu_ends_the_tuning_in_one_line(pretended, tmp_
     def lost(problem, *arguments):
         calls.append(problem)
         if len(calls) == 2:
-            raise RuntimeError("CUDA error: an illegal memory access was encountered\nCompile with TORCH_USE_CUDA_DSA")
+            raise error
         return measure(problem, *arguments)
 
     monkeypatch.setattr(session, "measure", lost)
@@ -169,7 +175,18 @@ def test_an_error_that_takes_the_gpu_ends_the_tuning_in_one_line(pretended, tmp_
     assert command.main([SHAPE, "--batch", "4,8", "--out", str(path)]) == 1
     assert list(read_table(path)) == calls[:1]
     message = capsys.readouterr().err
-    assert "illegal memory access" in message and str(path) in message and message.count("\n") == 1
+    assert said in message and f"measured by then is in {path}" in message and message.count("\n") == 1
+
+
+def test_a_table_that_cannot_be_written_is_named(pretended, tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(command, "write_table", full)
+    path = tmp_path / "table.json"
+    assert command.main([SHAPE, "--batch", "4", "--out", str(path)]) == 2
+    said = f"fastgan.tune: {path} cannot be written: [Errno 28] No space left on device\n"
+    assert capsys.readouterr().err == said
 
 
 def test_two_tuners_keep_what_each_of_them_measures(pretended, tmp_path, monkeypatch):

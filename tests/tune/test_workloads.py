@@ -116,6 +116,8 @@ def test_shapes(name, kinds, high):
         ("conv:3-8", "none of"),
         ("conv:0-8:k4s2p1:6x8", "at least 1"),
         ("conv:3-8:k7s2p0:6x6", "no pixels"),
+        ("conv:3-8:k4s2p1o1:6x6", "output padding o is of convt"),
+        ("convt:3-8:k4s2p1o2:6x6", "less than the stride"),
         ("no.such.module:name", "no"),
         (f"{__name__}:nothing", "nothing"),
         (f"{__name__}:dict", "not an nn.Module"),
