@@ -78,6 +78,12 @@ def pytest_generate_tests(metafunc):
     metafunc.parametrize("variant", VARIANTS)
 
 
+def _collected(network, results, gradients):
+    """Lists of the results and gradients of a step, and of the statistics after it."""
+    buffers = [buffer.clone() for buffer in network.buffers() if buffer.is_floating_point()]
+    return {"results": [result.detach() for result in results], "gradients": gradients, "statistics": buffers}
+
+
 class Case:
     """One network of the zoo, with inputs and the gradients of its results."""
 
@@ -127,23 +133,18 @@ class Case:
     def everything(self, network, call):
         """Lists of the results, the gradients and the statistics of a step from the first state."""
         network.load_state_dict(self.state)
-        results, gradients = self.step(network, call)
-        buffers = [buffer.clone() for buffer in network.buffers() if buffer.is_floating_point()]
-        return {"results": [result.detach() for result in results], "gradients": gradients, "statistics": buffers}
+        return _collected(network, *self.step(network, call))
 
     @functools.cached_property
     def exact(self):
-        with cudnn_benchmark(False):  # float64 runs just once
-            return self._in_float64()
-
-    def _in_float64(self):
+        """`everything` of stock, in float64."""
         network = copy.deepcopy(self.network).double()
-        wanted = [x.detach().double().requires_grad_(x.requires_grad) for x in self.inputs]
-        results = tree_leaves(network(*wanted))
-        parameters = [*network.parameters(), *(x for x in wanted if x.requires_grad)]
-        gradients = torch.autograd.grad(results, parameters, [g.double() for g in self.gradients])
-        buffers = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
-        return {"results": [result.detach() for result in results], "gradients": gradients, "statistics": buffers}
+        inputs = [x.detach().double().requires_grad_(x.requires_grad) for x in self.inputs]
+        wanted = [*network.parameters(), *(x for x in inputs if x.requires_grad)]
+        with cudnn_benchmark(False):  # it runs just once
+            results = tree_leaves(network(*inputs))
+            gradients = torch.autograd.grad(results, wanted, [g.double() for g in self.gradients])
+        return _collected(network, results, gradients)
 
     @functools.cached_property
     def stock_distances(self):

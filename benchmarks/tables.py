@@ -270,7 +270,7 @@ def layer_floor(run, entry):
     return least * 1e6 / entry["microseconds"]
 
 
-def _models(run, entries):
+def _models(_, entries):
     rows, ratios = [], {"fused": [], "fused-backend": []}
     for network in dict.fromkeys(e["network"] for e in entries):
         found = {e["variant"]: e for e in entries if e["network"] == network}
@@ -293,7 +293,7 @@ def _models(run, entries):
     return [f"### Models, {entries[0]['dtype']}", table, said]
 
 
-def _losses(run, entries):
+def _losses(_, entries):
     rows = []
     for key in dict.fromkeys((e["loss"], e["batch"], e["launched"]) for e in entries):
         of_key = {e["variant"]: e for e in entries if (e["loss"], e["batch"], e["launched"]) == key}
@@ -306,7 +306,7 @@ def _losses(run, entries):
     return ["### Losses, forward and backward", _table(head, rows)]
 
 
-def _generate(run, entries):
+def _generate(_, entries):
     rows = []
     for entry in sorted(entries, key=lambda e: e["batch"]):
         together = [e for e in entries if e["batch"] == entry["batch"] and is_stock(e["variant"])]
@@ -317,7 +317,7 @@ def _generate(run, entries):
     return ["### Generating 64×64 pictures", _table(head, rows)]
 
 
-def _data(run, entries):
+def _data(_, entries):
     rows = [[e["batch"], e["variant"], _number(e["images_per_sec"])] for e in sorted(entries, key=lambda e: e["batch"])]
     return ["### Batches of 64×64 data, scaled, on the device", _table("batch | images kept | images/s", rows)]
 

@@ -1,4 +1,4 @@
-"""How our command lines speak and end: one line for whatever is wrong, and an exit status."""
+"""How our command lines speak and end: one line for whatever is wrong, an exit status, tables with straight columns."""
 
 import os
 import sys
@@ -43,6 +43,12 @@ def print_what_can_be_shown():
     """Have standard output put a question mark where its encoding lacks a character, × in ASCII say."""
     if getattr(sys.stdout, "errors", None) == "strict" and hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")
+
+
+def aligned(rows):
+    """Lines of text with the cells of the rows in columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _flag(name):

@@ -22,8 +22,8 @@ from fastgan.fusing.graph_patterns import (
     sole_user,
     stays_stock,
 )
-from fastgan.fusing.layout import default_layout, suggests_channels_last
 from fastgan.fusing.patterns import WRITTEN_TO
+from fastgan.memory_format import default_layout, suggests_channels_last
 from fastgan.ops import fused_layer
 from fastgan.ops.choice import what_follows
 from fastgan.ops.layer_spec import LayerSpec
@@ -45,8 +45,15 @@ _SWITCHES = ("torch._C", "torch.amp.autocast_mode", "torch._C._functorch", "torc
 def fastgan(graph_module, example_inputs, *, mode=None, options=None):
     """The backend: replaces what it can in `graph_module` and hands it to inductor.
 
+    Where there are no kernels it replaces nothing.
+
     Args:
+        graph_module: the torch.fx.GraphModule of functions that torch.compile captured; it is changed.
+        example_inputs: list of tensors (and sizes, where shapes are dynamic), as torch.compile gives it.
         mode, options: those of torch.compile, for inductor.
+
+    Returns:
+        What to call in its place, as inductor compiled it.
     """
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx

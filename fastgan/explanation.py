@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from fastgan import backend
+from fastgan.command_line import aligned
 from fastgan.compile_backend import find
 from fastgan.fusing.graph_forward import GraphForward
 from fastgan.fusing.group_calls import is_distributed
@@ -53,12 +54,6 @@ class Explanation(list):
         return "\n".join([first, *aligned(lines)])
 
 
-def aligned(rows):
-    """Lines of text with the cells of the rows in columns."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-
-
 def explain(model, *inputs):
     """Say of every convolution in `model` what it runs as: fused or stock, by which implementation, and why.
 
@@ -69,8 +64,8 @@ def explain(model, *inputs):
 
     Args:
         model: an nn.Module, fused or not; it is not changed.
-        inputs: what to call it with, to show shapes too, and how such a call runs; without gradients, and on copies of
-            its parameters and buffers.
+        inputs: what to call it with, by position, to show shapes too, and how such a call runs; without gradients, and
+            on copies of its parameters and buffers. What its forward raises is raised.
 
     Returns:
         An Explanation, which prints as a table: a list of Row (path, pattern, shape, fused, implementation, reason),
@@ -199,11 +194,6 @@ def _why_untouched(model, path, kinds):
     return why
 
 
-def input_of(args, kwargs):
-    """What a convolution is called with."""
-    return args[0] if args else kwargs["input"]
-
-
 def _calls(model, inputs):
     """What one call shows, which leaves the model as it is.
 
@@ -216,7 +206,8 @@ def _calls(model, inputs):
     def hook_for(path):
         def hook(module, args, kwargs, output):
             _, within = calls.get(path, (None, at_work))
-            sizes = tuple(input_of(args, kwargs).shape), tuple(output.shape)
+            x = args[0] if args else kwargs["input"]
+            sizes = tuple(x.shape), tuple(output.shape)
             calls[path] = sizes, [container for container in within if container in at_work]
 
         return hook

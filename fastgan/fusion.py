@@ -29,7 +29,8 @@ def fuse(model):
     In place. Looks into every nn.Sequential, and into every forward that torch.fx can follow: layers as modules or
     functions, in any order of definition, with branches, skips and residuals between them. What cannot be followed or
     fused stays stock, and `explain` says why. state_dict keys, Parameter and buffer objects, types and hooks stay as
-    they are. Calling it twice changes nothing.
+    they are. Calling it twice changes nothing. Where kernels run, an input that does not fit raises ValueError or
+    TypeError with the layer's name, where stock raises RuntimeError.
 
     Args:
         model: an nn.Module. A forward may choose its way by its mode, by attributes of its module, by global constants

@@ -43,7 +43,7 @@ class _Table:
         self._key = self.table = self._spare = None
 
     def of(self, key, rows, device):
-        """The table of `rows()`, which are others when `key` is another."""
+        """The table that holds `rows()`, made anew when `key` is another."""
         if captured := getattr(_of_thread, "captured", None):
             return self._in_capture(key, rows, *captured)
         if key != self._key:

@@ -16,8 +16,7 @@ from pathlib import Path
 os.environ.pop("TRITON_INTERPRET", None)  # the interpreter would take the compiler's place
 
 from fastgan.backend import KERNEL_DTYPES, PRECISIONS
-from fastgan.command_line import run_command
-from fastgan.explanation import aligned
+from fastgan.command_line import aligned, run_command
 from fastgan.ops.choice import shipped_tables
 from fastgan.ops.tables import why_no_table
 from fastgan.tune.inspection import TARGETS, inspect, launches_of_defaults, launches_of_tables

@@ -212,8 +212,9 @@ def run_benchmarks(run, folder, options):
 def keep(file, target):
     """Copy a file into the results, as it is."""
     if not (target.exists() and file.samefile(target)):
+        content = file.read_bytes()
         with written_whole(target) as temporary:
-            temporary.write_bytes(file.read_bytes())
+            temporary.write_bytes(content)
 
 
 def draw(runs, profiles, folder):

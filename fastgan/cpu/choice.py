@@ -13,7 +13,7 @@ import torch
 
 from fastgan.cpu.capabilities import cpu_kind
 from fastgan.cpu.products import to_high, to_low, weight_grad_of_all_taps, weight_grad_tap_by_tap
-from fastgan.fusing.layout import suggests_channels_last
+from fastgan.memory_format import suggests_channels_last
 from fastgan.ops.geometry import out_size
 
 

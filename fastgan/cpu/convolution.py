@@ -12,8 +12,8 @@ from fastgan.cpu.choice import products_for, surely_gains_nothing
 from fastgan.cpu.products import from_one_position, to_one_position
 from fastgan.first_order import only_first_order
 from fastgan.fusing.layer_code import has_own_code
-from fastgan.fusing.layout import default_layout, suggests_channels_last
 from fastgan.fusing.patterns import unfit_setting
+from fastgan.memory_format import default_layout, suggests_channels_last
 from fastgan.ops.geometry import backward_conv_args
 from fastgan.wanted import is_wanted
 

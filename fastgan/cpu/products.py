@@ -7,7 +7,7 @@ transposed one. Weights are (low channels, high channels, kh, kw), without dilat
 import torch
 import torch.nn.functional as F
 
-from fastgan.fusing.layout import suggests_channels_last
+from fastgan.memory_format import suggests_channels_last
 
 _MANY_CHANNELS = 16  # on a high side: enough to fill vectors along them
 # So many numbers of taps at once: of 32 images of 4×4 positions by 256 channels of 4×4 taps. More leave the caches,

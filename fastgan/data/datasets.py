@@ -132,8 +132,7 @@ def _open_source(name, root, image_size, seed):
         return sources.LmdbSource(os.path.join(root, "bedroom_train_lmdb"), image_size)
     if name == "digits":
         return sources.ArraySource(sources.read_digits(), image_size)
-    read = {"mnist": sources.read_mnist, "fashion-mnist": sources.read_fashion_mnist, "cifar10": sources.read_cifar10}
-    return sources.ArraySource(read[name](root), image_size)
+    return sources.ArraySource(sources.read_arrays(name, root), image_size)
 
 
 def _decode_all(source, threads):

@@ -26,6 +26,12 @@ from fastgan.data.pictures import read_picture, to_square
 PICTURE_EXTENSIONS = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 FAKE_IMAGES = 2048
 _USER = "this data set"  # as messages about missing packages begin
+# name → class in torchvision.datasets, the folder that it fills, what is expected there
+_OF_TORCHVISION = {
+    "mnist": ("MNIST", "MNIST/raw", "the four idx files"),
+    "fashion-mnist": ("FashionMNIST", "FashionMNIST/raw", "the four idx files"),
+    "cifar10": ("CIFAR10", "cifar-10-batches-py", "the batches"),
+}
 
 
 class ArraySource:
@@ -163,22 +169,15 @@ def find_pictures(folder):
     return sorted(paths)
 
 
-def read_mnist(root):
-    """MNIST's training images, downloaded on first use: uint8 (60000, 28, 28)."""
-    folder = Path(root, "MNIST", "raw")
-    return _torchvision("mnist", "MNIST", root, folder, f"the four idx files in {folder}").data.numpy()
+def read_arrays(name, root):
+    """Training images of "mnist", "fashion-mnist" or "cifar10", downloaded on first use.
 
-
-def read_fashion_mnist(root):
-    """Fashion-MNIST's training images, downloaded on first use: uint8 (60000, 28, 28)."""
-    folder = Path(root, "FashionMNIST", "raw")
-    return _torchvision("fashion-mnist", "FashionMNIST", root, folder, f"the four idx files in {folder}").data.numpy()
-
-
-def read_cifar10(root):
-    """CIFAR-10's training images, downloaded on first use: uint8 (50000, 32, 32, 3)."""
-    folder = Path(root, "cifar-10-batches-py")
-    return _torchvision("cifar10", "CIFAR10", root, folder, f"the batches in {folder}").data
+    Returns:
+        uint8 (60000, 28, 28); of CIFAR-10 (50000, 32, 32, 3).
+    """
+    class_name, folder, what = _OF_TORCHVISION[name]
+    folder = Path(root, folder)
+    return np.asarray(_torchvision(name, class_name, root, folder, f"{what} in {folder}").data)
 
 
 def find_celeba(root):

@@ -11,8 +11,9 @@ from fastgan.batch_groups import current_batch_groups
 from fastgan.cpu.convolution import convolve
 from fastgan.first_order import only_first_order
 from fastgan.fusing.layer_code import hooks_compute_weight
-from fastgan.fusing.layout import default_layout, with_stock_gradient
+from fastgan.fusing.layout import with_stock_gradient
 from fastgan.fusing.patterns import unfit_number, unfit_setting
+from fastgan.memory_format import default_layout
 from fastgan.ops import fused_layer
 from fastgan.ops.chain import run_chain
 from fastgan.ops.layer_spec import LayerSpec
@@ -88,7 +89,7 @@ def _run_operator(x, part, **links):
     vectors, batches, settings = (None,) * 4, None, {}
     if batch_norm is not None:
         vectors, batches, settings = _batch_norm_arguments(batch_norm)
-    layer = LayerSpec(*_constants(part), name=part.name, **settings)
+    layer = LayerSpec(**_constants(part), **settings)
     if links["x_link"] is None:
         x = with_stock_gradient(x, conv)
     weight = conv.weight  # once: a parametrized one is computed each time
@@ -97,10 +98,19 @@ def _run_operator(x, part, **links):
 
 
 def _constants(part):
-    """Those fields of the LayerSpec of a group that have no defaults, and whether it activates first."""
+    """The fields of a group's LayerSpec that do not come from a BatchNorm."""
     conv = part.conv
-    conv_args = (conv.transposed, conv.stride, conv.padding, conv.output_padding)
-    return (*conv_args, part.activation, part.negative_slope, part.batch_norm is not None, part.activation_first)
+    return dict(
+        transposed=conv.transposed,
+        stride=conv.stride,
+        padding=conv.padding,
+        output_padding=conv.output_padding,
+        activation=part.activation,
+        slope=part.negative_slope,
+        batch_norm=part.batch_norm is not None,
+        activation_first=part.activation_first,
+        name=part.name,
+    )
 
 
 def run_as_chain(x, parts):
@@ -150,7 +160,7 @@ def _tensors_and_layer(part, dtype, casts, batch_groups):
     learned = (weight, bias)
     copy = copy if copy is not None and copy.dtype == dtype else None
     if bn is None:
-        return (*learned, None, None, copy, None, None, None), LayerSpec(*_constants(part), name=part.name)
+        return (*learned, None, None, copy, None, None, None), LayerSpec(**_constants(part))
     own = bn._parameters
     running_mean, running_var, batches, batch_statistics = _statistics_of(bn)
     updates = bn.training and running_mean is not None
@@ -165,12 +175,11 @@ def _tensors_and_layer(part, dtype, casts, batch_groups):
     if running_mean is not None and (running_mean.requires_grad or running_var.requires_grad):
         return None  # the operator says what is wrong with that
     layer = LayerSpec(
-        *_constants(part),
+        **_constants(part),
         batch_statistics=batch_statistics,
         momentum=float(bn.momentum) if updates else 0.0,
         eps=bn.eps,
         batch_groups=batch_groups if batch_statistics else 1,
-        name=part.name,
     )
     return (*learned, gamma, beta, copy, running_mean, running_var, batches), layer
 

@@ -5,25 +5,8 @@ import torch
 from fastgan.backend import is_batched
 from fastgan.fusing.layer_code import has_weight_norm
 from fastgan.fusing.patterns import unfit_setting
+from fastgan.memory_format import default_layout, suggests_channels_last
 from fastgan.ops.geometry import size_after
-
-
-def suggests_channels_last(tensor):
-    """Whether ATen takes a 4-dimensional tensor for a channels_last one; where sizes of one make it both, for neither.
-
-    Source: `is_channels_last_strides_2d` in PyTorch's c10/core/MemoryFormat.h.
-    """
-    if tensor.dim() != 4:
-        return False
-    sizes, strides = tensor.shape, tensor.stride()
-    if strides[1] == 0:
-        return False
-    least = 0
-    for axis in (1, 3, 2, 0):
-        if sizes[axis] == 0 or strides[axis] < least or (axis == 0 and least == strides[1]):
-            return False
-        least = strides[axis] * max(sizes[axis], 1)
-    return True
 
 
 def in_stock_layout(y, x, convolutions, keep_memory):
@@ -97,18 +80,3 @@ def _has_channels_last_weight(conv):
     # Of a parametrized weight what it is computed from: to look at itself would compute it. weight_norm's has the
     # default layout, whatever that has.
     return not has_weight_norm(conv) and any([suggests_channels_last(each) for each in conv.parameters()])
-
-
-def fastest_format(images):
-    """The memory format that layers are fastest in: channels_last of images (N, C, H, W), else the default one."""
-    return torch.channels_last if images.dim() == 4 else torch.contiguous_format
-
-
-def default_layout(y):
-    """y in the default (NCHW) layout, with strides that ATen does not take for channels_last; never a view.
-
-    ``y.contiguous()`` gives a tensor of one channel, or of one position, as it is: with channels_last strides it would
-    make the next stock layer's result channels_last.
-    """
-    y = y.contiguous()
-    return y.clone(memory_format=torch.contiguous_format) if suggests_channels_last(y) else y

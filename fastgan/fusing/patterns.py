@@ -224,7 +224,8 @@ def passes_on(module):
 
 
 def _forward(layer):
-    """What a layer runs; a BatchNorm is asked in its own way for each group of a batch."""
+    """What a layer runs: its forward, or the layer itself where that is told apart later: a BatchNorm, which may be
+    called for each part of a batch, and one whose hooks compute the weight."""
     return layer if hooks_compute_weight(layer) or isinstance(layer, _BATCH_NORMS) else layer.forward
 
 

@@ -8,7 +8,7 @@ same values in the dtype of x (somebody keeps them, to save a cast at each use),
 the weight's own dtype, never rounded to x's.
 
 Backward is made of these operators and of plain torch, each with a gradient of its own, so gradients of any order can
-be had.
+be had; except of layers that are linked (`fastgan.first_order`), whose backward has none.
 """
 
 from collections.abc import Sequence

@@ -33,6 +33,7 @@ class LayerSpec(NamedTuple):
         return (self.activation, self.slope) if self.activation_first else (None, 0.0)
 
     def after(self):
+        """(activation, slope) after BatchNorm, or of a layer without one."""
         return (None, 0.0) if self.activation_first else (self.activation, self.slope)
 
     def check(self, x, weight, *vectors):

@@ -5,8 +5,8 @@ from contextlib import contextmanager
 
 import torch
 
-from fastgan.fusing.layout import fastest_format
 from fastgan.kernels.addresses import filled_after_capture
+from fastgan.memory_format import fastest_format
 
 WARMUP_STEPS = 3  # before the capture: compilation, cuDNN's choice of algorithms, the optimizers' state
 

@@ -9,8 +9,8 @@ from torch.nn.parallel import DistributedDataParallel
 from fastgan.batch_groups import batch_groups
 from fastgan.checks import in_short
 from fastgan.fusing.layer_code import hooks_of
-from fastgan.fusing.layout import fastest_format
 from fastgan.fusion import fused_groups
+from fastgan.memory_format import fastest_format
 from fastgan.random_numbers import random_numbers_kept
 from fastgan.training.weights import wants_default_layout
 
@@ -157,7 +157,7 @@ def _close(ours, theirs):
 
 
 def _stock_batch_norms(model):
-    """BatchNorms that are called by themselves, which a hook shows on a fused model only for those left out."""
+    """(path, module) of the BatchNorms in no fused group: they run by themselves, and take a batch as a whole."""
     fused = {id(module) for group in fused_groups(model).values() for module in group.modules}
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and id(module) not in fused:

@@ -11,9 +11,9 @@ from fastgan.backend import PRECISIONS, without_autocast
 from fastgan.batch_groups import batch_groups
 from fastgan.checks import check_positive
 from fastgan.first_order import first_order
-from fastgan.fusing.layout import default_layout
 from fastgan.fusion import fuse, fused_groups
 from fastgan.losses import backward_bce, backward_bce_of_torch
+from fastgan.memory_format import default_layout
 from fastgan.random_numbers import restore_rng, rng_state
 from fastgan.training.adam import ContiguousAdam, KernelAdam
 from fastgan.training.arguments import (
@@ -51,7 +51,8 @@ class TrainStep:
 
     Args:
         generator: module from latents (N, latent_dim) to images; it stays where it is (``.to(device)`` comes before).
-        discriminator: module from images to logits (no sigmoid), one per image, in any shape; on the same device.
+        discriminator: module from images to logits (no sigmoid), one per image, in any shape; on the same device. The
+            first step takes copies of its parameters and of both networks' buffers, for as long as that step runs.
         latent_dim: length of a latent vector, or the shape of one latent: (100, 1, 1) for networks that want
             (N, 100, 1, 1).
         lr: Adam's learning rate, for both networks.

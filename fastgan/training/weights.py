@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastgan.fusing.layout import default_layout
+from fastgan.memory_format import default_layout
 
 
 def load_weights(module, state):

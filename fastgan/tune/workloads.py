@@ -7,7 +7,6 @@ import re
 import torch
 from torch import nn
 
-from fastgan.explanation import input_of
 from fastgan.fusion import fuse, fused_groups
 from fastgan.models import IMAGE_SIZES, Discriminator, Generator
 from fastgan.ops import implementations
@@ -122,7 +121,7 @@ def problems_of_model(model, shapes, dtype, *, input_grad=True):
 
 def _recorder(calls, group):
     def hook(conv, args, kwargs, output):
-        calls.append((group, input_of(args, kwargs), output))
+        calls.append((group, args[0] if args else kwargs["input"], output))
 
     return hook
 

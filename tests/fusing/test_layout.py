@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, weight_norm
 
 import fastgan
-from fastgan.fusing.layout import suggests_channels_last
+from fastgan.memory_format import suggests_channels_last
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 

@@ -50,7 +50,7 @@ class Watch:
         self._note(holder, name, functools.partial(getattr, holder))
 
     def guard(self, holder, name, value):
-        """What `key` and `attribute` watch already is watched in compiled code, too: `getattr(holder, name, None)`.
+        """Have torch.compile watch `getattr(holder, name, None)`, too, as `key` and `attribute` do in eager code.
 
         A holder of None: torch.compile cannot see it.
         """
