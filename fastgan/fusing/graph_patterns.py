@@ -36,7 +36,7 @@ _VIEWING = set(
     movedim moveaxis swapaxes swapdims select narrow chunk split tensor_split unbind expand expand_as unfold diagonal
     as_strided contiguous to type type_as float half bfloat16 double cpu cuda detach alias positive broadcast_to
     sum_to_size hsplit vsplit dsplit atleast_1d atleast_2d atleast_3d real conj resolve_conj resolve_neg adjoint
-    dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout
+    unpack dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout
     """.split()
 )
 # What leaves its arguments as they are and gives a result with memory of its own: functions and methods, layers.

@@ -1,5 +1,6 @@
 """Whose code runs when a layer is called: PyTorch's own for its type, or hooks, patches and replaced methods."""
 
+from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -16,7 +17,18 @@ def hooks_of(module):
 
 def is_customized(module):
     """Whether anything but torch's code for a layer of its type takes part in calling the module."""
-    return any_is_customized([module.__dict__]) or _is_patched(type_of(module))
+    return any_is_customized([module.__dict__]) or is_called_otherwise(module) or _is_patched(type_of(module))
+
+
+def is_called_otherwise(module):
+    """Whether a call of the module is another than PyTorch's, which calls hooks and the forward."""
+    kind, base = type(module), nn.Module  # as they are now: a symbolic trace replaces those of all modules
+    return (
+        kind.__call__ is not base.__call__
+        or kind._call_impl is not base._call_impl
+        or kind.__getattribute__ is not base.__getattribute__
+        or "_call_impl" in module.__dict__
+    )
 
 
 def _is_patched(layer_type):
@@ -37,7 +49,7 @@ def any_is_customized(attributes):
 
 def has_own_code(own):
     """Whether a method that a layer computes by was replaced on the instance, by its `__dict__`."""
-    return "forward" in own or "_conv_forward" in own
+    return "forward" in own or "_conv_forward" in own or "_call_impl" in own
 
 
 def code_of(types):
@@ -58,7 +70,7 @@ def hooks_compute_weight(conv):
     """Whether the convolution's only hooks are those of `torch.nn.utils.spectral_norm` and `weight_norm`."""
     pre_hooks = conv._forward_pre_hooks
     others = conv._forward_hooks or conv._backward_hooks or conv._backward_pre_hooks
-    others = others or has_own_code(conv.__dict__) or _is_patched(type_of(conv))
+    others = others or has_own_code(conv.__dict__) or is_called_otherwise(conv) or _is_patched(type_of(conv))
     return len(pre_hooks) > 0 and not others and all(isinstance(hook, _WEIGHT_HOOKS) for hook in pre_hooks.values())
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from fastgan.fusing.layer_code import hooks_compute_weight, hooks_of, is_customized, type_of
+from fastgan.fusing.layer_code import hooks_compute_weight, hooks_of, is_called_otherwise, is_customized, type_of
 from fastgan.ops.choice import what_follows
 
 _CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
@@ -108,7 +108,7 @@ def passes_through(module):
     """Whether to call it is to call its children one after the other, and nothing else."""
     if not is_sequential(module) or any(hooks_of(module)) or module._compiled_call_impl is not None:
         return False
-    return not is_replaced(module.__dict__.get("forward"))
+    return not is_replaced(module.__dict__.get("forward")) and not is_called_otherwise(module)
 
 
 def is_replaced(forward):

@@ -188,6 +188,57 @@ def test_refused(function, monkeypatch, capsys):
     assert calls == []
 
 
+class Unpacking(Layers):
+    def __init__(self):
+        super().__init__()
+        self.splits = nn.Identity()
+
+    def forward(self, x):
+        a, b = self.splits(self.bn1(self.conv1(x)).relu())
+        return a * b
+
+
+class Splits(nn.Module):
+    """Gives what two can be unpacked from, in one way or another."""
+
+    def __init__(self, give):
+        super().__init__()
+        self.give = give
+
+    def forward(self, x):
+        return self.give(x)
+
+
+@pytest.mark.parametrize(
+    "give",
+    [
+        lambda x: x[:2],
+        lambda x: x,
+        lambda x: (x, x + 1),
+        lambda x: (x, x, x),
+        lambda x: [x],
+        lambda x: map(torch.abs, (x, -x)),
+        lambda x: x.chunk(2),
+        lambda x: 3,
+    ],
+    ids=["rows", "more rows", "tuple", "three", "one", "iterator", "chunks", "number"],
+)
+def test_unpacking(give, monkeypatch):
+    stock, model = make_pair(Unpacking)
+    calls = count_operator_calls(monkeypatch)
+    fastgan.fuse(model)
+    x, found = torch.randn(4, 3, 8, 8, dtype=torch.float64), []
+    for network in (model, stock):
+        network.splits = Splits(give)
+        try:
+            found.append(network(x))
+        except (TypeError, ValueError) as error:
+            found.append(type(error))
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12) if torch.is_tensor(found[1]) else None
+    assert torch.is_tensor(found[1]) or found[0] is found[1]
+    assert calls
+
+
 def test_any_number_of_arguments_runs_stock(monkeypatch):
     calls = count_operator_calls(monkeypatch)
     stock, model = make_pair(forward_of(any_number))

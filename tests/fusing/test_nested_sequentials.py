@@ -123,6 +123,35 @@ def test_changes_of_an_inner_one(name, change, before, rows):
     assert rows
 
 
+class Twice(nn.Sequential):
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
+class TwiceWithin(nn.Sequential):
+    def _call_impl(self, x):
+        return 2 * super()._call_impl(x)
+
+
+def call_otherwise(module):
+    call = module._call_impl
+    module._call_impl = lambda x: 2 * call(x)
+
+
+@pytest.mark.parametrize("of", [Twice, TwiceWithin, "an inner one", "a convolution"])
+def test_calls_of_their_own(of, rows):
+    def make():
+        inner = (nn.Sequential if isinstance(of, str) else of)(nn.Conv2d(3, 4, 3))
+        return nn.Sequential(inner, nn.ReLU(), nn.Conv2d(4, 2, 3))
+
+    stock, model = make_pair(make)
+    for network in (stock, model):
+        if isinstance(of, str):
+            call_otherwise(network[0] if of == "an inner one" else network[0][0])
+    assert_same(fastgan.fuse(model), stock)
+    assert ["0.0"] not in rows and ["2"] in rows
+
+
 @pytest.mark.parametrize("before", [True, False])
 def test_an_inner_one_that_is_compiled_in_place(before, rows):
     """Whoever compiles a part wants it to run compiled."""

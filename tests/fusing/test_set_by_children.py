@@ -112,6 +112,52 @@ class Hooked(Parent):
         return x if self.features is None else x + self.features
 
 
+class ByName(Parent):
+    class Child(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = 1.0
+
+        def forward(self, x):
+            setattr(self, "scale", self.scale + 1)  # noqa: B010
+            return x
+
+    def forward(self, x):
+        return self.start(x) * self.child.scale
+
+
+class InDict(ByName):
+    class Child(ByName.Child):
+        def forward(self, x):
+            self.__dict__.update(scale=self.scale + 1)
+            return x
+
+
+class Bump:
+    def bump(self, module):
+        module.scale += 1
+
+
+class ByAnother(ByName):
+    class Child(ByName.Child):
+        def __init__(self):
+            super().__init__()
+            self.other = Bump()
+
+        def forward(self, x):
+            self.other.bump(self)
+            return x
+
+
+class HookedByName(ByName):
+    def __init__(self):
+        super().__init__()
+        self.child.scale = 1.0
+        self.child.register_forward_hook(lambda module, inputs, output: setattr(module, "scale", module.scale + 1))
+
+    Child = nn.Identity
+
+
 class Own(Parent):
     """The child sets its own attribute of that name, and the parent's at nobody's call."""
 
@@ -142,7 +188,9 @@ def assert_equal_calls(model, stock):
         assert_close(model(x), theirs)
 
 
-@pytest.mark.parametrize("kind", [Skips, Loss, Counter, Global, Buffer, Hooked])
+@pytest.mark.parametrize(
+    "kind", [Skips, Loss, Counter, Global, Buffer, Hooked, ByName, InDict, ByAnother, HookedByName]
+)
 def test_stays_stock(kind, monkeypatch):
     stock, _ = make_pair(kind)
     model = kind().double()  # a copy would have the hook of the first

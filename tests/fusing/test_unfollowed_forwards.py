@@ -31,6 +31,13 @@ class Reversed(torch.autograd.Function):
 reverse = Reversed.apply
 
 
+def gained(x):
+    return F.relu(x)
+
+
+gained.gain = 2.0
+
+
 class Nothing(nn.Module):
     def forward(self, x):
         return None
@@ -41,7 +48,7 @@ class Base(Layers):
         super().__init__()
         self.maybe = Nothing()
         self.child = nn.Identity()
-        self.child.outs, self.nested, self.reverse = [], {"a": []}, reverse
+        self.child.outs, self.nested, self.reverse, self.gained = [], {"a": []}, reverse, gained
         self.register_buffer("on", torch.tensor(False))
 
     def head(self, x):
@@ -169,6 +176,38 @@ def names_by_text(self, x):
     return self.head(x) * len(f"{x}")
 
 
+def looks_in_a_set(self, x):
+    return self.head(x) * (2 if x.shape[1] in {1, 3} else 1)
+
+
+def looks_in_a_dictionary(self, x):
+    return self.head(x) * {"cpu": 3.0, "cuda": 2.0}.get(x.device.type, 1.0)
+
+
+def counts_in_a_set(self, x):
+    return self.head(x) * len({x.shape[2], x.shape[3]})
+
+
+def asks_for_true(self, x):
+    return self.head(x) * (2 if x.is_contiguous() is True else 1)
+
+
+def names_by_its_representation(self, x):
+    return self.head(x) * (2 if "8" in f"{x.shape[2]!r}" else 1)
+
+
+def names_by_old_format(self, x):
+    return self.head(x) * (2 if "%r" % (x.dtype,) == "torch.float64" else 1)  # noqa: UP031
+
+
+def function_with_attributes(self, x):
+    return self.gained(self.head(x)) * self.gained.gain
+
+
+def loops(self, x):
+    return self.head(x) * sum(1 for _ in x)
+
+
 REFUSED = {
     buffer_decides: "torch.fx cannot trace it",
     parameters_dtype: "it calls Module.parameters",
@@ -193,6 +232,14 @@ REFUSED = {
     draws_by_name: "random numbers",
     asks_a_result: "it asks whether a result is None",
     names_by_text: "it writes a tensor as text",
+    looks_in_a_set: "in a set or dictionary",
+    looks_in_a_dictionary: "in a set or dictionary",
+    counts_in_a_set: "in a set or dictionary",
+    asks_for_true: "it asks whether two are the same object",
+    names_by_its_representation: "it writes a tensor as text",
+    names_by_old_format: "it writes a tensor as text",
+    function_with_attributes: "it reads self.gained, a function with attributes",
+    loops: "it loops over a tensor",
 }
 
 

@@ -83,8 +83,9 @@ def _problem(instructions, at, outer):
         return f"it sets {value}, a variable of an outer function"
     if kind in ("IMPORT_NAME", "LOAD_BUILD_CLASS") or kind.startswith("MATCH_"):
         return "it imports, defines classes or matches patterns"
-    # A stand-in is another object than the one that an operation would return. None, True and False are none of them.
-    if kind == "IS_OP" and before.opname != "LOAD_CONST":
+    # A stand-in is another object than the one that an operation would return, True or a small number say. Of None see
+    # `asks_for_none`.
+    if kind == "IS_OP" and not (before.opname == "LOAD_CONST" and before.argval is None):
         return "it asks whether two are the same object"
     if kind == "SETUP_FINALLY" or (kind == "PUSH_EXC_INFO" and instructions[at + 1].opname != "WITH_EXCEPT_START"):
         return "it catches exceptions"

@@ -8,6 +8,8 @@ from fastgan.fusing.tracing.bytecode import instructions_of, is_attribute_of
 from fastgan.fusing.tracing.code import Untraceable, is_of_torch, of_torch
 
 _CHANGING = frozenset(["append", "extend", "insert", "clear", "pop", "remove", "sort", "reverse"])  # methods of a list
+# With these code may set what it does not name.
+_SETTING = frozenset("setattr delattr vars globals exec eval __dict__ __setattr__ __delattr__".split())
 
 
 def check_unchanged_by(called, reads):
@@ -19,6 +21,8 @@ def check_unchanged_by(called, reads):
     """
     for path, module in called.items():
         for function, holder in _functions_of(module):
+            if reads and not _SETTING.isdisjoint(_names(function.__code__)):
+                raise Untraceable(f"it reads what {path} may set")
             for name, is_global, of_self in _changes(function.__code__):
                 for (owner, attribute), full in reads.items():
                     own = owner == (id(function.__globals__) if is_global else holder)
@@ -30,7 +34,7 @@ def _functions_of(module):
     """(function, id of the module that its first argument is, if that is known) of what runs in a call."""
     for part in module.modules():
         if not is_of_torch(type(part)):
-            yield from _reached(type(part).forward, type(part), id(part))
+            yield from _reached(type(part).forward, type(part), id(part), _types_held(part))
         for hook in [hook for hooks in hooks_of(part) for hook in hooks.values()]:
             hook = getattr(hook, "func", hook)  # of a functools.partial
             if isinstance(hook, types.FunctionType):
@@ -40,14 +44,22 @@ def _functions_of(module):
                 yield from _reached(getattr(hook, "__func__", type(hook).__call__), type(own), id(own))
 
 
-def _reached(function, cls=object, holder=None):
-    """A function and those that it calls by name: methods and properties of the class, functions beside them."""
+def _types_held(module):
+    """The types of what a module has as attributes, as far as they are somebody's own."""
+    return {kind for kind in map(type, vars(module).values()) if kind.__module__ != "builtins"}
+
+
+def _reached(function, cls=object, holder=None, held=()):
+    """A function and those that it calls by name: methods and properties of the class, or of classes of objects that an
+    instance holds, and functions beside them."""
     reached = {function: holder} if _is_somebodys(function) else {}
     functions = list(reached)
     for function in functions:  # grows
         for name in _names(function.__code__):
             own = getattr(cls, name, None)
-            for found, of in ((getattr(own, "fget", own), holder), (function.__globals__.get(name), None)):
+            candidates = [(getattr(own, "fget", own), holder), (function.__globals__.get(name), None)]
+            candidates += [(getattr(kind, name, None), None) for kind in held]
+            for found, of in candidates:
                 if _is_somebodys(found) and found not in reached:
                     reached[found] = of
                     functions.append(found)

@@ -93,6 +93,9 @@ class CodeCheck:
         facts = facts_of(function.__code__)
         self._watch.attribute(function, "__code__")
         defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+        if defaults:
+            self._watch.attribute(function, "__defaults__")
+            self._watch.attribute(function, "__kwdefaults__")
         for default in defaults:
             self.value(default, f"a default of {function.__name__}")
         cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))

@@ -105,6 +105,8 @@ class Reads:
             self._check_parts(value, full)
             return self._copies.setdefault((id(module), name), (full, copy.deepcopy(value), frozen))[1]
         self._code.value(value, full)
+        if isinstance(value, types.FunctionType) and vars(value).keys() - {"__wrapped__"}:
+            raise Untraceable(f"it reads {full}, a function with attributes")  # which it may read, unnoticed
         return value
 
     def _check_parts(self, values, name):

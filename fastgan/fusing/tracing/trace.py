@@ -10,7 +10,9 @@ that.
 """
 
 import copy
+import dis
 import operator
+import sys
 import threading
 
 import numpy as np
@@ -76,11 +78,37 @@ class _Proxy(fx.Proxy):
             return _Attribute(self, name)
         return self.tracer.create_proxy("call_function", getattr, (self, name), {})  # now, not when it is used
 
+    def __iter__(self):
+        frame = sys._getframe(1)
+        code, at = frame.f_code.co_code, frame.f_lasti
+        if dis.opname[code[at]] != "UNPACK_SEQUENCE" or dis.opname[code[at - 2]] == "EXTENDED_ARG":
+            raise Untraceable("it loops over a tensor or its shape")
+        count = code[at + 1]
+        parts = self.tracer.create_proxy("call_function", unpack, (self, count), {})
+        return iter([parts[i] for i in range(count)])
+
+    # Look-ups in sets and dictionaries: a stand-in never is what is in there.
+    def __hash__(self):
+        raise Untraceable("it looks for a tensor, or for something of one, in a set or dictionary")
+
     def __str__(self):
+        raise Untraceable("it writes a tensor as text")
+
+    def __repr__(self):
         raise Untraceable("it writes a tensor as text")
 
     def __format__(self, how):
         raise Untraceable("it writes a tensor as text")
+
+
+def unpack(values, count):
+    """What `a, b = values` takes from them, `count` of them: to fx it is an index for each, whatever else there is."""
+    parts = tuple(values)
+    if len(parts) > count:
+        raise ValueError(f"too many values to unpack (expected {count})")
+    if len(parts) < count:
+        raise ValueError(f"not enough values to unpack (expected {count}, got {len(parts)})")
+    return parts
 
 
 class _Attribute(fx.proxy.Attribute, _Proxy):
