@@ -1,8 +1,8 @@
 """What is said of bad input: one message with the argument's name, what came and what is allowed."""
 
 import importlib
-import math
 import numbers
+import sys
 
 import torch
 
@@ -25,7 +25,7 @@ def check_choice(name, value, allowed):
 
 def check_positive(name, value):
     """Raise ValueError unless ``value`` is a finite number above 0."""
-    if not is_number(value) or not 0 < value < math.inf:
+    if not is_number(value) or not 0 < value <= sys.float_info.max:  # an integer may be larger
         raise ValueError(f"{name} must be a positive number; got {value!r}")
 
 
@@ -54,7 +54,7 @@ def in_short(error, most=200):
 
 
 def require(module, user, extra="train"):
-    """Import a module that only some of our work needs; ValueError with the remedy where it is missing.
+    """Import a module that only some of our work needs; ValueError with the remedy where it is missing or broken.
 
     Args:
         user: what needs it, as the message begins: "training".
@@ -62,8 +62,8 @@ def require(module, user, extra="train"):
     """
     try:
         return importlib.import_module(module)
-    except ImportError as error:
-        raise ValueError(f"{needs_package(user, module, extra)} ({error})") from error
+    except Exception as error:
+        raise ValueError(f"{needs_package(user, module, extra)} ({in_short(error)})") from error
 
 
 def needs_package(user, module, extra="train"):

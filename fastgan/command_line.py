@@ -22,7 +22,7 @@ def run_command(main, options, **renamed):
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}", "stderr")
             return main()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, Warning) as error:  # `python -W error` raises warnings
         name, *rest = " ".join(str(error).splitlines()).split(" ", 1)
         name = _flag(known[name]) if name in known else name
         say(" ".join(["error:", name, *rest]), "stderr")

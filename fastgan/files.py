@@ -1,5 +1,6 @@
 """Files that appear whole or not at all, where writing was tried before the work started."""
 
+import contextlib
 import os
 import tempfile
 from contextlib import contextmanager
@@ -12,8 +13,7 @@ def written_whole(path):
 
     An OSError of writing to an open file (a full disk) does not say which file it was: here it gets the name.
     """
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # others may write the same file
+    path, temporary = Path(path), _temporary_name(path)
     try:
         yield temporary
         os.replace(temporary, path)
@@ -22,6 +22,29 @@ def written_whole(path):
         if isinstance(error, OSError) and error.errno is not None and error.filename is None:
             error.filename = os.fspath(path)
         raise
+
+
+def _temporary_name(path):
+    path = Path(path)
+    return path.with_name(f"{path.name}.{os.getpid()}.tmp")  # others may write the same file
+
+
+def remove_left_over(folder):
+    """Remove what `written_whole` left in a folder in processes that were killed."""
+    for path in Path(folder).glob("*.*.tmp"):
+        process = path.name.split(".")[-2]
+        if process.isdecimal() and not _is_running(int(process)):
+            path.unlink(missing_ok=True)
+
+
+def _is_running(process):
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # somebody else's
+        pass
+    return True
 
 
 def write_text(path, text):
@@ -77,9 +100,11 @@ def check_writable(name, path, *, folder=False):
     except UnicodeEncodeError:  # TensorBoard, and whatever is printed, can do nothing with such a name
         raise ValueError(f"{name} must be a name in UTF-8; got {path.encode('utf-8', 'replace').decode()!r}") from None
     place = Path(path) if folder else Path(path).parent
-    while not os.path.lexists(place):
-        place = place.parent
     try:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.lstat(path if folder else _temporary_name(path))  # fails where a name is too long
+        while not os.path.lexists(place):
+            place = place.parent
         with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:

@@ -49,7 +49,8 @@ def check_source(source):
 def check_images(images, name):
     """Raise TypeError or ValueError unless they are a floating-point tensor; `name` says whose they are."""
     if not isinstance(images, torch.Tensor):
-        hint = ": a data set that gives (images, labels)? Pass the images" if isinstance(images, list | tuple) else ""
+        pairs = isinstance(images, list | tuple) and "generator" not in name
+        hint = ": a data set that gives (images, labels)? Pass the images" if pairs else ""
         raise TypeError(f"{name} must be a tensor; got {type(images).__name__}{hint}")
     if not images.is_floating_point():
         raise ValueError(f"{name} must be floating point, in [-1, 1]; got {images.dtype}")

@@ -62,10 +62,10 @@ def generate(checkpoint, out, *, num=64, seed=0, separate=False, device="auto"):
 def _check_out(given, separate):
     out = Path(given)
     if separate:
-        if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        if os.path.exists(out) and not (out.is_dir() and not any(out.iterdir())):
             raise ValueError(f"out {str(out)!r} must be a new or an empty folder")
     elif out.suffix.lower() != ".png":
         raise ValueError(f"out must end in .png; got {given!r} (for one file a picture: --separate)")
-    elif out.exists():
+    elif os.path.exists(out):
         raise ValueError(f"out {str(out)!r} exists already: choose another name, or remove it")
     check_writable("out", given, folder=separate)

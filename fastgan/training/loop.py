@@ -4,10 +4,10 @@ from contextlib import closing
 
 import torch
 
-from fastgan.files import alone_in
+from fastgan.files import alone_in, remove_left_over
 from fastgan.training.guards import FirstNonFinite, Interrupt
 from fastgan.training.plots import plot_losses
-from fastgan.training.records import Records
+from fastgan.training.records import PICTURES, Records
 
 DIVERGED = "diverged.pt"
 
@@ -34,6 +34,8 @@ def train(run):
     run.out.mkdir(parents=True, exist_ok=True)
     with alone_in(run.out):
         run.check_untouched()
+        for folder in (run.out, run.out / PICTURES):
+            remove_left_over(folder)
         if not run.first_step:
             run.save(0)  # before anything else is there: whatever ends the run from now on, it can go on
         run.write_config()

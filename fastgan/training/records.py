@@ -1,6 +1,5 @@
 """What a run leaves behind while it trains: metrics.jsonl, TensorBoard events, sample pictures."""
 
-import importlib.util
 import itertools
 import json
 import shutil
@@ -9,21 +8,20 @@ import time
 import warnings
 from contextlib import ExitStack
 
-from fastgan.checks import first_few, is_integer, is_number, needs_package
+from fastgan.checks import first_few, is_integer, require
 from fastgan.command_line import say
 from fastgan.files import write_text
 from fastgan.training.devices import peak_memory_mb, synchronize
 from fastgan.training.samples import grid, sample, save_png
 
-METRICS = "metrics.jsonl"
+METRICS, PICTURES = "metrics.jsonl", "samples"
 _LOSSES = ("loss_d", "loss_g", "d_real", "d_fake")
 
 
 def check_packages():
-    """Raise ValueError, naming the package, unless everything that records and plots need is installed."""
+    """Raise ValueError, naming the package, unless everything that records and plots need can be imported."""
     for module in ("PIL", "matplotlib", "tensorboard", "tqdm"):
-        if importlib.util.find_spec(module) is None:
-            raise ValueError(needs_package("training", module))
+        require(module, "training")
 
 
 def read_metrics(path, up_to_step=None):
@@ -39,13 +37,18 @@ def _read_rows(path):
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
-        if isinstance(row, dict) and is_integer(row.get("step")) and all(is_number(row.get(name)) for name in _LOSSES):
+        if isinstance(row, dict) and is_integer(row.get("step")) and all(_is_loss(row.get(name)) for name in _LOSSES):
             rows.append(row)
         elif number < len(lines):
             broken.append(number)
     return rows, broken
+
+
+def _is_loss(value):
+    """Whether it is a number that a float can be, also one that is not finite."""
+    return isinstance(value, float) or (is_integer(value) and abs(value) <= sys.float_info.max)
 
 
 def _keep_damaged(path):
@@ -63,7 +66,7 @@ class Records:
 
     def __init__(self, run, images):
         self.run, self.images = run, images
-        self.pictures = run.out / "samples"
+        self.pictures = run.out / PICTURES
 
     def __enter__(self):
         from torch.utils.tensorboard import SummaryWriter

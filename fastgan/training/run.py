@@ -26,12 +26,12 @@ from fastgan.training.checkpoints import (
 )
 from fastgan.training.config import TrainConfig, continued
 from fastgan.training.devices import check_precision, pick_device
-from fastgan.training.records import METRICS, check_packages
+from fastgan.training.records import METRICS, PICTURES, check_packages
 from fastgan.training.samples import draw_latents
 from fastgan.training.step import TrainStep
 
 CONFIG = "config.json"
-_OF_A_RUN = (CONFIG, METRICS, CHECKPOINT, "samples", "loss.png")  # what is in its folder; samples is one itself
+_OF_A_RUN = (CONFIG, METRICS, CHECKPOINT, PICTURES, "loss.png")  # what is in its folder; samples is one itself
 SAMPLES = 64
 
 
@@ -160,8 +160,8 @@ def resumed_run(path, given=None, out=None):
     device = _check_machine(config)
     check_writable("resume", path.parent, folder=True)
     for name in _OF_A_RUN:
-        if (path.parent / name).exists() and (path.parent / name).is_dir() != (name == "samples"):
-            kind = "folder" if name == "samples" else "file"
+        if (path.parent / name).exists() and (path.parent / name).is_dir() != (name == PICTURES):
+            kind = "folder" if name == PICTURES else "file"
             raise ValueError(f"resume {str(path.parent)!r} cannot go on: its {name} is no {kind}")
     dataset = _load(config)
     if dataset.nc != state["nc"]:
@@ -215,7 +215,7 @@ def _check_machine(config):
 
 def _check_unused(given):
     out = Path(given)
-    if out.exists() and not out.is_dir():
+    if os.path.exists(out) and not out.is_dir():
         raise ValueError(f"out {str(out)!r} is not a folder")
     check_writable("out", given, folder=True)
     for name in _OF_A_RUN:

@@ -29,6 +29,7 @@ from fastgan.training.devices import check_precision
 from fastgan.training.graph import WARMUP_STEPS, StepGraph
 from fastgan.training.one_pass import TRIAL_IMAGES, one_pass_obstacle, stacked, trial_key
 from fastgan.training.weights import (
+    TensorsKept,
     frozen,
     keep_compilable,
     load_weights,
@@ -58,10 +59,11 @@ class TrainStep:
         lr: Adam's learning rate, for both networks.
         betas: Adam's two decay rates, in [0, 1).
         precision: "fp32" computes in the dtype of the parameters; "bf16" and "fp16" use autocast, "fp16" with
-            gradient scaling. Parameters and losses are never in half precision.
+            gradient scaling. Parameters keep their dtype, and losses are never in half precision.
         fused: pass both networks through ``fastgan.fuse``, in place, and use the fused losses. False trains them as
             they are, with the losses of torch.
-        compile: ``torch.compile`` both networks, each on its own; batches then have one fixed shape.
+        compile: ``torch.compile`` both networks, each on its own; batches then have one fixed shape. torch keeps eight
+            forms of a forward for all networks that share it, and refuses more: ``torch._dynamo.reset()`` drops them.
         cuda_graph: on CUDA, capture the whole step, both updates and the drawing of latents included, in one CUDA
             graph after three steps, and replay it from then on. Batches of another shape still run, uncaptured. A
             replay repeats what was captured, what Python decided by chance included: after changing what the networks
@@ -69,9 +71,11 @@ class TrainStep:
             ``forget_graph()``. Without CUDA it has no effect.
         one_pass: run the discriminator's update over [real; fake] in one pass in which each half has its own batch
             statistics: the same numbers as two passes with half the launches, but the activations of both halves are
-            alive at once. None: with fused layers. The first step tries on copies whether it really gives the same
-            numbers, as do later ones when layers, hooks, modes or settings have changed, and where not (a BatchNorm
-            that is not fused, say) goes back to two passes: see ``one_pass_reason``.
+            alive at once. None: with fused layers. The first step tries on copies, with a few images, whether it really
+            gives the same numbers, as do later ones when layers, hooks, modes or settings (numbers and flags among a
+            module's attributes) have changed, and where not (a BatchNorm that is not fused, say) goes back to two
+            passes: see ``one_pass_reason``. What else it cannot see: for a discriminator that goes by other objects or
+            by the size of the batch, say False.
         source: where ``step()`` without images takes them from: an object whose ``draw()`` returns the next batch.
 
     Attributes: ``generator``, ``discriminator`` (the given modules), ``optimizer_g``, ``optimizer_d``, ``scaler``,
@@ -187,8 +191,8 @@ class TrainStep:
         """
         networks, random = (self.generator, self.discriminator), rng_state(self.device)
         # The discriminator has learned already where it is the generator's backward that fails.
-        changed = [*self.generator.buffers(), *self.discriminator.buffers(), *self.discriminator.parameters()]
-        before = [tensor.detach().clone() for tensor in changed]
+        before = TensorsKept(self.generator.modules(), "_buffers")
+        before_d = TensorsKept(self.discriminator.modules(), "_buffers", "_parameters")
         optimizer_d, scaler = copy.deepcopy(self.optimizer_d.state_dict()), self.scaler.state_dict()
         try:
             losses = self._run(real_images)
@@ -197,9 +201,8 @@ class TrainStep:
         except RuntimeError as error:
             if not wants_default_layout(error) or self._running in self._in_default_layout:
                 raise
-        with torch.no_grad():
-            for tensor, value in zip(changed, before, strict=True):
-                tensor.copy_(value)
+        before.restore()
+        before_d.restore()
         self.optimizer_d.load_state_dict(optimizer_d)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.scaler.is_enabled())  # it counts steps, too
         self.scaler.load_state_dict(scaler)
@@ -263,12 +266,13 @@ class TrainStep:
 
     def _draw(self):
         """The next batch of the source; while the layout is tried, the one that the step before could not use."""
-        if self._layout_tried:
-            return self.source.draw()
-        if self._drawn is None:
-            self._drawn = self.source.draw()
-            check_images(self._drawn, "what source.draw() returns")
-        return self._drawn
+        images = self._drawn
+        if images is None:
+            images = self.source.draw()
+            check_images(images, "what source.draw() returns")
+            if not self._layout_tried:
+                self._drawn = images
+        return images
 
     def _generate(self, latent):
         self._running = self.generator

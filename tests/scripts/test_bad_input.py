@@ -1,5 +1,6 @@
 """Every kind of bad input to the command lines ends in one clear line and status 2, and nothing is written."""
 
+import importlib
 import sys
 from pathlib import Path
 
@@ -119,6 +120,25 @@ def test_a_backend_that_is_not_possible_leaves_nothing(choice, said, capsys, mon
     monkeypatch.setenv("FASTGAN_BACKEND", choice)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert said in refuse(train, capsys, *TINY, "--max-steps", "1", "--out", "run")
+
+
+@pytest.mark.parametrize("package", ["matplotlib", "tensorboard", "tqdm", "PIL"])
+def test_a_package_that_cannot_be_imported_is_named(package, capsys, monkeypatch):
+    def broken(name, *rest):
+        if name.partition(".")[0] == package:
+            raise RuntimeError("built for another NumPy")
+        return import_module(name, *rest)
+
+    import_module = importlib.import_module
+    monkeypatch.setattr(importlib, "import_module", broken)
+    message = refuse(train, capsys, *TINY, "--out", "run")
+    assert "training needs the package" in message and "built for another NumPy" in message
+
+
+def test_names_that_are_too_long(run_folder, capsys):
+    assert "--out" in refuse(train, capsys, *TINY, "--out", "n" * 300)
+    for length in (300, 252):  # the second once more than a file name may have while it is written
+        assert "--out" in refuse(generate, capsys, "run", "--out", "n" * (length - 4) + ".png")
 
 
 def test_missing_pillow_says_what_to_install(run_folder, capsys, monkeypatch):

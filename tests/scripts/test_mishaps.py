@@ -6,10 +6,12 @@ import os
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from fastgan.files import alone_in
 from fastgan.training.checkpoints import read_checkpoint
@@ -145,3 +147,15 @@ def test_a_loss_that_is_not_finite_stops_with_the_step(capsys):
     output = capsys.readouterr()
     assert "not finite at step" in output.err and "run/diverged.pt" in output.err and output.err.count("\n") == 1
     assert Path("run/diverged.pt").exists() and read_checkpoint("run")["step"] == 0
+
+
+def test_warnings_that_are_errors_are_one_line(capsys):
+    Path("pictures").mkdir()
+    for i in range(5):
+        Image.new("RGB", (8, 8)).save(f"pictures/{i}.png")
+    Path("pictures/5.png").write_bytes(b"no picture")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert train([*TINY, "--dataset", "folder", "--dataroot", "pictures", "--max-steps", "1", "--out", "run"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: left out 1 of 6 pictures") and error.count("\n") == 1 and not Path("run").exists()

@@ -49,6 +49,18 @@ def networks(*makers):
     return [make().double() for make in makers]
 
 
+class Counting(nn.Sequential):
+    """Puts another buffer in the place of its own at each call."""
+
+    def __init__(self, *layers):
+        super().__init__(*layers)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls = self.calls + 1
+        return super().forward(x)
+
+
 def step_of(pair, **options):
     return TrainStep(*pair, latent_dim=(NZ, 1, 1), lr=1e-2, **options)
 
@@ -206,3 +218,10 @@ def test_weights_that_are_shared_out_keep_theirs(tmp_path):
         assert before == [parameter.stride() for network in pair for parameter in network.parameters()]
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_buffers_that_a_forward_replaces_are_put_back():
+    generator, discriminator = networks(viewing_generator, lambda: Counting(viewing_discriminator()))
+    step = step_of((generator, discriminator), one_pass=False)
+    step(torch.rand(4, 2, 16, 16, dtype=torch.float64))
+    assert discriminator.calls == 3  # real and fake images, and those of the generator's step

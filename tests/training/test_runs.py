@@ -4,6 +4,9 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from PIL import Image
 
 from fastgan import data
 from fastgan.training import Run, new_run, read_checkpoint, resumed_run, train
+from fastgan.training.records import read_metrics
 from fastgan.training.samples import draw_latents, grid, sample
 
 
@@ -186,6 +190,30 @@ def test_a_bad_line_among_the_rows_costs_no_other_row(tiny, tmp_path):
         assert [row["step"] for row in rows(tmp_path)][:4] == [2, 3, 4, 6]
         assert max(tmp_path.glob("metrics-damaged-*.jsonl")).read_bytes() == damaged
     assert len(list(tmp_path.glob("metrics-damaged-*.jsonl"))) == 4
+
+
+HUGE = '{"step": 1, "loss_d": 1%s, "loss_g": 1, "d_real": 1, "d_fake": 1}' % ("0" * 400)
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, HUGE], ids=["deep", "huge"])
+def test_lines_that_json_or_a_float_cannot_take_are_damaged(line, tmp_path):
+    row = {"step": 1, "loss_d": 1, "loss_g": 0.5, "d_real": float("nan"), "d_fake": 0.25}
+    (tmp_path / "metrics.jsonl").write_text(f"{line}\n{json.dumps(row)}\n")
+    (read,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert read["loss_g"] == 0.5
+
+
+def test_what_a_killed_process_left_is_removed(tiny, tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    run = new_run(tiny(max_steps=1), tmp_path / "run")
+    (run.out / "samples").mkdir(parents=True)
+    left = [run.out / f"checkpoint.pt.{process.pid}.tmp", run.out / "samples" / f"step-1.png.{process.pid}.tmp"]
+    others = [run.out / "checkpoint.pt.1.tmp", run.out / "notes.tmp"]  # the first process runs
+    for path in left + others:
+        path.write_text("mine")
+    train(run)
+    assert not any(map(Path.exists, left)) and all(map(Path.exists, others))
 
 
 def test_resuming_a_finished_run_changes_nothing(tiny, tmp_path):

@@ -55,6 +55,7 @@ def test_only_what_is_given_is_parsed():
         ("lr", -1e-4),
         ("lr", float("inf")),
         ("lr", float("nan")),
+        ("lr", 10**400),
         ("beta1", 1.0),
         ("beta1", -0.1),
         ("precision", "fp8"),
