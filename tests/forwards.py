@@ -106,6 +106,11 @@ def dropout(self, x):
     return self.conv2(x) if self.training else torch.tanh(self.conv2(x))
 
 
+def asks_for_a_flag(self, x):
+    x = self.conv1(x)
+    return self.conv2(self.act(x) if self.training is not False else torch.tanh(x))
+
+
 def by_attribute(self, x):
     return self.conv2(F.leaky_relu(self.bn1(self.conv1(x)), self.slope))
 
@@ -154,6 +159,7 @@ def own_functions(self, x):
 
 # How many calls of operators a forward is, and how many of the model's convolutions each computes with BatchNorm.
 FOLLOWED = {
+    asks_for_a_flag: 2,
     functions: 2,
     methods: 2,
     residual: 2,

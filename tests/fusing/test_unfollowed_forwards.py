@@ -51,6 +51,10 @@ class Base(Layers):
         self.child.outs, self.nested, self.reverse, self.gained = [], {"a": []}, reverse, gained
         self.register_buffer("on", torch.tensor(False))
 
+    @property
+    def on_cpu(self):
+        return self.on.is_cpu
+
     def head(self, x):
         return F.relu(self.bn1(self.conv1(x)))
 
@@ -192,6 +196,10 @@ def asks_for_true(self, x):
     return self.head(x) * (2 if x.is_contiguous() is True else 1)
 
 
+def asks_a_property(self, x):
+    return self.head(x) * (2 if self.on_cpu is True else 1)
+
+
 def names_by_its_representation(self, x):
     return self.head(x) * (2 if "8" in f"{x.shape[2]!r}" else 1)
 
@@ -236,6 +244,7 @@ REFUSED = {
     looks_in_a_dictionary: "in a set or dictionary",
     counts_in_a_set: "in a set or dictionary",
     asks_for_true: "it asks whether two are the same object",
+    asks_a_property: "it asks whether two are the same object, and reads self.on_cpu",
     names_by_its_representation: "it writes a tensor as text",
     names_by_old_format: "it writes a tensor as text",
     function_with_attributes: "it reads self.gained, a function with attributes",

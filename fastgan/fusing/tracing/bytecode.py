@@ -18,6 +18,7 @@ class Facts:
     named_by_super: dict = field(default_factory=dict)
     asks_for_none: bool = False  # whether something other than an attribute or a parameter is None
     asks_for_none_given: bool = False  # whether a parameter is
+    asks_self: bool = False  # whether an attribute of self is another constant
     problem: str = ""
 
 
@@ -36,6 +37,8 @@ def facts_of(code, outer=None):
     given = set(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]) - written
     for at, instruction in enumerate(instructions):
         facts.problem = facts.problem or _problem(instructions, at, outer)
+        if instruction.opname == "IS_OP" and instructions[at - 1].argval is not None:
+            facts.asks_self = True
         asked = _asked_for_none(instructions, at)
         if asked in given:
             facts.asks_for_none_given = True
@@ -53,6 +56,7 @@ def facts_of(code, outer=None):
             facts.chains |= inner.chains
             facts.named_by_super |= inner.named_by_super
             facts.asks_for_none |= inner.asks_for_none or inner.asks_for_none_given
+            facts.asks_self |= inner.asks_self
             facts.problem = facts.problem or inner.problem
     return facts
 
@@ -83,9 +87,10 @@ def _problem(instructions, at, outer):
         return f"it sets {value}, a variable of an outer function"
     if kind in ("IMPORT_NAME", "LOAD_BUILD_CLASS") or kind.startswith("MATCH_"):
         return "it imports, defines classes or matches patterns"
-    # A stand-in is another object than the one that an operation would return, True or a small number say. Of None see
-    # `asks_for_none`.
-    if kind == "IS_OP" and not (before.opname == "LOAD_CONST" and before.argval is None):
+    # A stand-in is another object than the one that an operation would return, True or a small number say.
+    if kind == "IS_OP" and not (
+        before.opname == "LOAD_CONST" and (before.argval is None or _asks_self(instructions, at))
+    ):
         return "it asks whether two are the same object"
     if kind == "SETUP_FINALLY" or (kind == "PUSH_EXC_INFO" and instructions[at + 1].opname != "WITH_EXCEPT_START"):
         return "it catches exceptions"
@@ -94,6 +99,11 @@ def _problem(instructions, at, outer):
         by_name = value == "__getattr__" and is_attribute_of("self", instructions, at)
         return "" if by_name else f"it uses {value}"
     return ""
+
+
+def _asks_self(instructions, at):
+    """Whether it is an attribute of self that is asked to be a constant."""
+    return instructions[at - 2].opname == "LOAD_ATTR" and is_attribute_of("self", instructions, at - 2)
 
 
 def _asked_for_none(instructions, at):

@@ -78,6 +78,7 @@ class CodeCheck:
     def __init__(self, watch):
         self._watch, self._seen = watch, set()
         self.globals = {}  # (id of global names, name) → name, of those that functions use
+        self.asks_self = False  # whether it may ask that an attribute is True, say: a stand-in, of a property, never is
         self.asks_for_none = False  # whether it may ask that of what a layer returned: a stand-in never is None
 
     def function(self, function, cls=None, called_first=False):
@@ -108,6 +109,7 @@ class CodeCheck:
             self._chain(function, chain, cls)
         if facts.problem:
             raise Untraceable(facts.problem)
+        self.asks_self |= facts.asks_self
         self.asks_for_none |= facts.asks_for_none or (facts.asks_for_none_given and not called_first)
         for name in facts.named_by_super:
             self._method_above(cells.get("__class__"), cls, name)

@@ -8,7 +8,7 @@ import types
 from contextlib import contextmanager
 from pathlib import Path
 
-from torch import nn
+from torch import fx, nn
 
 from fastgan.fusing.tracing.code import TORCH, Untraceable, of_torch
 from fastgan.fusing.tracing.watching import MISSING, freeze
@@ -30,6 +30,7 @@ class Reads:
         self._paths = {id(module): path for path, module in root.named_modules()}
         self._thread = threading.get_ident()
         self._copies = {}  # (id of module, name) → (name, copy that the forward got, what was in it)
+        self._computed_stand_in = ""  # the name of a property that gave one
         self._given = set()  # ids of the modules that the forward can have got hold of
         self.values = {}  # (id of module, name) → name, of what is no module and no tensor
 
@@ -61,10 +62,13 @@ class Reads:
             else:
                 nn.Module.__getattribute__ = before
 
-    def check_unchanged(self):
+    def check(self):
+        """Raise Untraceable for what shows only when the forward has run."""
         for name, given, content in self._copies.values():
             if freeze(given) != content:
                 raise Untraceable(f"it sets {name}")
+        if self._code.asks_self and self._computed_stand_in:
+            raise Untraceable(f"it asks whether two are the same object, and reads {self._computed_stand_in}")
 
     def _named(self, module, name):
         return ".".join(["self", *filter(None, [self._paths[id(module)]]), name])
@@ -92,7 +96,10 @@ class Reads:
             raise Untraceable(f"it reads {self._named(module, name)}, which is computed")
         self._watch.attribute(type(module), name)
         self._code.function(getter, type(module))
-        return object.__getattribute__(module, name)
+        value = object.__getattribute__(module, name)
+        if isinstance(value, fx.Proxy):
+            self._computed_stand_in = self._named(module, name)
+        return value
 
     def _constant(self, module, name, value):
         """A value that the forward reads as it is: watched, and of lists a copy, which shows what is done to it."""

@@ -205,7 +205,7 @@ def _trace_once(container, arguments, code, watch, modes_on):
         reads = Reads(container, code, watch, tracer)
         with reads.recorded():
             graph = tracer.trace(container)
-        reads.check_unchanged()
+        reads.check()
         if freeze(list(given.values())) != before:
             raise Untraceable("it changes an argument")
         if _get_modes() != (modes_on,) * 3:
