@@ -1,9 +1,8 @@
 """Files that appear whole or not at all, where writing was tried before the work started."""
 
-import contextlib
 import os
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -101,7 +100,7 @@ def check_writable(name, path, *, folder=False):
         raise ValueError(f"{name} must be a name in UTF-8; got {path.encode('utf-8', 'replace').decode()!r}") from None
     place = Path(path) if folder else Path(path).parent
     try:
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        with suppress(FileNotFoundError, NotADirectoryError):
             os.lstat(path if folder else _temporary_name(path))  # fails where a name is too long
         while not os.path.lexists(place):
             place = place.parent

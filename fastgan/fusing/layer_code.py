@@ -17,24 +17,24 @@ def hooks_of(module):
 
 def is_customized(module):
     """Whether anything but torch's code for a layer of its type takes part in calling the module."""
-    return any_is_customized([module.__dict__]) or is_called_otherwise(module) or _is_patched(type_of(module))
+    return any_is_customized([module.__dict__]) or _is_patched(type_of(module))
 
 
-def is_called_otherwise(module):
-    """Whether a call of the module is another than PyTorch's, which calls hooks and the forward."""
-    kind, base = type(module), nn.Module  # as they are now: a symbolic trace replaces those of all modules
+def is_called_otherwise(kind):
+    """Whether a call of modules of a type is another than PyTorch's, which calls hooks and the forward."""
+    base = nn.Module  # as it is now: a symbolic trace replaces methods for all modules
     return (
         kind.__call__ is not base.__call__
         or kind._call_impl is not base._call_impl
         or kind.__getattribute__ is not base.__getattribute__
-        or "_call_impl" in module.__dict__
     )
 
 
 def _is_patched(layer_type):
     """Whether somebody has put other code in the place of torch's, for all layers of the type."""
     code = [getattr(layer_type, name) for name in _CODE if hasattr(layer_type, name)]
-    return not all([f.__module__ == layer_type.__module__ and not hasattr(f, "__wrapped__") for f in code])
+    of_torch = all([f.__module__ == layer_type.__module__ and not hasattr(f, "__wrapped__") for f in code])
+    return not of_torch or is_called_otherwise(layer_type)
 
 
 def any_is_customized(attributes):
@@ -50,6 +50,11 @@ def any_is_customized(attributes):
 def has_own_code(own):
     """Whether a method that a layer computes by was replaced on the instance, by its `__dict__`."""
     return "forward" in own or "_conv_forward" in own or "_call_impl" in own
+
+
+def own_code(own):
+    """Those methods, None for each that was not."""
+    return own.get("forward"), own.get("_conv_forward"), own.get("_call_impl")
 
 
 def code_of(types):
@@ -70,7 +75,7 @@ def hooks_compute_weight(conv):
     """Whether the convolution's only hooks are those of `torch.nn.utils.spectral_norm` and `weight_norm`."""
     pre_hooks = conv._forward_pre_hooks
     others = conv._forward_hooks or conv._backward_hooks or conv._backward_pre_hooks
-    others = others or has_own_code(conv.__dict__) or is_called_otherwise(conv) or _is_patched(type_of(conv))
+    others = others or has_own_code(conv.__dict__) or _is_patched(type_of(conv))
     return len(pre_hooks) > 0 and not others and all(isinstance(hook, _WEIGHT_HOOKS) for hook in pre_hooks.values())
 
 

@@ -108,7 +108,8 @@ def passes_through(module):
     """Whether to call it is to call its children one after the other, and nothing else."""
     if not is_sequential(module) or any(hooks_of(module)) or module._compiled_call_impl is not None:
         return False
-    return not is_replaced(module.__dict__.get("forward")) and not is_called_otherwise(module)
+    own = module.__dict__
+    return not (is_replaced(own.get("forward")) or "_call_impl" in own or is_called_otherwise(type(module)))
 
 
 def is_replaced(forward):

@@ -8,7 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastgan.batch_groups import batch_groups
 from fastgan.checks import in_short
-from fastgan.fusing.layer_code import hooks_of
+from fastgan.fusing.layer_code import hooks_of, own_code
 from fastgan.fusion import fused_groups
 from fastgan.memory_format import fastest_format
 from fastgan.random_numbers import random_numbers_kept
@@ -42,7 +42,7 @@ def trial_key(discriminator, real_images):
         hooks = hooks_of(module)
         hooks = [*map(len, hooks)] if any(hooks) else None
         kind = type(module)
-        code = kind, getattr(kind, "forward", None), own.get("forward"), own.get("_conv_forward")
+        code = kind, getattr(kind, "forward", None), own_code(own)
         of_torch = kind.__module__.startswith("torch.nn.")
         settings = [*map(own.get, _SETTINGS)] if of_torch else _settings(own) + _class_flags(kind)
         if any([_has_grad_hooks(parameter) for parameter in own["_parameters"].values()]):

@@ -152,6 +152,20 @@ def test_calls_of_their_own(of, rows):
     assert ["0.0"] not in rows and ["2"] in rows
 
 
+def test_a_call_of_its_own_beside_hooks_that_compute_the_weight(rows):
+    def make():
+        return nn.Sequential(nn.utils.spectral_norm(nn.Conv2d(3, 4, 3)), nn.ReLU())
+
+    stock, model = make_pair(make)
+    assert_same(fastgan.fuse(model), stock)
+    assert rows
+    del rows[:]
+    for network in (stock, model):
+        call_otherwise(network[0])
+    assert_same(model, stock)
+    assert not rows
+
+
 @pytest.mark.parametrize("before", [True, False])
 def test_an_inner_one_that_is_compiled_in_place(before, rows):
     """Whoever compiles a part wants it to run compiled."""

@@ -18,7 +18,7 @@ TINY = {
 
 @pytest.fixture(autouse=True)
 def quick(one_thread):
-    pass
+    """All of these tests."""
 
 
 @pytest.fixture

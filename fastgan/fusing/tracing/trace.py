@@ -21,6 +21,7 @@ from torch import fx, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fastgan.checks import in_short
+from fastgan.fusing.layer_code import is_called_otherwise
 from fastgan.fusing.patterns import passes_through
 from fastgan.fusing.tracing.changes import check_unchanged_by
 from fastgan.fusing.tracing.code import RANDOM, CodeCheck, Untraceable, returns_something
@@ -157,7 +158,7 @@ class _Tracer(fx.Tracer):
             return forward(*args, **kwargs)
         children = module._modules.values()
         if len(args) == 1 and not kwargs and passes_through(module):
-            if all(isinstance(child, nn.Module) and type(child).__call__ is nn.Module.__call__ for child in children):
+            if all(isinstance(child, nn.Module) and not is_called_otherwise(type(child)) for child in children):
                 return self._call_children(module, *args)
         return super().call_module(module, forward, args, kwargs)
 

@@ -5,7 +5,7 @@ import types
 
 import torch
 
-from fastgan.fusing.layer_code import any_is_customized, code_of, has_same_code, hooks_of
+from fastgan.fusing.layer_code import any_is_customized, code_of, has_same_code, hooks_of, own_code
 
 MISSING = object()  # an attribute or a name that is not there
 _CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.memory_format)
@@ -141,5 +141,4 @@ def _can_change(value):
 
 def _changes_of(module):
     """The hooks and the code that a module has for itself."""
-    own = vars(module)
-    return [list(hooks.items()) for hooks in hooks_of(module)], own.get("forward"), own.get("_conv_forward")
+    return [list(hooks.items()) for hooks in hooks_of(module)], own_code(vars(module))
