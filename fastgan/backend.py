@@ -140,6 +140,11 @@ def select(device, dtype):
     return "triton", "FASTGAN_BACKEND=triton" if choice == "triton" else "the tensors are on CUDA"
 
 
+def may_run_kernels(tensor):
+    """Whether `select` may give "triton" for a tensor: the first question, as a small network feels each on a CPU."""
+    return tensor.is_cuda or forces_triton()
+
+
 def forces_triton():
     """Whether FASTGAN_BACKEND insists on our kernels, wherever the tensors are and whatever else is faster."""
     return _choice() == "triton"

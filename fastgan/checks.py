@@ -94,15 +94,17 @@ def check_loss(logits, targets):
     Args:
         logits, targets: {name: value}.
     """
-    check_tensors(**logits)
+    devices = set()
     for name, tensor in logits.items():
+        check_tensor(name, tensor)
         if tensor.numel() == 0:
             raise ValueError(f"{name} must not be empty; got shape {tuple(tensor.shape)}")
-    devices = [tensor.device for tensor in logits.values()]
-    if len(set(devices)) > 1:
-        raise ValueError(f"logits must be on one device; got {', '.join(map(str, devices))}")
+        devices.add(tensor.device)
+    if len(devices) > 1:
+        on = ", ".join(str(tensor.device) for tensor in logits.values())
+        raise ValueError(f"logits must be on one device; got {on}")
     for name, target in targets.items():
-        if not (is_number(target) or (torch.is_tensor(target) and target.dim() == 0)):
+        if not (type(target) is float or is_number(target) or (torch.is_tensor(target) and target.dim() == 0)):
             raise TypeError(f"{name} must be a number between 0 and 1; got {target!r}")
         if not 0.0 <= target <= 1.0:
             raise ValueError(f"{name} must be between 0 and 1; got {target!r}")
@@ -119,10 +121,9 @@ def check_loss_of_parts(logits, targets):
         raise ValueError(f"logits must have two equal parts for two targets; got shape {tuple(logits.shape)}")
 
 
-def check_tensors(**named):
-    """Raise TypeError unless each is a tensor of floating-point numbers."""
-    for name, value in named.items():
-        if not isinstance(value, torch.Tensor):
-            raise TypeError(f"{name} must be a tensor; got {type(value).__name__}")
-        if not value.is_floating_point():
-            raise TypeError(f"{name} must be floating point; got {value.dtype}")
+def check_tensor(name, value):
+    """Raise TypeError unless it is a tensor of floating-point numbers."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor; got {type(value).__name__}")
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be floating point; got {value.dtype}")

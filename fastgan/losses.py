@@ -31,9 +31,7 @@ def discriminator_bce(real_logits, fake_logits, *, real_target=1.0, fake_target=
     check_loss(
         dict(real_logits=real_logits, fake_logits=fake_logits), dict(real_target=real_target, fake_target=fake_target)
     )
-    dtype = torch.promote_types(real_logits.dtype, fake_logits.dtype)
-    implementation, _ = backend.select(real_logits.device, dtype)
-    if implementation == "reference":
+    if not (_has_kernel(real_logits) and _has_kernel(fake_logits)):
         loss = _bce_reference(real_logits, real_target) + _bce_reference(fake_logits, fake_target)
         return (loss, _mean_sigmoid(real_logits), _mean_sigmoid(fake_logits)) if return_means else loss
     loss, means, _ = losses.bce(real_logits, fake_logits, float(real_target), float(fake_target), False)
@@ -55,8 +53,7 @@ def generator_bce(fake_logits):
     Source: Goodfellow et al. 2014 (arXiv:1406.2661), section 3.
     """
     check_loss(dict(fake_logits=fake_logits), {})
-    implementation, _ = backend.select(fake_logits.device, fake_logits.dtype)
-    if implementation == "reference":
+    if not _has_kernel(fake_logits):
         return _bce_reference(fake_logits, 1.0)
     return losses.bce(fake_logits, None, 1.0, 0.0, False)[0]
 
@@ -78,8 +75,7 @@ def backward_bce(logits, targets, scaler, *, means=True):
     """
     check_loss_of_parts(logits, targets)
     # Loss and gradient come together: from the loss on, autograd would multiply that by one and put its parts together.
-    implementation, _ = backend.select(logits.device, logits.dtype)
-    if implementation == "reference":
+    if not _has_kernel(logits):
         loss, sigmoids, grads = _bce_and_gradient(logits, targets, means)
     else:
         real, *fake = logits.detach().reshape(-1).chunk(len(targets))
@@ -118,6 +114,10 @@ def _bce_and_gradient(logits, targets, means):
     )
 
 
+def _has_kernel(logits):
+    return backend.may_run_kernels(logits) and backend.select(logits.device, logits.dtype)[0] == "triton"
+
+
 def _bce_reference(logits, target):
     logits = _at_least_float32(logits)
     return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, target))
@@ -128,4 +128,4 @@ def _mean_sigmoid(logits):
 
 
 def _at_least_float32(logits):
-    return logits if logits.dtype == torch.float64 else logits.float()
+    return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()

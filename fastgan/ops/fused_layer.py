@@ -77,9 +77,7 @@ def may_have_kernels(x):
 
 
 def _may_be_of_kernels(x):
-    if not isinstance(x, torch.Tensor) or not (x.is_cuda or backend.forces_triton()):
-        return False  # for nothing else: a CPU step of a small network feels every question
-    return not any(backend.HOOKS_OF_ALL)
+    return isinstance(x, torch.Tensor) and backend.may_run_kernels(x) and not any(backend.HOOKS_OF_ALL)
 
 
 def compute_dtype(x):

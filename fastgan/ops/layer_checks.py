@@ -2,7 +2,7 @@
 
 import torch
 
-from fastgan.checks import check_tensors, is_integer
+from fastgan.checks import check_tensor, is_integer
 from fastgan.ops.geometry import out_size
 
 ACTIVATIONS = ("relu", "leaky_relu", "tanh", "sigmoid", None)
@@ -19,8 +19,8 @@ def check_conv_bn_act(
     layer,
 ):
     """Raise ValueError or TypeError for what the operators of a `fastgan.ops.layer_spec.LayerSpec` cannot take."""
-    check_tensors(x=x, weight=weight)
     for name, tensor in (("x", x), ("weight", weight)):
+        check_tensor(name, tensor)
         if tensor.dim() != 4:
             raise ValueError(f"{name} must have 4 dimensions; got shape {tuple(tensor.shape)}")
     if 0 in weight.shape:
@@ -54,7 +54,7 @@ def _check_vectors(x, out_channels, vectors):
     """Look at those of {name: vector or None} that there are."""
     for name, vector in vectors.items():
         if vector is not None:
-            check_tensors(**{name: vector})
+            check_tensor(name, vector)
             if vector.shape != (out_channels,):
                 raise ValueError(f"{name} must have shape ({out_channels},); got {tuple(vector.shape)}")
             if vector.dtype != x.dtype:
