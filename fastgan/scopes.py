@@ -30,12 +30,21 @@ class Scope:
                 self.values[thread] = before
 
     def current(self):
-        """What holds here. In compiled code, which cannot tell threads apart, and within a backward, which may run in
-        another thread, it is the largest value that any thread holds."""
+        """What holds here. In compiled code, which cannot tell threads apart, and in a thread of autograd's, which runs
+        backward for another, it is the largest value that any thread holds."""
         if not self.values:
             return self._outside
         compiling = torch.compiler.is_compiling()
         own = None if compiling else self.values.get(threading.get_ident())
         if own is not None:
             return own
-        return max(self.values.values()) if compiling or torch._C._current_graph_task_id() != -1 else self._outside
+        return max(self.values.values()) if compiling or _is_of_autograd() else self._outside
+
+
+def _is_of_autograd():
+    """Whether this is a thread that autograd runs a backward in, and not one of Python's."""
+    if torch._C._current_graph_task_id() == -1:
+        return False
+    own = threading.get_ident()
+    of_python = [thread for thread in threading.enumerate() if not isinstance(thread, threading._DummyThread)]
+    return all([thread.ident != own for thread in of_python])

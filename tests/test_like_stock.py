@@ -1,5 +1,6 @@
 """What works with stock layers works with fused ones: layers that change later, odd input, hooks, torch's own tools."""
 
+import _thread
 import collections
 import copy
 import inspect
@@ -347,9 +348,19 @@ def test_compiled_code_knows_of_a_scope():
         assert compiled(x).tolist() == [1, 1]
 
 
-def test_what_backward_runs_again_is_of_first_order():
-    """As a thread of autograd's on a GPU would: it is in no scope."""
-    seen = []
+def _start_as_autograd(function):
+    """In a thread that Python's threading knows nothing of, as those of autograd are for a GPU."""
+    _thread.start_new_thread(function, ())
+
+
+def _start_as_somebody(function):
+    threading.Thread(target=function).start()
+
+
+@pytest.mark.parametrize(("start", "expected"), [(_start_as_autograd, True), (_start_as_somebody, False)])
+def test_what_backward_runs_again_is_of_first_order(start, expected):
+    """Autograd's thread for a GPU is in no scope, and runs a part of what is; a thread of somebody's does not."""
+    seen, done = [], threading.Event()
 
     class Asks(torch.autograd.Function):
         @staticmethod
@@ -358,13 +369,18 @@ def test_what_backward_runs_again_is_of_first_order():
 
         @staticmethod
         def backward(ctx, grad):
+            threading.current_thread()  # which makes one of Python's out of what is none
             seen.append(only_first_order())
             return grad
 
     x = torch.ones(2, requires_grad=True)
-    thread = threading.Thread(target=lambda: Asks.apply(x).sum().backward())
+
+    def learn():
+        Asks.apply(x).sum().backward()
+        done.set()
+
     with first_order():
-        thread.start()
-        thread.join()
+        start(learn)
+        assert done.wait(60)
     Asks.apply(x).sum().backward()
-    assert seen == [True, False]
+    assert seen == [expected, False]

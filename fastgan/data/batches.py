@@ -1,6 +1,7 @@
 """Batches in a reproducible order, and the way between uint8 images and the range of the networks."""
 
 import itertools
+import signal
 import warnings
 
 import numpy as np
@@ -101,6 +102,7 @@ def _on_demand(dataset, plan, workers):
         sampler=([None if part is None else part.tolist() for part in parts] for parts in plan),
         num_workers=workers,
         generator=torch.Generator(),  # otherwise the loader draws a seed from the global generator
+        worker_init_fn=_leave_interrupts_alone,
     )
     unreadable = {}
     with torch.device("cpu"):  # whatever the default is: the loader draws a number from that generator
@@ -121,6 +123,11 @@ def _on_demand(dataset, plan, workers):
         if len(unreadable) > 1:
             reasons = first_few(unreadable.values(), "; ")
             warnings.warn(f"{len(unreadable)} of {len(dataset)} pictures could not be read: {reasons}", stacklevel=2)
+
+
+def _leave_interrupts_alone(_):
+    """In a worker: Ctrl-C reaches all processes of a terminal, and the one that trains still waits for batches."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class _WholeBatches(Dataset):

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-# Modes that hold more than eight bits in the range 0 … 65,535. Pillow's own conversion clips them at 255.
+# Modes that hold 0 … 65,535, or, of 32 bits, 0 … 255 at times. Pillow's own conversion clips them at 255.
 _SIXTEEN_BIT_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
 
@@ -46,7 +46,9 @@ def _to_rgb(picture):
     from PIL import Image
 
     if picture.mode in _SIXTEEN_BIT_MODES:
-        eight_bit = np.clip(np.asarray(picture) / 257, 0, 255).round().astype(np.uint8)
+        numbers = np.asarray(picture)
+        numbers = numbers if picture.mode == "I" and numbers.max() <= 255 else numbers / 257
+        eight_bit = np.clip(numbers, 0, 255).round().astype(np.uint8)
         return Image.fromarray(eight_bit).convert("RGB")
     if picture.mode == "F":  # floating point, of either usual range
         numbers = np.nan_to_num(np.asarray(picture))

@@ -1,6 +1,7 @@
 """The options of a training run: names, defaults, help texts and what is allowed, all in one place."""
 
 import dataclasses
+import os
 from dataclasses import dataclass, field
 
 from fastgan.backend import PRECISIONS
@@ -126,6 +127,12 @@ class TrainConfig:
         check_positive("lr", self.lr)
         if not (is_number(self.beta1) and 0 <= self.beta1 < 1):
             raise ValueError(f"beta1 must be a number from 0 to below 1; got {self.beta1!r}")
+        # As what checkpoints and config.json can hold: NumPy's numbers, paths and devices may come, too.
+        plain = dict(lr=float(self.lr), beta1=float(self.beta1), device=str(self.device))
+        if isinstance(self.dataroot, os.PathLike):
+            plain["dataroot"] = os.fspath(self.dataroot)
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)  # the way around `frozen`
 
     def for_images(self, image_size):
         """These options with everything filled in that depends on the side of the data set's images."""

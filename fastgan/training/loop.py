@@ -5,6 +5,7 @@ from contextlib import closing
 import torch
 
 from fastgan.files import alone_in, remove_left_over
+from fastgan.random_numbers import restore_rng
 from fastgan.training.guards import FirstNonFinite, Interrupt
 from fastgan.training.plots import plot_losses
 from fastgan.training.records import PICTURES, Records
@@ -30,6 +31,7 @@ def train(run):
     """
     if run.first_step >= run.last_step:
         return run.first_step
+    restore_rng(run.rng, run.device)  # numbers may have been drawn since the run was made
     torch.backends.cudnn.benchmark = True  # worth it: all batches have one shape
     run.out.mkdir(parents=True, exist_ok=True)
     with alone_in(run.out):

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -40,7 +41,7 @@ def trial_key(discriminator, real_images):
         modules += [each for each in module._modules.values() if each is not None]
         own = module.__dict__
         hooks = hooks_of(module)
-        hooks = [*map(len, hooks)] if any(hooks) else None
+        hooks = [list(each.values()) for each in hooks] if any(hooks) else None
         kind = type(module)
         code = kind, getattr(kind, "forward", None), own_code(own)
         of_torch = kind.__module__.startswith("torch.nn.")
@@ -57,7 +58,7 @@ def _has_grad_hooks(parameter):
 
 def _settings(attributes, kinds=(bool, int, float, str)):
     """What somebody's own module may decide by: the flags and numbers among its attributes."""
-    return [(name, value) for name, value in attributes.items() if type(value) in kinds]
+    return [each for each in attributes.items() if type(each[1]) in kinds or isinstance(each[1], np.generic)]
 
 
 def _class_flags(kind):
@@ -95,7 +96,9 @@ def _known_obstacle(discriminator):
 
 
 def _tried_obstacle(discriminator, real_images, fake_images):
-    real, fake = (images[:TRIAL_IMAGES].detach().double() for images in (real_images, fake_images))
+    # Copies, because somebody's discriminator may write to them.
+    real, fake = (images[:TRIAL_IMAGES].detach().to(torch.float64, copy=True) for images in (real_images, fake_images))
+    versions = real._version, fake._version
     try:
         together, apart = (copy.deepcopy(discriminator).double() for _ in range(2))
         for model in (together, apart):
@@ -113,6 +116,8 @@ def _tried_obstacle(discriminator, real_images, fake_images):
             expected = torch.cat([of_real, of_fake])
             if drawn():
                 return "it draws random numbers"
+            if (real._version, fake._version) != versions:
+                return "it changes its images in place"
     except Exception as error:  # it wants a dtype, or a number of images, of its own
         if wants_default_layout(error):
             raise

@@ -15,7 +15,7 @@ from fastgan.backend import PRECISIONS, select
 from fastgan.checks import is_out_of_memory
 from fastgan.files import check_writable, version_of, write_text
 from fastgan.models import Discriminator, Generator
-from fastgan.random_numbers import restore_rng
+from fastgan.random_numbers import restore_rng, rng_state
 from fastgan.training.allocation import keep_freed_memory
 from fastgan.training.checkpoints import (
     CHECKPOINT,
@@ -45,6 +45,7 @@ class Run:
     device: torch.device
     step: TrainStep
     fixed_latent: torch.Tensor  # (SAMPLES, nz): the sample pictures are of these
+    rng: dict  # the `rng_state` that it goes on with
     first_step: int = 0
     resident: data.ResidentImages | None = None  # the images, where they are on the GPU: the step's source
     found: tuple | None = None  # `version_of` checkpoint.pt when the run was made; of a new one: None
@@ -134,7 +135,8 @@ def new_run(config, out=None):
     torch.manual_seed(config.seed)
     resident = _resident(config, dataset, device)
     step = _train_step(config, dataset.nc, device, resident)
-    return Run(config, out, dataset, device, step, draw_latents(SAMPLES, config.nz, config.seed), resident=resident)
+    latent, rng = draw_latents(SAMPLES, config.nz, config.seed), rng_state(device)
+    return Run(config, out, dataset, device, step, latent, rng, resident=resident)
 
 
 def resumed_run(path, given=None, out=None):
@@ -181,7 +183,8 @@ def resumed_run(path, given=None, out=None):
             raise
         raise ValueError(f"{path} does not fit its own options: {error}") from error
     _tell_of_edits(path.parent / CONFIG, before, config)
-    return Run(config, path.parent, dataset, device, step, state["fixed_latent"], state["step"], resident, found)
+    latent, rng = state["fixed_latent"], state["rng"]
+    return Run(config, path.parent, dataset, device, step, latent, rng, state["step"], resident, found)
 
 
 def _tell_of_edits(path, before, config):

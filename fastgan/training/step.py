@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from fastgan.backend import PRECISIONS, without_autocast
+from fastgan.backend import HOOKS_OF_ALL, PRECISIONS, without_autocast
 from fastgan.batch_groups import batch_groups
 from fastgan.checks import check_positive
 from fastgan.first_order import first_order
@@ -33,6 +33,7 @@ from fastgan.training.weights import (
     frozen,
     keep_compilable,
     load_weights,
+    parameters_in_both,
     to_channels_last,
     to_contiguous,
     wants_default_layout,
@@ -108,10 +109,13 @@ class TrainStep:
         if one_pass is not None:
             check_flags(one_pass=one_pass)
         check_source(source)
-        weight = next(generator.parameters())
-        self.device, self.dtype = weight.device, weight.dtype
+        weight, *others = generator.parameters()
+        self.device = weight.device
+        self.dtype = next((each.dtype for each in (weight, *others) if each.is_floating_point()), weight.dtype)
         check_precision(precision, self.device)
         self.autocast_dtype = None if precision == "fp32" else PRECISIONS[precision]
+        # Autocast casts no float64.
+        self._image_dtypes = (self.dtype, None if self.dtype == torch.float64 else self.autocast_dtype)
 
         self.generator, self.discriminator = generator, discriminator
         self._prepare_networks(fused, compile)
@@ -151,7 +155,8 @@ class TrainStep:
         itself = weakref.ref(self)
         optimizers = []
         for network in (self.generator, self.discriminator):
-            optimizer = adam(network.parameters(), lr=lr, betas=betas, fused=True, capturable=capturable)
+            real = all(parameter.is_floating_point() for parameter in network.parameters())  # or complex
+            optimizer = adam(network.parameters(), lr=lr, betas=betas, fused=real, capturable=capturable)
             # A captured step writes to its old averages.
             optimizer.register_load_state_dict_post_hook(lambda _: itself() and itself().forget_graph())
             optimizers.append(optimizer)
@@ -232,11 +237,14 @@ class TrainStep:
         self.scaler.step(self.optimizer_d)
         self._copies_d.refresh()
 
-        with frozen(self.discriminator):
+        shared = parameters_in_both(self.optimizer_g, self.optimizer_d)
+        for parameter in shared:
+            parameter.grad = None  # the discriminator's
+        with frozen(self.discriminator, but=shared):  # and in backward, which runs parts of forward again where asked
             fake_logits = self._judge(fake_images)
-        if self.generator not in self._in_default_layout:
-            self._running = self.generator  # of both that are in this backward, the one that was in none yet
-        (loss_g,) = self._backward_bce(fake_logits, (1.0,), self.scaler, means=False)
+            if self.generator not in self._in_default_layout:
+                self._running = self.generator  # of both that are in this backward, the one that was in none yet
+            (loss_g,) = self._backward_bce(fake_logits, (1.0,), self.scaler, means=False)
         self.scaler.step(self.optimizer_g)
 
         self.scaler.update()
@@ -246,7 +254,7 @@ class TrainStep:
     def _discriminate(self, real_images):
         """Give the discriminator its gradients; returns the fake images, its loss and both mean probabilities."""
         real_images = self._draw() if real_images is None else real_images
-        if real_images.dtype not in (self.dtype, self.autocast_dtype):  # NumPy's float64, say
+        if real_images.dtype not in self._image_dtypes:  # NumPy's float64, say
             real_images = real_images.to(self.dtype)
         latent = torch.randn(len(real_images), *self.latent_shape, device=self.device, dtype=self.dtype)
         fake_images = self._generate(latent) if self.one_pass else None
@@ -299,6 +307,8 @@ class TrainStep:
         """Whether one pass does for these images; tries it, if that is not known."""
         if real_images.shape != fake_images.shape:
             return False
+        if any(HOOKS_OF_ALL):
+            return False  # they are for each call of a layer, and one pass is two calls in one
         images, seen = trial_key(self.discriminator, real_images)
         if self._tried.get(images) == seen:
             self._trials = 0

@@ -88,10 +88,18 @@ def keep_compilable(network):
         first.weight.data = first.weight.data.contiguous()
 
 
+def parameters_in_both(optimizer, other):
+    """The parameters that two optimizers update."""
+    first, second = ([p for group in each.param_groups for p in group["params"]] for each in (optimizer, other))
+    ids = set(map(id, second))
+    return [parameter for parameter in first if id(parameter) in ids]
+
+
 @contextmanager
-def frozen(module):
-    """Within it no parameter of ``module`` asks for a gradient: a forward pass carries gradients to its input only."""
-    learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
+def frozen(module, but=()):
+    """Within it no parameter of ``module`` but those in ``but`` asks for a gradient: its input's is all it gives."""
+    kept = set(map(id, but))
+    learning = [parameter for parameter in module.parameters() if parameter.requires_grad and id(parameter) not in kept]
     for parameter in learning:
         parameter.requires_grad_(False)
     try:

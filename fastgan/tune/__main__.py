@@ -178,7 +178,7 @@ def _saver(path, gpu, versions):
         try:
             write_table(path, gpu, versions, {**known, **measured})
         except OSError as error:
-            raise ValueError(f"{path} cannot be written: {error}") from error
+            raise ValueError(f"{path} cannot be written: {error.strerror or error}") from error
 
     return save
 

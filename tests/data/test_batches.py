@@ -1,6 +1,7 @@
 """Batches in a reproducible order, and scaling them to [-1, 1] and back."""
 
 import itertools
+import signal
 
 import numpy as np
 import pytest
@@ -97,6 +98,21 @@ def test_on_demand_equals_in_memory(few_fakes, pictures, monkeypatch, workers):
         assert len(memory) == len(demand)
         assert torch.equal(memory[2], demand[2])
         assert torch.equal(take(memory, 6, first_step=3), take(demand, 6, first_step=3, workers=workers))
+
+
+def test_workers_go_on_after_an_interrupt():
+    """Ctrl-C reaches them too, and the process that trains ends its step with what they read."""
+
+    class Asks:
+        nc, image_size = 1, 2
+
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, index):
+            return np.full((1, 2, 2), signal.getsignal(signal.SIGINT) is signal.SIG_IGN, dtype=np.uint8)
+
+    assert numbers(datasets.ImagesOnDemand("asks", Asks()), 1, workers=1) == [[1] * 4]
 
 
 def test_earlier_batches_are_not_decoded(few_fakes, no_memory, monkeypatch):

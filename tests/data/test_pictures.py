@@ -48,6 +48,13 @@ def test_sixteen_bits(tmp_path, name, deep, eight_bit):
     assert colour(read_picture(saved(tmp_path, picture, name), 4)) == [eight_bit] * 3
 
 
+@pytest.mark.parametrize(("number", "eight_bit"), [(100, 100), (255, 255), (257 * 100, 100)])
+def test_thirty_two_bits(tmp_path, number, eight_bit):
+    """Of either usual range."""
+    picture = Image.fromarray(np.full((9, 9), number, dtype=np.int32))
+    assert colour(read_picture(saved(tmp_path, picture, "picture.tif"), 4)) == [eight_bit] * 3
+
+
 @pytest.mark.parametrize(("number", "eight_bit"), [(0.2, 51), (1.0, 255), (51.0, 51), (np.nan, 0)])
 def test_floating_point(tmp_path, number, eight_bit):
     """Of either usual range."""

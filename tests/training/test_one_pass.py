@@ -4,6 +4,7 @@ import copy
 import random
 import threading
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -161,6 +162,25 @@ def test_one_pass_is_tried_on_copies():
     step._can_take_one_pass(real, fake)
     assert step.one_pass and torch.equal(rng, torch.get_rng_state())
     torch.testing.assert_close(before, step.discriminator.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("one_pass", (True, False))
+def test_a_discriminator_that_changes_its_images(one_pass):
+    """The generator learns by images that were changed before, when the discriminator learned by them."""
+
+    def make():
+        torch.manual_seed(0)
+        generator = nn.Sequential(nn.Linear(NZ, 512), nn.Unflatten(1, (2, 16, 16))).double()
+        return generator, nn.Sequential(nn.LeakyReLU(0.2, inplace=True), nn.Conv2d(2, 4, 3), *logits_of(784)).double()
+
+    found = []
+    for fused in (True, False):
+        networks = make()
+        step = TrainStep(*networks, latent_dim=NZ, fused=fused, one_pass=one_pass and fused)
+        with pytest.warns(UserWarning, match="in place") if step.one_pass else nullcontext():
+            found.append([step(real) for real in real_batches(3)])
+        found.append([network.state_dict() for network in networks])
+    torch.testing.assert_close(found[:2], found[2:])
 
 
 def test_one_pass_of_numbers_that_are_none():

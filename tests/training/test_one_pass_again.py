@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -91,6 +92,34 @@ def test_it_is_tried_anew_after_changes(change):
     assert not step.one_pass
 
 
+def test_it_is_tried_anew_with_another_hook():
+    """On the same module, in the place of one that did no harm."""
+    hooks = {1: lambda *_: None, 2: lambda model, args, y: y - y.mean(0, keepdim=True)}
+
+    def change(model, i):
+        if i in hooks:
+            model[4]._forward_hooks.clear()
+            model[4].register_forward_hook(hooks[i])
+
+    with pytest.warns(UserWarning, match="two passes.*share a batch"):
+        followed(small_critic, change, steps=4)
+
+
+def test_hooks_on_all_modules_are_called_for_each_pass():
+    calls, registered = [], []
+
+    def change(model, i):
+        if not calls and i == 1:
+            hook = nn.modules.module.register_module_forward_hook(lambda module, *_: calls.append(type(module)))
+            registered.append(hook)
+        if i == 2:
+            registered[0].remove()
+
+    step = followed(small_critic, change, steps=4)
+    # Of ours and of stock at one step: real images, fake ones, and those that the generator learns by.
+    assert calls.count(nn.Conv2d) == 2 * 3 and step.one_pass
+
+
 def test_it_is_tried_anew_in_another_mode():
     def make():
         return nn.Sequential(nn.Conv2d(2, 4, 3), nn.Dropout(0.0), nn.BatchNorm2d(4), *logits_of(784))
@@ -113,6 +142,21 @@ def test_it_is_tried_anew_with_another_setting(where, monkeypatch):
 
     with pytest.warns(UserWarning, match="two passes.*share a batch"):
         followed(Mixing, change, steps=4)
+
+
+@pytest.mark.parametrize("number", (float, int, np.float64, np.float32, np.int64, np.bool_))
+def test_it_is_tried_anew_with_another_number(number):
+    class Mixing(nn.Module):
+        share = None
+
+        def forward(self, x):
+            return x - x.mean(0, keepdim=True) if self.share else x
+
+    def change(model, i):
+        model[0].share = number(i > 1)
+
+    with pytest.warns(UserWarning, match="two passes.*share a batch"):
+        followed(lambda: nn.Sequential(Mixing(), *small_critic()), change, steps=4)
 
 
 def test_counters_of_a_class_are_no_settings():

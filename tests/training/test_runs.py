@@ -164,6 +164,21 @@ def test_seeds_differ_and_repeat(tiny, tmp_path):
     assert losses(tmp_path / "a") == losses(tmp_path / "b") != losses(tmp_path / "c")
 
 
+def test_numbers_that_are_drawn_between_making_and_training_are_others(tiny, tmp_path):
+    for out in ("at once", "later"):
+        run = new_run(tiny(max_steps=4), tmp_path / out)
+        if out == "later":
+            new_run(tiny(max_steps=4, seed=7), tmp_path / "another")
+        train(run)
+    assert losses(tmp_path / "at once") == losses(tmp_path / "later")
+
+    train(new_run(tiny(max_steps=2), tmp_path / "resumed"))
+    run = resumed_run(tmp_path / "resumed", {"max_steps": 4})
+    torch.rand(5)
+    train(run)
+    assert losses(tmp_path / "resumed") == losses(tmp_path / "later")
+
+
 def test_rows_after_the_checkpoint_are_dropped_when_resuming(tiny, tmp_path):
     train(new_run(tiny(), tmp_path))
     kept = (tmp_path / "metrics.jsonl").read_text()

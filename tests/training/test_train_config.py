@@ -1,7 +1,9 @@
 import argparse
 import dataclasses
 
+import numpy as np
 import pytest
+import torch
 
 from fastgan.training import TrainConfig
 from fastgan.training.config import add_options, config_from_dict, continued
@@ -79,6 +81,13 @@ def test_values_that_are_not_allowed_are_named(name, value):
     with pytest.raises(ValueError, match=name) as error:
         TrainConfig(**{name: value})
     assert str(value) in str(error.value)
+
+
+def test_values_are_kept_as_files_can_hold_them(tmp_path):
+    """Checkpoints are read by what knows neither NumPy's numbers nor paths."""
+    config = TrainConfig(lr=np.float32(0.5), beta1=np.float64(0.25), dataroot=tmp_path, device=torch.device("cpu"))
+    assert (config.lr, config.beta1, config.dataroot, config.device) == (0.5, 0.25, str(tmp_path), "cpu")
+    assert {type(value) for value in dataclasses.asdict(config).values()} <= {str, int, float, bool, type(None)}
 
 
 def test_a_dictionary_makes_the_config_again():

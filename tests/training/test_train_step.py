@@ -7,6 +7,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from fastgan.training import TrainStep
 from fastgan.training import step as training_step
@@ -122,6 +123,81 @@ def test_networks_of_strangers():
     assert not torch.equal(before["0.weight"], generator.state_dict()["0.weight"])
 
 
+class _Moved(nn.Module):
+    """Between the layers before and after it, all that passes is moved by a parameter of many positions."""
+
+    def __init__(self, layers, by, *after):
+        super().__init__()
+        self.layers, self.by, self.after = layers, by, nn.Sequential(*after)
+
+    def forward(self, x):
+        return self.after(self.layers(x) + self.by)
+
+
+def _trained_beside_the_example(make, fused, steps=3):
+    """(gradients of both networks) of our steps and of the example's, for the networks that `make` gives."""
+    ours, example = make(), make()
+    step = TrainStep(*ours, latent_dim=NZ, lr=5e-3, betas=(0.6, 0.99), fused=fused)
+    expected_step = ExampleStep(*example, lr=5e-3, betas=(0.6, 0.99))
+    for each in (step, expected_step):
+        torch.manual_seed(2)
+        for real in real_batches(steps):
+            each(real)
+    grads = [parameter.grad for parameter in ours[0].parameters()]
+    return (grads, *map(nn.Module.state_dict, ours)), (
+        [parameter.grad for parameter in example[0].parameters()],
+        *map(nn.Module.state_dict, example),
+    )
+
+
+@pytest.mark.parametrize("fused", (False, True))
+def test_networks_that_share_a_parameter(fused):
+    """Its gradient in the generator's update is of all ways that lead to it, and not of the discriminator's update."""
+
+    def make():
+        generator, discriminator = make_networks()
+        shared = nn.Parameter(torch.linspace(-0.3, 0.4, 2 * 16 * 16, dtype=torch.float64).view(2, 16, 16))
+        return _Moved(generator, shared), _Moved(nn.Identity(), shared, discriminator)
+
+    torch.testing.assert_close(*_trained_beside_the_example(make, fused), rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("reentrant", (False, True))
+@pytest.mark.parametrize("fused", (False, True))
+def test_checkpointing_in_the_discriminator(fused, reentrant):
+    """What backward runs again finds its parameters as frozen as forward did."""
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.full((2, 1, 1), 0.5, dtype=torch.float64))
+
+        def forward(self, x):
+            return checkpoint(lambda x: torch.tanh(x * self.scale), x, use_reentrant=reentrant)
+
+    def make():
+        generator, discriminator = make_networks()
+        return generator, nn.Sequential(nn.Conv2d(2, 2, 1).double(), Scaled(), discriminator)
+
+    torch.testing.assert_close(*_trained_beside_the_example(make, fused), rtol=1e-7, atol=1e-9)
+
+
+def test_complex_parameters():
+    class Fourier(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.full((2, 16, 16), 0.5 + 0.2j, dtype=torch.complex128))
+
+        def forward(self, x):
+            return torch.fft.ifft2(torch.fft.fft2(x) * self.weight).real
+
+    def make():
+        generator, discriminator = make_networks()
+        return nn.Sequential(generator, Fourier()), nn.Sequential(Fourier(), discriminator)
+
+    torch.testing.assert_close(*_trained_beside_the_example(make, fused=True), rtol=1e-7, atol=1e-9)
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_logits_of_one_image_without_dimensions(fused):
     class Squeezed(nn.Sequential):
@@ -150,15 +226,16 @@ def test_bf16_keeps_parameters_and_losses_in_float32():
     assert all(p.dtype == torch.float32 and p.grad.dtype == torch.float32 for p in generator.parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("one_pass", [True, False])
-def test_images_of_another_floating_dtype_train_as_those_of_the_networks(one_pass, precision):
-    images, found = real_batches(1, dtype=torch.float32)[0], []
-    for real in (images, images.double()):
+def test_images_of_another_floating_dtype_train_as_those_of_the_networks(one_pass, precision, dtype):
+    images, found = real_batches(1, dtype=torch.bfloat16)[0], []
+    for real in (images.float(), images.double(), images):
         torch.manual_seed(2)
         options = dict(latent_dim=NZ, precision=precision, one_pass=one_pass)
-        found.append(TrainStep(*make_networks(dtype=torch.float32), **options)(real))
-    torch.testing.assert_close(*found, rtol=0, atol=0)
+        found.append(TrainStep(*make_networks(dtype=dtype), **options)(real))
+    torch.testing.assert_close(found[1:], found[:1] * 2, rtol=0, atol=0)
 
 
 def test_fp16_scales_the_losses_and_not_the_updates(monkeypatch):
