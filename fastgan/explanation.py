@@ -54,7 +54,7 @@ class Explanation(list):
         return "\n".join([first, *aligned(lines)])
 
 
-def explain(model, *inputs):
+def explain(model, *inputs, **named_inputs):
     """Say of every convolution in `model` what it runs as: fused or stock, by which implementation, and why.
 
     Of a model compiled with ``backend="fastgan"`` it shows the convolutions in the graphs that a call captures.
@@ -64,7 +64,7 @@ def explain(model, *inputs):
 
     Args:
         model: an nn.Module, fused or not; it is not changed.
-        inputs: what to call it with, by position, to show shapes too, and how such a call runs; without gradients, and
+        inputs, named_inputs: what to call it with, to show shapes too, and how such a call runs; without gradients, and
             on copies of its parameters and buffers. What its forward raises is raised.
 
     Returns:
@@ -78,8 +78,8 @@ def explain(model, *inputs):
     check_module(model)
     if hasattr(model, "dynamo_ctx"):  # of torch.compile
         explain_original = _explain_compiled if _backend_name(model) == "fastgan" else explain
-        return explain_original(model._orig_mod, *inputs)
-    calls, kinds = _calls(model, inputs) if inputs else ({}, {})
+        return explain_original(model._orig_mod, *inputs, **named_inputs)
+    calls, kinds = _calls(model, inputs, named_inputs) if inputs or named_inputs else ({}, {})
     groups = {}
     for _, group, container in all_groups(model, kinds):
         groups.setdefault(id(group.modules[0]), []).append((group, container))
@@ -91,7 +91,7 @@ def explain(model, *inputs):
         own = groups.get(id(conv), [])
         group, container = next((each for each in own if within is None or each[1] in within), (None, None))
         if not own:
-            reason = _why_untouched(model, path, kinds)
+            reason = _why_untouched(model, conv, kinds)
         elif group is None:
             reason = f"the layers of its {type(own[-1][1]).__name__} are called one by one"
         elif not group.fused:
@@ -151,9 +151,9 @@ def _backend_name(compiled):
     return getattr(innermost_backend(compiled.dynamo_ctx.callback), "compiler_name", None)
 
 
-def _explain_compiled(model, *inputs):
+def _explain_compiled(model, *inputs, **named_inputs):
     """The rows of a model that was compiled with backend="fastgan"."""
-    if not inputs:
+    if not inputs and not named_inputs:
         raise ValueError("a compiled model is explained by the graphs of a call: inputs must be given, got none")
     rows = Explanation(f"{type(model).__name__}, compiled")
 
@@ -161,7 +161,7 @@ def _explain_compiled(model, *inputs):
         rows.extend(map(_captured_row, find(graph_module.graph)))
         return graph_module.forward
 
-    _call(torch.compile(model, backend=record), inputs)
+    _call(torch.compile(model, backend=record), inputs, named_inputs)
     convolutions = sum(isinstance(module, nn.modules.conv._ConvNd) for module in model.modules())
     rows.outside = max(0, convolutions - len(rows))
     return rows
@@ -174,12 +174,19 @@ def _captured_row(found):
     return _row(found.path, found.pattern, sizes, choice, found.reason)
 
 
-def _why_untouched(model, path, kinds):
+def _why_untouched(model, conv, kinds):
     """Why a convolution is in no group that fuse took over: what the nearest module says whose forward may call it."""
-    if path == "":
+    if model is conv:
         return "a convolution by itself: fuse works on the module that calls it"
+    paths = [path for path, module in model.named_modules(remove_duplicate=False) if module is conv]
+    whys = [_why_untouched_at(model, path, kinds) for path in paths]
+    return next((why for why, is_called in whys if is_called), whys[0][0])
+
+
+def _why_untouched_at(model, path, kinds):
+    """(why, whether that module may call it under this one of its paths)."""
     parts = path.split(".")
-    why = ""
+    why = "", False
     for end in reversed(range(len(parts))):
         container, name = model.get_submodule(".".join(parts[:end])), ".".join(parts[end:])
         if type(container).forward is nn.Module.forward and "forward" not in container.__dict__:
@@ -187,14 +194,15 @@ def _why_untouched(model, path, kinds):
         called = kinds.get(id(container), ())
         for group in groups_of(container, called):
             if group.names[0] == name:
-                return group.reason if not group.fused else "fastgan.fuse was not called on it"
-        if not is_sequential(container):
+                return (group.reason if not group.fused else "fastgan.fuse was not called on it"), True
+        if not is_sequential(container) and not why[0]:
             reason = next(filter(None, [plan.reason for plan in plans_of(container, called)]), "")
-            why = why or f"{type(container).__name__}.forward stays as it is: {reason or f'it does not call {name}'}"
+            said = reason or f"it does not call {name}"
+            why = f"{type(container).__name__}.forward stays as it is: {said}", bool(reason)
     return why
 
 
-def _calls(model, inputs):
+def _calls(model, inputs, named_inputs):
     """What one call shows, which leaves the model as it is.
 
     Returns:
@@ -231,28 +239,30 @@ def _calls(model, inputs):
         with running_stock(model) as fused_forwards:
             for container, fused_forward in fused_forwards:
                 container.forward = noting(container, fused_forward)
-            _call(model, inputs)
+            _call(model, inputs, named_inputs)
     finally:
         for handle in handles:
             handle.remove()
     return calls, kinds
 
 
-def _call(model, inputs):
+def _call(model, inputs, named_inputs):
     """Call the model without gradients, and so that nothing shows of it: in training a forward may change tensors."""
     with torch.no_grad(), random_numbers_kept(), _on_copies(model):
-        model(*inputs)
+        model(*inputs, **named_inputs)
 
 
 @contextmanager
 def _on_copies(model):
-    """Within it the model has copies of its parameters and buffers.
+    """Within it the model has copies of its parameters and buffers; scripted modules have theirs put back at the end.
 
     torch.func.functional_call leaves some of its copies in a module that has several names.
     """
-    modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    scripted = [module for module in model.modules() if isinstance(module, torch.jit.ScriptModule)]
+    modules = [module for module in model.modules() if module not in scripted]
     owned = [(own, dict(own)) for module in modules for own in (module._parameters, module._buffers)]
     copies = {}  # by the id of the original, which may be in several modules
+    kept = [(buffer, buffer.clone()) for module in scripted for buffer in module.buffers()]
     try:
         for own, originals in owned:
             for name, tensor in originals.items():
@@ -265,6 +275,8 @@ def _on_copies(model):
         for own, originals in owned:
             own.clear()
             own.update(originals)
+        for buffer, values in kept:
+            buffer.copy_(values)
 
 
 def _copy(tensor):

@@ -157,6 +157,19 @@ def own_functions(self, x):
     return torch.relu_(self.conv2(F.elu(self.conv1(x))))
 
 
+def numbers_of_numpy(self, x):
+    return np.sqrt(2) * F.relu(self.bn1(self.conv1(x))) / np.sqrt(0.5)
+
+
+def asks_for_an_attribute(self, x):
+    x = self.act(self.conv1(x)) if hasattr(self, "conv1") else x
+    return self.shortcut(x) if hasattr(self, "shortcut") else self.conv2(x)
+
+
+def upsampled(self, x):
+    return F.relu(self.bn1(self.conv1(F.upsample(x, scale_factor=2))))
+
+
 # How many calls of operators a forward is, and how many of the model's convolutions each computes with BatchNorm.
 FOLLOWED = {
     asks_for_a_flag: 2,
@@ -179,6 +192,9 @@ FOLLOWED = {
     modules_of_its_own: 2,
     in_no_context: 1,
     own_functions: 2,
+    numbers_of_numpy: 1,
+    asks_for_an_attribute: 2,
+    upsampled: 1,
 }
 
 
@@ -244,6 +260,10 @@ def _asks(self, x):
     return type(x) is torch.Tensor
 
 
+def hands_to_numpy(self, x):
+    return self.conv2(F.relu(self.bn1(self.conv1(x + np.sqrt(x.detach())))))
+
+
 def any_number(self, *inputs):
     return self.conv2(self.conv1(inputs[0]))
 
@@ -262,4 +282,5 @@ REFUSED = {
     asks_in_a_method: "it calls type",
     no_gradient: "under no_grad",
     asks_for_gradients: "whether gradients",
+    hands_to_numpy: "hands a tensor to NumPy",
 }

@@ -40,7 +40,7 @@ def model(monkeypatch, tmp_path):
     write_table(choice.user_table_path(GPU), GPU, {}, {problem: measured})
     sizes = {"0": (INPUT, (8, 8, 8, 8)), "3": ((8, 8, 8, 8), (8, 4, 6, 6))}
     calls = {path: (pair, [model]) for path, pair in sizes.items()}
-    monkeypatch.setattr(explanation, "_calls", lambda model, inputs: (calls, {}))
+    monkeypatch.setattr(explanation, "_calls", lambda model, inputs, named_inputs: (calls, {}))
     yield fastgan.fuse(model)
     choice.forget()
 
@@ -191,6 +191,40 @@ def test_the_call_that_is_given():
         rows = fastgan.explain(model, *arguments)
         assert [row.fused for row in rows] == [step == 0, step == 1]
         assert rows[1 - step].reason.startswith(unused) and not rows[1 - step].shape
+
+
+@pytest.mark.parametrize("script", (torch.jit.script, lambda module: torch.jit.trace(module, torch.ones(2, 4, 8, 8))))
+def test_scripted_children_are_as_before(script):
+    child = script(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)))
+    model = fastgan.fuse(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), child))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    fastgan.explain(model, torch.randn(2, 3, 10, 10))
+    torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
+
+
+class Wrapper(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *args):
+        return self.layer(*args)
+
+
+def test_the_module_that_calls_it_says_why():
+    """Not another one that holds it, too, and does not."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+            self.wrapped = Wrapper(self.conv)
+
+        def forward(self, x, *, gain=1.0):
+            return gain * self.wrapped(x)
+
+    (row,) = fastgan.explain(fastgan.fuse(Block()), torch.randn(2, 3, 8, 8), gain=2.0)
+    assert row.path == "conv" and "Wrapper.forward stays as it is: it takes any number of arguments" in row.reason
 
 
 def test_leaves_the_model_as_it_is():

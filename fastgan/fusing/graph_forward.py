@@ -119,7 +119,7 @@ class GraphForward:
         if constants:
             key = freeze(key)
             if key is None:
-                return CallPlan("it is called with a constant that can change")
+                return CallPlan("it is called with something that is neither a tensor nor a constant")
         plans = self._plans.get(key, ())
         for i, plan in enumerate(plans):
             if plan.watch.holds():

@@ -282,6 +282,40 @@ def test_refused(function, monkeypatch):
     assert seen == (len(SEEN), FOUND["calls"], len(lines), len(stock.nested["a"]), len(stock.child.outs))
 
 
+class Worded(nn.Module):
+    """Children and arguments with names that code can only spell in other ways."""
+
+    def __init__(self):
+        super().__init__()
+        self.ways = nn.ModuleDict({"global": nn.Conv2d(3, 4, 3, padding=1), "class": nn.Conv2d(3, 4, 1)})
+        self.plain = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x, classify=False):
+        return F.relu(self.ways["class"](x)) if classify else F.relu(self.plain(x))
+
+
+def test_names_that_are_keywords(monkeypatch):
+    """Only the calls that use them run stock."""
+    stock, model = make_pair(Worded)
+    calls = count_operator_calls(monkeypatch)
+    fastgan.fuse(model)
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    torch.testing.assert_close(model(x), stock(x))
+    assert len(calls) == 1
+    torch.testing.assert_close(model(x, classify=True), stock(x, classify=True))
+    assert len(calls) == 1
+    reasons = {row.path: row.reason for row in fastgan.explain(model, x, classify=True)}
+    assert "keywords of Python" in reasons["ways.class"]
+
+
+def test_an_argument_named_self(monkeypatch):
+    stock, model = make_pair(type("Net", (Layers,), {"forward": lambda layers, self: layers.act(layers.conv1(self))}))
+    count_operator_calls(monkeypatch)
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    torch.testing.assert_close(fastgan.fuse(model)(x), stock(x))
+    assert "an argument named self" in fastgan.explain(model, x)[0].reason
+
+
 def test_gradient_of_reversed(monkeypatch):
     stock, model = make_pair(type("Net", (Base,), {"forward": function_of_autograd}))
     count_operator_calls(monkeypatch)

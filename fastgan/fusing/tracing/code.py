@@ -32,14 +32,15 @@ RANDOM = "it draws random numbers that would be constants"
 _BUILTINS = frozenset(
     getattr(builtins, name)
     for name in "len range zip enumerate reversed sorted min max sum abs round int float bool complex str tuple list "
-    "dict set frozenset slice map filter all any divmod pow super getattr iter next".split()
+    "dict set frozenset slice map filter all any divmod pow super getattr hasattr iter next".split()
 )
 _MODES = (torch.no_grad, torch.enable_grad, torch.set_grad_enabled, torch.inference_mode, torch.autocast)
 # What is neither in PyTorch's table of overridable functions nor in its native modules, and yet only calculates.
 # The modes are here because whoever traces looks at what is called under them.
 _KNOWN = frozenset(
     [*_BUILTINS, *_MODES, contextlib.nullcontext, torch.device, torch.Size]
-    + [F.sigmoid, F.tanh, F.hardsigmoid, F.hardswish, torch.broadcast_shapes, functools.reduce, functools.partial]
+    + [F.sigmoid, F.tanh, F.hardsigmoid, F.hardswish, F.upsample, F.upsample_nearest, F.upsample_bilinear]
+    + [torch.broadcast_shapes, functools.reduce, functools.partial]
     + [torch.is_grad_enabled, torch.is_autocast_enabled, torch.jit.is_scripting]
     + [getattr(operator, name) for name in "add sub mul truediv floordiv mod pow neg matmul getitem itemgetter".split()]
     + [nn.Module.children, nn.Module.named_children, nn.Sequential.forward]
@@ -132,7 +133,7 @@ class CodeCheck:
         elif type(value) is functools.partial:
             for part in (value.func, *value.args, *value.keywords.values()):
                 self.value(part, name)
-        elif not is_constant(value):
+        elif not (is_constant(value) or _is_of_numpy(value)):
             raise Untraceable(f"it uses {name}, a {type(value).__name__}, which can change")
 
     def _chain(self, function, chain, cls):
@@ -219,6 +220,11 @@ def is_constant(value):
         return type(value) in (tuple, torch.Size) and all(map(is_constant, value))
     kinds = (type(None), bool, int, float, complex, str, bytes, slice, range, type(...), type(NotImplemented))
     return type(value) in (*kinds, np.float64, torch.dtype, torch.device, torch.memory_format, torch.layout)
+
+
+def _is_of_numpy(value):
+    """Whether it is one of NumPy's functions of numbers: np.sqrt(2), say."""
+    return isinstance(value, np.ufunc) and getattr(np, value.__name__, None) is value
 
 
 def _is_setting(value):

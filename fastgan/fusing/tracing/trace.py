@@ -45,6 +45,8 @@ def trace(container, arguments, watch):
     Raises:
         Untraceable: the graph would not stand for every such call.
     """
+    if "self" in arguments:  # which the graph's code calls the container
+        raise Untraceable("it has an argument named self")
     code = CodeCheck(watch)
     cls = type(container)
     watch.attribute(cls, "forward")
@@ -54,8 +56,13 @@ def trace(container, arguments, watch):
         (on, read), (off, _) = (_trace_once(container, arguments, code, watch, switch) for switch in (True, False))
         if drawn():
             raise Untraceable(RANDOM)
-    if on.python_code("self").src != off.python_code("self").src:
+    source = on.python_code("self").src
+    if source != off.python_code("self").src:
         raise Untraceable("it asks whether gradients or autocast are on")
+    try:
+        compile(source, "<trace>", "exec")
+    except SyntaxError:
+        raise Untraceable("it uses names that code cannot spell, keywords of Python most likely") from None
     called = {node.target: container.get_submodule(node.target) for node in on.nodes if node.op == "call_module"}
     check_unchanged_by(called, code.globals | read)
     if code.asks_for_none and not all(map(returns_something, called.values())):
@@ -69,7 +76,14 @@ class _Proxy(fx.Proxy):
     Records `y += z` as what it is: to fx it is an addition, after which whatever else holds y would not see it.
     """
 
+    __array_priority__ = torch.Tensor.__array_priority__  # NumPy's numbers leave arithmetic with it to it
+
+    def __array__(self, *_, **__):
+        raise Untraceable("it hands a tensor to NumPy")
+
     def __getattr__(self, name):
+        if name.startswith("__array_"):  # NumPy's questions before __array__
+            raise AttributeError(name)
         if name.startswith("__"):
             return super().__getattr__(name)
         value = getattr(torch.Tensor, name, None)
