@@ -26,6 +26,7 @@ from fastgan.fusing.patterns import WRITTEN_TO
 from fastgan.memory_format import default_layout, suggests_channels_last
 from fastgan.ops import fused_layer
 from fastgan.ops.choice import what_follows
+from fastgan.ops.geometry import padding_in_numbers
 from fastgan.ops.layer_spec import LayerSpec
 
 _CONVOLUTIONS = {  # how each is called
@@ -135,7 +136,7 @@ def rewrite(graph_module):
 
 
 def _find(conv):
-    match = CapturedGroup([conv], _arguments(_CONVOLUTIONS[conv.target], conv))
+    match = CapturedGroup([conv], _convolution_arguments(conv))
     match.reason = _why_not_conv(match.convolution)
     if match.reason:
         match.fused = False
@@ -156,6 +157,15 @@ def _arguments(signature, node):
     bound = signature.bind(*node.args, **node.kwargs)
     bound.apply_defaults()
     return bound.arguments
+
+
+def _convolution_arguments(node):
+    """The same of a convolution's call, with a padding in words in numbers, where there are such."""
+    arguments = _arguments(_CONVOLUTIONS[node.target], node)
+    if isinstance(arguments["padding"], str):
+        kernel = arguments["weight"].meta["example_value"].shape[2:]
+        arguments["padding"] = padding_in_numbers(arguments["padding"], kernel, _pair(arguments["stride"]))
+    return arguments
 
 
 def _why_not_conv(arguments):
@@ -235,7 +245,7 @@ def _replace(graph, match):
     """Returns the call that takes the place of the group."""
     last = match.nodes[-1]
     # As they are now: an operator may have taken the place of the layer before.
-    conv = _arguments(_CONVOLUTIONS[match.nodes[0].target], match.nodes[0])
+    conv = _convolution_arguments(match.nodes[0])
     sizes = [_pair(conv.get(name, 0)) for name in ("stride", "padding", "output_padding")]
     layer = LayerSpec(match.transposed, *sizes, *match.activation, match.batch_norm is not None, match.activation_first)
     vectors = (None,) * 4

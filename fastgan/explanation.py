@@ -12,7 +12,7 @@ from fastgan.command_line import aligned
 from fastgan.compile_backend import find
 from fastgan.fusing.graph_forward import GraphForward
 from fastgan.fusing.group_calls import is_distributed
-from fastgan.fusing.patterns import is_sequential
+from fastgan.fusing.patterns import is_sequential, padding_of
 from fastgan.fusion import all_groups, check_module, groups_of, plans_of, running_stock
 from fastgan.ops.choice import choose, conv_problem
 from fastgan.ops.fused_layer import compute_dtype
@@ -127,7 +127,7 @@ def _implementation(group, sizes):
     conv = group.modules[0]
     parameter = next(conv.parameters())  # to look at a parametrized weight would compute it
     channels = (conv.in_channels, conv.out_channels) if conv.transposed else (conv.out_channels, conv.in_channels)
-    geometry = (conv.transposed, conv.stride, conv.padding)
+    geometry = (conv.transposed, conv.stride, padding_of(conv))
     return _choice(parameter, sizes, (*channels, *conv.kernel_size), geometry, group.then)
 
 

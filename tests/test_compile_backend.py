@@ -254,16 +254,17 @@ def test_the_result_is_written_to(write, rewritten):
     assert_equal_steps(torch.compile(model, backend=rewritten, fullgraph=True, dynamic=False), model, stock)
 
 
-def test_sizes_as_sequences(rewritten):
+def test_sizes_as_sequences_and_words(rewritten):
     def forward(self, x):
         w = self.conv1.weight
+        x = F.conv2d(F.conv2d(x, w, padding="same"), self.conv2.weight, padding="valid")
         y = F.conv2d(x, w, stride=(2,), padding=[1], dilation=(1,))
         return F.conv_transpose2d(y, w, stride=(2,), padding=(1,), output_padding=(1,))
 
     stock, model = make_pair(forward_of(forward))
     compiled, x = torch.compile(model, backend=rewritten, fullgraph=True), torch.randn(2, 3, 8, 8, dtype=torch.float64)
     assert_close(compiled(x), stock(x))
-    assert rewritten.calls == 2
+    assert rewritten.calls == 4
 
 
 def test_what_has_no_operator(rewritten):

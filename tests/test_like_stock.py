@@ -56,6 +56,7 @@ CHANGES = {
     "padding_mode": dict(padding_mode="circular"),
     "dilation": dict(dilation=(2, 2), padding=(2, 2)),
     "padding": dict(padding="same"),
+    "no padding": dict(padding="valid"),
     "no pairs": dict(stride=2, padding=1),
     "back": dict(padding_mode="zeros", dilation=(1, 1), padding=(1, 1)),
 }

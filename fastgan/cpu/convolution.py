@@ -12,7 +12,7 @@ from fastgan.cpu.choice import products_for, surely_gains_nothing
 from fastgan.cpu.products import from_one_position, to_one_position
 from fastgan.first_order import only_first_order
 from fastgan.fusing.layer_code import has_own_code
-from fastgan.fusing.patterns import unfit_setting
+from fastgan.fusing.patterns import padding_of, unfit_setting
 from fastgan.memory_format import default_layout, suggests_channels_last
 from fastgan.ops.geometry import backward_conv_args
 from fastgan.wanted import is_wanted
@@ -44,7 +44,7 @@ def convolve(x, conv, forward, *, keeps_memory=False, may_be_view=True):
         return forward(x)
     compute, arguments = _one_position(x, weight, conv), ()
     if compute is None:
-        conv_args = (conv.transposed, conv.stride, conv.padding, conv.output_padding)
+        conv_args = (conv.transposed, conv.stride, padding_of(conv), conv.output_padding)
         products = products_for(x, weight, working, *conv_args)
         if _any_is_used(products, conv.transposed, x_learns, weight_learns):
             compute, arguments = Convolution.apply, (products, *conv_args)
@@ -107,7 +107,7 @@ def _multiplies_in(dtype):
 
 def _one_position(x, weight, conv):
     """`from_one_position` or `to_one_position` if that is what the convolution is, otherwise None."""
-    if not _has_one_position(x, weight, conv) or any((*conv.padding, *conv.output_padding)):
+    if not _has_one_position(x, weight, conv) or any((*padding_of(conv), *conv.output_padding)):
         return None
     return from_one_position if conv.transposed else to_one_position
 

@@ -12,7 +12,7 @@ from fastgan.cpu.convolution import convolve
 from fastgan.first_order import only_first_order
 from fastgan.fusing.layer_code import hooks_compute_weight
 from fastgan.fusing.layout import with_stock_gradient
-from fastgan.fusing.patterns import unfit_number, unfit_setting
+from fastgan.fusing.patterns import padding_of, unfit_number, unfit_setting
 from fastgan.memory_format import default_layout
 from fastgan.ops import fused_layer
 from fastgan.ops.chain import run_chain
@@ -103,7 +103,7 @@ def _constants(part):
     return dict(
         transposed=conv.transposed,
         stride=conv.stride,
-        padding=conv.padding,
+        padding=padding_of(conv),
         output_padding=conv.output_padding,
         activation=part.activation,
         slope=part.negative_slope,

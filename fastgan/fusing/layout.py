@@ -4,7 +4,7 @@ import torch
 
 from fastgan.backend import is_batched
 from fastgan.fusing.layer_code import has_weight_norm
-from fastgan.fusing.patterns import unfit_setting
+from fastgan.fusing.patterns import padding_of, unfit_setting
 from fastgan.memory_format import default_layout, suggests_channels_last
 from fastgan.ops.geometry import size_after
 
@@ -46,7 +46,7 @@ def _sizes(x, convolutions):
     for i, conv in enumerate(convolutions):
         if unfit_setting(conv):
             break
-        conv_args = (conv.transposed, conv.stride, conv.padding, conv.output_padding)
+        conv_args = (conv.transposed, conv.stride, padding_of(conv), conv.output_padding)
         sizes[i] = size = size_after(size, conv.kernel_size, *conv_args)
     return sizes
 

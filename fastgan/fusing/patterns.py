@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 
 from fastgan.fusing.layer_code import hooks_compute_weight, hooks_of, is_called_otherwise, is_customized, type_of
 from fastgan.ops.choice import what_follows
+from fastgan.ops.geometry import padding_in_numbers
 
 _CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 _BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
@@ -261,11 +262,17 @@ def unfit_setting(conv):
     if conv.padding_mode != "zeros":
         return f"padding_mode={conv.padding_mode!r}"
     # Of the layer's own making they are pairs, but anything if somebody sets them.
-    if not _is_pair(conv.padding):
-        return f"padding={conv.padding!r}"
     if not _is_pair(conv.stride):
         return f"stride={conv.stride!r}"
+    if not _is_pair(padding_of(conv)):
+        return f"padding={conv.padding!r}"
     return "" if _is_pair(conv.output_padding) else f"output_padding={conv.output_padding!r}"
+
+
+def padding_of(conv):
+    """Its padding as a pair of numbers, if it is one."""
+    padding = conv.padding
+    return padding_in_numbers(padding, conv.kernel_size, conv.stride) if isinstance(padding, str) else padding
 
 
 def _is_pair(value):

@@ -1,6 +1,18 @@
 """Sizes of convolutions and transposed convolutions (dilation 1)."""
 
 
+def padding_in_numbers(padding, kernel, stride):
+    """The text "same" or "valid" as a pair of numbers; anything else, and "same" where there is no such pair, as it is.
+
+    "same" pads an even kernel more on one side, and PyTorch refuses it with a stride.
+    """
+    if padding == "valid":
+        return (0, 0)
+    if padding == "same" and all([k % 2 == 1 and s == 1 for k, s in zip(kernel, stride, strict=True)]):
+        return tuple([k // 2 for k in kernel])
+    return padding
+
+
 def conv_size(size, kernel, stride, padding):
     """Output (h, w) of a convolution of an input of (h, w)."""
     return [(n + 2 * p - k) // s + 1 for n, k, s, p in zip(size, kernel, stride, padding, strict=True)]

@@ -7,6 +7,7 @@ import re
 import torch
 from torch import nn
 
+from fastgan.fusing.patterns import padding_of
 from fastgan.fusion import fuse, fused_groups
 from fastgan.models import IMAGE_SIZES, Discriminator, Generator
 from fastgan.ops import implementations
@@ -105,7 +106,7 @@ def problems_of_model(model, shapes, dtype, *, input_grad=True):
     problems, before = [], None
     for group, x, y in calls:
         conv = group.modules[0]
-        weight_and_geometry = (conv.weight, isinstance(conv, nn.ConvTranspose2d), conv.stride, conv.padding)
+        weight_and_geometry = (conv.weight, isinstance(conv, nn.ConvTranspose2d), conv.stride, padding_of(conv))
         is_given = any(x is each or x._base is each for each in given)
         wanted = [""] if input_grad or not is_given else []
         if before is not None and before[2].shape == x.shape:
