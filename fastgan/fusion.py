@@ -33,8 +33,9 @@ def fuse(model):
     TypeError with the layer's name, where stock raises RuntimeError.
 
     Args:
-        model: an nn.Module. A forward may choose its way by its mode, by attributes of its module, by global constants
-            and by arguments that are no tensors: what it reads is watched, and a change is followed.
+        model: an nn.Module. A forward may choose its way by its mode, by attributes of its module (a Namespace of
+            options, say), by global constants and by arguments that are no tensors: what it reads is watched, and a
+            change is followed.
 
     Returns:
         The same model.

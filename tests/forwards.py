@@ -2,6 +2,8 @@
 
 import contextlib
 import random
+from argparse import Namespace
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -21,6 +23,8 @@ class Layers(nn.Module):
         self.conv2 = nn.Conv2d(4, 3, 3, padding=1)
         self.up = nn.ConvTranspose2d(4, 3, 4, 2, 1)
         self.slope, self.depth, self.skips = 0.3, 2, []
+        self.options = Namespace(slopes=[0.1, 0.2])
+        self.options.first, self.options.second = SimpleNamespace(wide=True), SimpleNamespace(wide=False)
 
 
 class Counting(nn.Module):
@@ -166,6 +170,11 @@ def asks_for_an_attribute(self, x):
     return self.shortcut(x) if hasattr(self, "shortcut") else self.conv2(x)
 
 
+def by_options(self, x):
+    x = F.leaky_relu(self.bn1(self.conv1(x)), self.options.slopes[1] if self.options.first.wide else 0.4)
+    return x if hasattr(self.options, "head") else self.conv2(x) * getattr(self.options, "gain", 2)
+
+
 def upsampled(self, x):
     return F.relu(self.bn1(self.conv1(F.upsample(x, scale_factor=2))))
 
@@ -194,6 +203,7 @@ FOLLOWED = {
     own_functions: 2,
     numbers_of_numpy: 1,
     asks_for_an_attribute: 2,
+    by_options: 2,
     upsampled: 1,
 }
 
@@ -260,6 +270,24 @@ def _asks(self, x):
     return type(x) is torch.Tensor
 
 
+def sets_an_option(self, x):
+    self.options.gain = 2
+    return self.conv2(F.relu(self.bn1(self.conv1(x))))
+
+
+def compares_options(self, x):
+    return self.conv2(self.conv1(x) if self.options.first == self.options.second else F.relu(self.conv1(x)))
+
+
+def looks_into_options(self, x):
+    return self.conv2(F.relu(self.conv1(x))) * (2 if "gain" in self.options else 3)
+
+
+def changes_a_list_of_options(self, x):
+    self.options.slopes.append(0.1)
+    return self.conv2(F.relu(self.bn1(self.conv1(x))))
+
+
 def hands_to_numpy(self, x):
     return self.conv2(F.relu(self.bn1(self.conv1(x + np.sqrt(x.detach())))))
 
@@ -283,4 +311,8 @@ REFUSED = {
     no_gradient: "under no_grad",
     asks_for_gradients: "whether gradients",
     hands_to_numpy: "hands a tensor to NumPy",
+    sets_an_option: "it sets .gain",
+    compares_options: "it compares or prints a SimpleNamespace",
+    looks_into_options: "it uses self.options.__dict__",
+    changes_a_list_of_options: "it sets self.options.slopes",
 }

@@ -17,6 +17,7 @@ from fastgan.fusing.graph_patterns import changes_in_place, find_groups, restore
 from fastgan.fusing.group_calls import run_parts, run_stock
 from fastgan.fusing.layout import in_stock_layout
 from fastgan.fusing.patterns import Part
+from fastgan.fusing.tracing.reads import OPTIONS
 from fastgan.fusing.tracing.trace import TENSOR, Untraceable, trace
 from fastgan.fusing.tracing.watching import Watch, freeze
 from fastgan.ops import fused_layer
@@ -215,7 +216,7 @@ def _as_it_was(guarded, parents):
         if isinstance(value, functools.partial):  # to torch.compile no two of them are the same object
             if not isinstance(now, functools.partial) or _parts(now) != _parts(value):
                 return False
-        elif now is not value if callable(value) else _constant(now) != value:
+        elif now is not value if callable(value) or type(value) in OPTIONS else _constant(now) != value:
             return False
     return all([_children(module) == children for module, children in parents])
 

@@ -1,6 +1,7 @@
 """What a forward reads after a module that it calls has set it: fuse sees that, and leaves such a forward stock."""
 
 import re
+from argparse import Namespace
 
 import pytest
 import torch
@@ -158,6 +159,23 @@ class HookedByName(ByName):
     Child = nn.Identity
 
 
+class Option(Parent):
+    """One of the options that both have."""
+
+    def __init__(self):
+        super().__init__()
+        self.options = self.child.options = Namespace(scale=1.0)
+
+    class Child(nn.Module):
+        def forward(self, x):
+            self.options.scale += 1
+            return x
+
+    def forward(self, x):
+        x = self.start(x)
+        return self.child(x) * self.options.scale
+
+
 class Own(Parent):
     """The child sets its own attribute of that name, and the parent's at nobody's call."""
 
@@ -189,7 +207,7 @@ def assert_equal_calls(model, stock):
 
 
 @pytest.mark.parametrize(
-    "kind", [Skips, Loss, Counter, Global, Buffer, Hooked, ByName, InDict, ByAnother, HookedByName]
+    "kind", [Skips, Loss, Counter, Global, Buffer, Hooked, ByName, InDict, ByAnother, HookedByName, Option]
 )
 def test_stays_stock(kind, monkeypatch):
     stock, _ = make_pair(kind)

@@ -109,6 +109,22 @@ def a_partial(self, x):
     return self.resize(self.head(x))
 
 
+def an_option(self, x):
+    return self.head(x) * self.options.first.gain
+
+
+def an_option_that_is_not_there(self, x):
+    return self.head(x) * (self.options.gain if hasattr(self.options, "gain") else 2.0)
+
+
+def a_list_of_options(self, x):
+    return self.head(x) * self.options.slopes[0]
+
+
+def other_options(self, x):
+    return self.head(x) * self.options.slopes[0]
+
+
 def plain(self, x):
     return self.head(x)
 
@@ -130,6 +146,10 @@ CHANGES = {
     list_of_numbers: lambda model: model.numbers.__setitem__(0, 3.0),
     a_partial: lambda model: model.resize.keywords.update(scale_factor=3),
     a_global: with_global(3.0),
+    an_option: lambda model: setattr(model.options.first, "gain", 5.0),
+    an_option_that_is_not_there: lambda model: setattr(model.options, "gain", 5.0),
+    a_list_of_options: lambda model: model.options.slopes.__setitem__(0, 3.0),
+    other_options: _set("options", types.SimpleNamespace(slopes=[4.0])),
     plain: lambda model: model.conv1.__dict__.update(padding_mode="circular"),
 }
 
@@ -138,6 +158,7 @@ def network(function):
     cls = type(function.__name__, (Base,), {"forward": function})
     stock, model = make_pair(cls)
     for each in (stock, model):
+        each.options.first.gain = 1.0
         each.numbers, each.resize = [2.0], functools.partial(F.interpolate, scale_factor=2)
     return stock, model
 
@@ -170,6 +191,9 @@ COMPILED = [
     parameter_or_none,
     a_partial,
     a_global,
+    an_option,
+    an_option_that_is_not_there,
+    other_options,
 ]
 
 

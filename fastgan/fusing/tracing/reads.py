@@ -1,5 +1,6 @@
 """What a forward reads of its module and of the modules below it, while it is traced."""
 
+import argparse
 import copy
 import functools
 import sys
@@ -15,6 +16,7 @@ from fastgan.fusing.tracing.watching import MISSING, freeze
 
 _CONTAINER_FILE = sys.modules[nn.Sequential.__module__].__file__
 _HERE = Path(__file__).parent
+OPTIONS = (argparse.Namespace, types.SimpleNamespace)  # objects that hold attributes and do nothing
 # Look-ups that are made in these files are the tracer's own, and none of the forward's.
 _OURS = frozenset(map(str, [*_HERE.glob("*.py"), _HERE.with_name("layer_code.py"), _HERE.with_name("patterns.py")]))
 
@@ -32,6 +34,7 @@ class Reads:
         self._copies = {}  # (id of module, name) → (name, copy that the forward got, what was in it)
         self._computed_stand_in = ""  # the name of a property that gave one
         self._given = set()  # ids of the modules that the forward can have got hold of
+        self._stand_ins = {}  # id of an object of options → what the forward gets for it
         self.values = {}  # (id of module, name) → name, of what is no module and no tensor
 
     @contextmanager
@@ -104,6 +107,9 @@ class Reads:
     def _constant(self, module, name, value):
         """A value that the forward reads as it is: watched, and of lists a copy, which shows what is done to it."""
         full = self.values[id(module), name] = self._named(module, name)
+        if type(value) in OPTIONS:
+            self._watch.guard(module, name, value)
+            return self._options(full, value)
         frozen = freeze(value)
         if frozen is None:
             raise Untraceable(f"it reads {full}, a {type(value).__name__}, which can change")
@@ -115,6 +121,25 @@ class Reads:
         if isinstance(value, types.FunctionType) and vars(value).keys() - {"__wrapped__"}:
             raise Untraceable(f"it reads {full}, a function with attributes")  # which it may read, unnoticed
         return value
+
+    def _options(self, name, options):
+        """What the forward gets for an object that holds options: what it reads of that is watched, too."""
+        if id(options) not in self._stand_ins:
+            self._paths[id(options)] = name.removeprefix("self.")
+            kind, methods = type(options), dict.fromkeys(("__eq__", "__ne__", "__repr__"), _refuse_options)
+            methods["__getattribute__"] = lambda _, name: self._option(options, name)
+            self._stand_ins[id(options)] = type(kind.__name__, (kind,), methods)()
+        return self._stand_ins[id(options)]
+
+    def _option(self, options, name):
+        attributes = vars(options)
+        self._watch.key(attributes, name)
+        if name in attributes:
+            return self._constant(options, name, attributes[name])
+        if hasattr(type(options), name):
+            raise Untraceable(f"it uses {self._named(options, name)}")
+        self._watch.guard(options, name, None)
+        raise AttributeError(f"{type(options).__name__!r} object has no attribute {name!r}")
 
     def _check_parts(self, values, name):
         for value in values:
@@ -176,6 +201,10 @@ class Reads:
             self._code.type(type(module))
             if isinstance(module, nn.ParameterList | nn.ParameterDict):
                 raise Untraceable(f"it uses {self._named(module, '')[:-1]}, a {type(module).__name__}")
+
+
+def _refuse_options(options, *_):
+    raise Untraceable(f"it compares or prints a {type(options).__name__}")
 
 
 def _replaces_getattr(cls):
