@@ -116,6 +116,8 @@ _IMAGE_CHANNELS, _IMAGE_CHANNELS_IN_HALF, _LEAST_LOW = 3, 1, 2**17
 _POSITIONS_A_CHANNEL = 8
 _LEAST_CHANNELS = 16  # a narrow product leaves the CPU's vectors half empty
 
+_answers, _MOST_ANSWERS = {}, 1024  # of `products_for`
+
 
 def surely_gains_nothing(x, weight, conv):
     """Whether a few sizes tell that no product does, in float32: most layers are such, and every call asks."""
@@ -135,8 +137,24 @@ def _goes_to_image(x, weight, conv):
     return x.numel() * low_channels >= _LEAST_LOW * image_channels**2 * smaller
 
 
-def products_for(x, weight, dtype, transposed, stride, padding, output_padding):
-    """The `Products` that gain for conv(x, weight) in `dtype`."""
+def products_for(x, weight, dtype, *conv_args):
+    """The `Products` that gain for conv(x, weight) in `dtype`.
+
+    The answer is kept: after a convolution, with the caches full of its numbers, Python takes four times as long.
+
+    Args:
+        conv_args: (transposed, stride, padding, output_padding).
+    """
+    key = x.shape, x.stride(), weight.shape, weight.stride(), dtype, conv_args, cpu_kind()
+    found = _answers.get(key)
+    if found is None:
+        if len(_answers) >= _MOST_ANSWERS:
+            _answers.clear()
+        found = _answers[key] = _products_for(x, weight, dtype, *conv_args)
+    return found
+
+
+def _products_for(x, weight, dtype, transposed, stride, padding, output_padding):
     size = out_size(x, weight, transposed, stride, padding, output_padding)
     low, high = (x.shape[2:], size) if transposed else (size, x.shape[2:])
     sides = Sides(len(x), tuple(low), tuple(high), tuple(weight.shape), stride, padding)

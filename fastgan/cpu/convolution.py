@@ -36,7 +36,8 @@ def convolve(x, conv, forward, *, keeps_memory=False, may_be_view=True):
     bias = parameters.get("bias")
     if "bias" not in parameters or x.dim() != 4 or unfit_setting(conv) or has_own_code(conv.__dict__):
         return forward(x)
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    casts = torch.is_autocast_enabled("cpu")
+    dtype = torch.get_autocast_dtype("cpu") if casts else x.dtype
     x_learns, weight_learns = (torch.is_grad_enabled() and tensor.requires_grad for tensor in (x, weight))
     trains = x_learns or weight_learns
     working = torch.float32 if gains_in_float32(dtype, trains) else dtype
@@ -52,12 +53,16 @@ def convolve(x, conv, forward, *, keeps_memory=False, may_be_view=True):
             compute, arguments = _convolution, conv_args
         else:
             return forward(x)
-    if not (_is_plain(x, weight, bias, conv) and _are_cast(dtype, x, weight, bias)):
+    if not (_is_plain(x, weight, bias, conv) and _are_cast(dtype, casts, x, weight, bias)):
         return forward(x)
-    with backend.without_autocast("cpu"):  # or products of float32 would be of less
-        # Autocast's weights are copies, so that the weight may be updated before a backward of this result.
-        y = compute(x.to(working), weight.to(working, copy=trains and weight.dtype != dtype), *arguments)
-        y = (y if bias is None else y + bias.to(working)[:, None, None]).to(dtype)
+    if casts or working != dtype:
+        with backend.without_autocast("cpu"):  # or products of float32 would be of less
+            # Autocast's weights are copies, so that the weight may be updated before a backward of this result.
+            y = compute(x.to(working), weight.to(working, copy=trains and weight.dtype != dtype), *arguments)
+            y = (y if bias is None else y + bias.to(working)[:, None, None]).to(dtype)
+    else:
+        y = compute(x, weight, *arguments)
+        y = y if bias is None else y + bias[:, None, None]
     n, channels, *size = y.shape
     either = (channels == 1) != (size == [1, 1])  # the numbers lie alike in both layouts, strides tell which it is
     if keeps_memory and either and (suggests_channels_last(weight) or suggests_channels_last(x)):
@@ -92,9 +97,9 @@ def _is_plain(x, weight, bias, conv):
     )
 
 
-def _are_cast(dtype, *tensors):
+def _are_cast(dtype, casts, *tensors):
     """Whether stock computes them in `dtype`; under autocast it casts no float64."""
-    castable = {torch.float32, *HALF_INSTRUCTIONS} if torch.is_autocast_enabled("cpu") else {dtype}
+    castable = (torch.float32, *HALF_INSTRUCTIONS) if casts else (dtype,)
     return all([tensor is None or tensor.dtype in castable for tensor in tensors])
 
 

@@ -82,6 +82,21 @@ def test_wide_layers_are_products(name, fits, layout, monkeypatch):
             torch.testing.assert_close(convolve(x, layer, None), layer(x))
 
 
+def test_answers_are_kept_for_what_they_depend_on(monkeypatch):
+    monkeypatch.setattr(choice, "_answers", {})
+    weight, x = torch.empty(512, 256, 4, 4), torch.empty(2, 256, 8, 8)
+    weights = weight.to(memory_format=torch.channels_last), weight, weight[:16]
+    expected = [cpu_products.weight_grad_tap_by_tap, cpu_products.weight_grad_of_all_taps, None]
+    conv_args = (False, (2, 2), (1, 1), (0, 0))
+    for _ in range(2):
+        found = [choice.products_for(x, each, torch.float32, *conv_args) for each in weights]
+        assert [products.weight_grad for products in found] == expected
+        assert len(choice._answers) == 3
+    monkeypatch.setattr(choice, "_MOST_ANSWERS", 3)
+    choice.products_for(x[:1], weight, torch.float32, *conv_args)
+    assert len(choice._answers) == 1
+
+
 def test_wide_layers_of_other_cpus_are_products_for_weight_gradients_only(monkeypatch):
     layer, x = make_wide("4x4", monkeypatch, kind="other")
     assert is_stock(*make_wide("4x4", monkeypatch, "contiguous", kind="other"))
