@@ -73,10 +73,14 @@ def has_same_code(code):
 
 def hooks_compute_weight(conv):
     """Whether the convolution's only hooks are those of `torch.nn.utils.spectral_norm` and `weight_norm`."""
-    pre_hooks = conv._forward_pre_hooks
-    others = conv._forward_hooks or conv._backward_hooks or conv._backward_pre_hooks
-    others = others or has_own_code(conv.__dict__) or _is_patched(type_of(conv))
-    return len(pre_hooks) > 0 and not others and all(isinstance(hook, _WEIGHT_HOOKS) for hook in pre_hooks.values())
+    others = has_other_hooks(conv) or has_own_code(conv.__dict__) or _is_patched(type_of(conv))
+    return len(conv._forward_pre_hooks) > 0 and not others
+
+
+def has_other_hooks(module):
+    """Whether it has hooks that do not just compute its weight."""
+    others = module._forward_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(others) or not all(isinstance(hook, _WEIGHT_HOOKS) for hook in module._forward_pre_hooks.values())
 
 
 def has_weight_norm(conv):

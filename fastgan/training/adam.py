@@ -49,14 +49,7 @@ class ContiguousAdam(torch.optim.Adam):
         super().load_state_dict({**state_dict, "param_groups": groups})
         for state in self.state.values():
             state["step"] = state["step"].clone()  # the given one would count on, and be another state then
-        self.follow_layouts()
-
-    def follow_layouts(self):
-        """Give averages the layouts of their parameters: a fused update goes through both in the order of memory."""
-        for param, state in self.state.items():
-            for name, value in state.items():
-                if name != "step":
-                    state[name] = torch.empty_like(param, dtype=value.dtype).copy_(value)
+        follow_layouts(self)
 
     @staticmethod
     def profile_hook_step(step):
@@ -74,7 +67,7 @@ class ContiguousAdam(torch.optim.Adam):
     def step(self, closure=None):
         """torch's: one update; returns what `closure`, if any, returns."""
         if self._lie_otherwise():
-            self.follow_layouts()
+            follow_layouts(self)
         with torch.no_grad():  # or views of parameters become part of a graph
             updates = [self._fused_lists(group) for group in self.param_groups] if closure is None else [None]
         if any(lists is None for lists in updates):
@@ -121,6 +114,14 @@ class ContiguousAdam(torch.optim.Adam):
             for found, tensor in zip(lists, _as_they_lie(*tensors), strict=True):
                 found[i] = tensor
         return has_complex
+
+
+def follow_layouts(optimizer):
+    """Give averages the layouts of their parameters: a fused update goes through both in the order of memory."""
+    for param, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor) and name != "step" and value.shape == param.shape:
+                state[name] = torch.empty_like(param, dtype=value.dtype).copy_(value)
 
 
 def _as_they_lie(param, grad, *averages):

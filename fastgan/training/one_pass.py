@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastgan.batch_groups import batch_groups
 from fastgan.checks import in_short
-from fastgan.fusing.layer_code import hooks_of, own_code
+from fastgan.fusing.layer_code import has_other_hooks, hooks_of, own_code
 from fastgan.fusion import fused_groups
 from fastgan.memory_format import fastest_format
 from fastgan.random_numbers import random_numbers_kept
@@ -84,6 +84,8 @@ def one_pass_obstacle(discriminator, real_images, fake_images):
 def _known_obstacle(discriminator):
     """What a trial is not needed for, or would not show."""
     for name, module in discriminator.named_modules():
+        if has_other_hooks(module):  # and a trial would call them, too
+            return f"{name or type(module).__name__} has hooks, which are for each pass"
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.momentum is None:
             return f"the BatchNorm {name} averages over all batches (momentum=None), and each half would be one"
         # Each process would get an answer of its own, by what it is sent in between.

@@ -15,7 +15,7 @@ from fastgan.fusion import fuse, fused_groups
 from fastgan.losses import backward_bce, backward_bce_of_torch
 from fastgan.memory_format import default_layout
 from fastgan.random_numbers import restore_rng, rng_state
-from fastgan.training.adam import ContiguousAdam, KernelAdam
+from fastgan.training.adam import ContiguousAdam, KernelAdam, follow_layouts
 from fastgan.training.arguments import (
     check_flags,
     check_images,
@@ -74,9 +74,9 @@ class TrainStep:
             statistics: the same numbers as two passes with half the launches, but the activations of both halves are
             alive at once. None: with fused layers. The first step tries on copies, with a few images, whether it really
             gives the same numbers, as do later ones when layers, hooks, modes or settings (numbers and flags among a
-            module's attributes) have changed, and where not (a BatchNorm that is not fused, say) goes back to two
-            passes: see ``one_pass_reason``. What else it cannot see: for a discriminator that goes by other objects or
-            by the size of the batch, say False.
+            module's attributes) have changed, and where not (a BatchNorm that is not fused, or hooks, say) goes back to
+            two passes: see ``one_pass_reason``. What else it cannot see: for a discriminator that goes by other objects
+            or by the size of the batch, say False.
         source: where ``step()`` without images takes them from: an object whose ``draw()`` returns the next batch.
 
     Attributes: ``generator``, ``discriminator`` (the given modules), ``optimizer_g``, ``optimizer_d``, ``scaler``,
@@ -198,7 +198,9 @@ class TrainStep:
         # The discriminator has learned already where it is the generator's backward that fails.
         before = TensorsKept(self.generator.modules(), "_buffers")
         before_d = TensorsKept(self.discriminator.modules(), "_buffers", "_parameters")
-        optimizer_d, scaler = copy.deepcopy(self.optimizer_d.state_dict()), self.scaler.state_dict()
+        # Not by its state_dict, which somebody's own optimizer may have only at times.
+        averages = {parameter: copy.deepcopy(state) for parameter, state in self.optimizer_d.state.items()}
+        scaler = self.scaler.state_dict()
         try:
             losses = self._run(real_images)
             self._layout_tried, self._drawn = True, None
@@ -208,14 +210,15 @@ class TrainStep:
                 raise
         before.restore()
         before_d.restore()
-        self.optimizer_d.load_state_dict(optimizer_d)
+        self.optimizer_d.state.clear()
+        self.optimizer_d.state.update(averages)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.scaler.is_enabled())  # it counts steps, too
         self.scaler.load_state_dict(scaler)
         restore_rng(random, self.device)
         self._in_default_layout.append(self._running)
         to_contiguous(self._running)
         for optimizer in (self.optimizer_g, self.optimizer_d):
-            optimizer.follow_layouts()
+            follow_layouts(optimizer)
         self._copies_g, self._copies_d = map(self._weight_copies, networks)
         return self._try_layout(real_images)
 

@@ -159,6 +159,29 @@ def test_a_state_from_before_the_first_step():
     torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
+class _Sharded(torch.optim.SGD):
+    """Its state has to be gathered from other processes first, as a ZeroRedundancyOptimizer's has."""
+
+    def state_dict(self):
+        raise RuntimeError("Optimizer state has not been consolidated on this rank")
+
+
+@pytest.mark.parametrize("viewing", ("generator", "discriminator"))
+def test_optimizers_of_somebody_else(viewing):
+    makers = (
+        (viewing_generator, plain_discriminator) if viewing == "generator" else (plain_generator, viewing_discriminator)
+    )
+    found = []
+    for fused in (True, False):
+        step = step_of(networks(*makers), fused=fused)
+        for name in ("generator", "discriminator"):
+            optimizer = _Sharded(getattr(step, name).parameters(), lr=0.1, momentum=0.9)
+            setattr(step, f"optimizer_{name[0]}", optimizer)
+        torch.manual_seed(1)
+        found.append(([step(images) for images in real_batches(3)], step.discriminator.state_dict()))
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-8)
+
+
 def test_one_pass_is_tried_in_the_layout_that_it_ends_up_in():
     """The first attempt fails before it is known whether real and fake images can be told apart."""
     before = nn.Sequential(nn.Conv2d(2, 4, 4, 2, 1), nn.BatchNorm2d(4), nn.LeakyReLU(0.2))

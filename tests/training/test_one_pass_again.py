@@ -87,22 +87,24 @@ def followed(make, change, steps, batch_of=lambda i: 4):
     ids=("hook", "pre-hook", "backward", "before backward", "code", "unfused", "another class"),
 )
 def test_it_is_tried_anew_after_changes(change):
-    with pytest.warns(UserWarning, match="two passes.*unfused in 1"):
+    with pytest.warns(UserWarning, match="two passes.*(unfused in 1|has hooks)"):
         step = followed(small_critic, lambda model, i: change(model) if i == 2 else None, steps=4)
     assert not step.one_pass
 
 
-def test_it_is_tried_anew_with_another_hook():
-    """On the same module, in the place of one that did no harm."""
-    hooks = {1: lambda *_: None, 2: lambda model, args, y: y - y.mean(0, keepdim=True)}
+@pytest.mark.parametrize("first", (0, 1))
+def test_hooks_are_called_for_each_pass(first):
+    """And for nothing else: no trial, and no batch of both kinds of images."""
+    calls = {True: [], False: []}
 
     def change(model, i):
-        if i in hooks:
-            model[4]._forward_hooks.clear()
-            model[4].register_forward_hook(hooks[i])
+        if i == first:
+            seen = calls["forward" in vars(model)]  # whether it is fused
+            model[0].register_forward_hook(lambda module, args, y: seen.append((len(y), y.dtype)))
 
-    with pytest.warns(UserWarning, match="two passes.*share a batch"):
-        followed(small_critic, change, steps=4)
+    with pytest.warns(UserWarning, match="two passes: 0 has hooks, which are for each pass"):
+        followed(small_critic, change, steps=3)
+    assert calls[True] == calls[False] == [(4, torch.float64)] * 3 * (3 - first)
 
 
 def test_hooks_on_all_modules_are_called_for_each_pass():
