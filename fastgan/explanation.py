@@ -258,9 +258,10 @@ def _on_copies(model):
 
     torch.func.functional_call leaves some of its copies in a module that has several names.
     """
-    scripted = [module for module in model.modules() if isinstance(module, torch.jit.ScriptModule)]
-    modules = [module for module in model.modules() if module not in scripted]
-    owned = [(own, dict(own)) for module in modules for own in (module._parameters, module._buffers)]
+    scripted, others = [], []
+    for module in model.modules():
+        (scripted if isinstance(module, torch.jit.ScriptModule) else others).append(module)
+    owned = [(own, dict(own)) for module in others for own in (module._parameters, module._buffers)]
     copies = {}  # by the id of the original, which may be in several modules
     kept = [(buffer, buffer.clone()) for module in scripted for buffer in module.buffers()]
     try:

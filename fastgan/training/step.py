@@ -14,7 +14,6 @@ from fastgan.first_order import first_order
 from fastgan.fusion import fuse, fused_groups
 from fastgan.losses import backward_bce, backward_bce_of_torch
 from fastgan.memory_format import default_layout
-from fastgan.random_numbers import restore_rng, rng_state
 from fastgan.training.adam import ContiguousAdam, KernelAdam, follow_layouts
 from fastgan.training.arguments import (
     check_flags,
@@ -28,8 +27,8 @@ from fastgan.training.arguments import (
 from fastgan.training.devices import check_precision
 from fastgan.training.graph import WARMUP_STEPS, StepGraph
 from fastgan.training.one_pass import TRIAL_IMAGES, one_pass_obstacle, stacked, trial_key
+from fastgan.training.undo import BeforeStep
 from fastgan.training.weights import (
-    TensorsKept,
     frozen,
     keep_compilable,
     load_weights,
@@ -194,13 +193,7 @@ class TrainStep:
 
         With the other as it is: compiled code takes it that weights keep their layout.
         """
-        networks, random = (self.generator, self.discriminator), rng_state(self.device)
-        # The discriminator has learned already where it is the generator's backward that fails.
-        before = TensorsKept(self.generator.modules(), "_buffers")
-        before_d = TensorsKept(self.discriminator.modules(), "_buffers", "_parameters")
-        # Not by its state_dict, which somebody's own optimizer may have only at times.
-        averages = {parameter: copy.deepcopy(state) for parameter, state in self.optimizer_d.state.items()}
-        scaler = self.scaler.state_dict()
+        before = BeforeStep(self)
         try:
             losses = self._run(real_images)
             self._layout_tried, self._drawn = True, None
@@ -209,17 +202,11 @@ class TrainStep:
             if not wants_default_layout(error) or self._running in self._in_default_layout:
                 raise
         before.restore()
-        before_d.restore()
-        self.optimizer_d.state.clear()
-        self.optimizer_d.state.update(averages)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.scaler.is_enabled())  # it counts steps, too
-        self.scaler.load_state_dict(scaler)
-        restore_rng(random, self.device)
         self._in_default_layout.append(self._running)
         to_contiguous(self._running)
         for optimizer in (self.optimizer_g, self.optimizer_d):
             follow_layouts(optimizer)
-        self._copies_g, self._copies_d = map(self._weight_copies, networks)
+        self._copies_g, self._copies_d = map(self._weight_copies, (self.generator, self.discriminator))
         return self._try_layout(real_images)
 
     def _run(self, real_images):

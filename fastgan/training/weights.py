@@ -50,31 +50,6 @@ def to_contiguous(module):
             parameter.data = default_layout(parameter.data)
 
 
-class TensorsKept:
-    """The tensors of some modules, to be put back where they were with the numbers that they had.
-
-    Args:
-        modules: iterable of nn.Module.
-        kinds: "_parameters", "_buffers" or both.
-    """
-
-    def __init__(self, modules, *kinds):
-        holders = [getattr(module, kind) for module in modules for kind in kinds]
-        self._kept = [
-            (holder, name, tensor, None if tensor is None else tensor.detach().clone())
-            for holder in holders
-            for name, tensor in holder.items()
-        ]
-
-    @torch.no_grad()
-    def restore(self):
-        """Put them back; a forward may have put other tensors in their places."""
-        for holder, name, tensor, value in self._kept:
-            holder[name] = tensor
-            if tensor is not None:
-                tensor.copy_(value)
-
-
 def keep_compilable(network):
     """Take the weight of a stock first layer over 1×1 latents back from channels_last to NCHW, so that it compiles.
 
