@@ -6,6 +6,7 @@ import sys
 
 import torch
 
+_NUMBERS = (float, int, numbers.Real)  # first those that are told at once
 _PACKAGES = {"PIL": "pillow"}  # those of another name than their module
 
 
@@ -36,7 +37,7 @@ def is_integer(value):
 
 def is_number(value):
     """Whether it is a real number, Python's or NumPy's; True and False are none."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return isinstance(value, _NUMBERS) and not isinstance(value, bool)
 
 
 def is_out_of_memory(error):
@@ -104,7 +105,7 @@ def check_loss(logits, targets):
         on = ", ".join(str(tensor.device) for tensor in logits.values())
         raise ValueError(f"logits must be on one device; got {on}")
     for name, target in targets.items():
-        if not (type(target) is float or is_number(target) or (torch.is_tensor(target) and target.dim() == 0)):
+        if not (is_number(target) or (torch.is_tensor(target) and target.dim() == 0)):
             raise TypeError(f"{name} must be a number between 0 and 1; got {target!r}")
         if not 0.0 <= target <= 1.0:
             raise ValueError(f"{name} must be between 0 and 1; got {target!r}")

@@ -84,14 +84,13 @@ def explain(model, *inputs, **named_inputs):
     for _, group, container in all_groups(model, kinds):
         groups.setdefault(id(group.modules[0]), []).append((group, container))
     rows = Explanation(type(model).__name__)
-    for path, conv in model.named_modules():
-        if not isinstance(conv, nn.modules.conv._ConvNd):
-            continue
+    for conv, paths in _convolutions(model):
+        path = paths[0]
         sizes, within = calls.get(path, ((), None))
         own = groups.get(id(conv), [])
         group, container = next((each for each in own if within is None or each[1] in within), (None, None))
         if not own:
-            reason = _why_untouched(model, conv, kinds)
+            reason = _why_untouched(model, paths, kinds)
         elif group is None:
             reason = f"the layers of its {type(own[-1][1]).__name__} are called one by one"
         elif not group.fused:
@@ -102,6 +101,15 @@ def explain(model, *inputs, **named_inputs):
             continue
         rows.append(_row(path, type(conv).__name__, sizes, None, reason))
     return rows
+
+
+def _convolutions(model):
+    """[(convolution, all paths that it has in the model)] in the order of `named_modules`, whose path is the first."""
+    found = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.modules.conv._ConvNd):
+            found.setdefault(id(module), (module, []))[1].append(path)
+    return list(found.values())
 
 
 def _row(path, pattern, sizes, choice, *reasons):
@@ -174,11 +182,10 @@ def _captured_row(found):
     return _row(found.path, found.pattern, sizes, choice, found.reason)
 
 
-def _why_untouched(model, conv, kinds):
+def _why_untouched(model, paths, kinds):
     """Why a convolution is in no group that fuse took over: what the nearest module says whose forward may call it."""
-    if model is conv:
+    if "" in paths:
         return "a convolution by itself: fuse works on the module that calls it"
-    paths = [path for path, module in model.named_modules(remove_duplicate=False) if module is conv]
     whys = [_why_untouched_at(model, path, kinds) for path in paths]
     return next((why for why, is_called in whys if is_called), whys[0][0])
 

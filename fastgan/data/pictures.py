@@ -3,7 +3,7 @@
 import numpy as np
 
 # Modes that hold 0 … 65,535, or, of 32 bits, 0 … 255 at times. Pillow's own conversion clips them at 255.
-_SIXTEEN_BIT_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
+_DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
 
 def read_picture(file, image_size):
@@ -45,7 +45,7 @@ def to_square(picture, image_size):
 def _to_rgb(picture):
     from PIL import Image
 
-    if picture.mode in _SIXTEEN_BIT_MODES:
+    if picture.mode in _DEEP_MODES:
         numbers = np.asarray(picture)
         numbers = numbers if picture.mode == "I" and numbers.max() <= 255 else numbers / 257
         eight_bit = np.clip(numbers, 0, 255).round().astype(np.uint8)
